@@ -47,7 +47,9 @@ class Rays(NamedTuple):
         return self.map(lambda field: field.reshape(-1, field.shape[-1]))
 
 
-def _rays(c2w: Tensor, camera_directions: Tensor, focal: Tensor, near: Tensor, far: Tensor, mult: Tensor) -> Rays:
+def _rays(
+    c2w: Tensor, camera_directions: Tensor, focal: Tensor, near: Tensor, far: Tensor, mult: Tensor
+) -> Rays:
     """Rays from camera-space directions [..., 3]; every other argument broadcasts against their leading shape."""
     rotation, origin = c2w[..., :3, :3], c2w[..., :3, 3]
     directions = (rotation * camera_directions[..., None, :]).sum(-1)
@@ -59,7 +61,9 @@ def _rays(c2w: Tensor, camera_directions: Tensor, focal: Tensor, near: Tensor, f
     def fill(value: Tensor) -> Tensor:
         return value[..., None].expand(*directions.shape[:-1], 1)
 
-    return Rays(origin.expand_as(directions), directions, viewdirs, fill(radii), fill(near), fill(far), fill(mult))
+    return Rays(
+        origin.expand_as(directions), directions, viewdirs, fill(radii), fill(near), fill(far), fill(mult)
+    )
 
 
 def pinhole_rays(
@@ -90,7 +94,9 @@ def pinhole_rays(
     x = torch.arange(width, **like) + 0.5 - width / 2
     y = torch.arange(height, **like)[:, None] + 0.5 - height / 2
     shape = torch.broadcast_shapes(focal_.shape, (height, width))
-    camera = torch.stack([(x / focal_).expand(shape), (-y / focal_).expand(shape), -torch.ones(shape, **like)], -1)
+    camera = torch.stack(
+        [(x / focal_).expand(shape), (-y / focal_).expand(shape), -torch.ones(shape, **like)], -1
+    )
     one = torch.ones((), **like)
     return _rays(c2w[..., None, None, :, :], camera, focal_, near * one, far * one, one)
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Streams: one per use within a step. Level k of a model adds k.
+PIXELS, IMAGES, FENCEPOSTS, NOISE = 0, 1, 16, 32
+
 _ROUNDS = 10
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -126,3 +129,20 @@ class CounterRandom:
     def normal(self, stream: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Standard normal numbers: [B, columns]."""
         return counter_normal(self.seed, self.step, stream, self.rows, columns, dtype)
+
+
+Generator = torch.Generator | CounterRandom | None
+
+
+def draw_uniform(generator: Generator, stream: int, columns: int, like: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) for every row of like [B, .]: [B, columns] in its dtype and device."""
+    if isinstance(generator, CounterRandom):
+        return generator.uniform(stream, columns, like.dtype)
+    return torch.rand(like.shape[0], columns, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def draw_normal(generator: Generator, stream: int, columns: int, like: Tensor) -> Tensor:
+    """Standard normal numbers for every row of like [B, .]: [B, columns] in its dtype and device."""
+    if isinstance(generator, CounterRandom):
+        return generator.normal(stream, columns, like.dtype)
+    return torch.randn(like.shape[0], columns, dtype=like.dtype, device=like.device, generator=generator)

@@ -1,6 +1,13 @@
 """mip-NeRF in plain PyTorch, any float dtype, to be read beside the paper: the truth of every native kernel."""
 
-from .composite import Composite, activate_density, activate_rgb, composite, expected_distance, weights_from_density
+from .composite import (
+    Composite,
+    activate_density,
+    activate_rgb,
+    composite,
+    expected_distance,
+    weights_from_density,
+)
 from .frustum import frustum_gaussians
 from .frustum_ipe import frustum_ipe
 from .ipe import integrated_pos_enc, pos_enc

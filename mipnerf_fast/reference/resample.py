@@ -73,7 +73,9 @@ def sample_piecewise_constant(
     Source: algorithm 1.7; Barron et al. 2021, section 3.2.
     """
     if num_fenceposts < 1:
-        raise ValueError(f"sample_piecewise_constant: num_fenceposts must be at least 1, got {num_fenceposts}")
+        raise ValueError(
+            f"sample_piecewise_constant: num_fenceposts must be at least 1, got {num_fenceposts}"
+        )
     t_vals, weights = t_vals.detach(), weights.detach()
     missing = torch.clamp(_MIN_WEIGHT_SUM - weights.sum(-1, keepdim=True), min=0)
     weights = weights + missing / weights.shape[-1]
