@@ -3,7 +3,18 @@
 from ..reference import Composite
 from .composite import composite, composite_resample
 from .frustum_ipe import frustum_ipe
+from .implementations import Implementation, backend_in_use, implementations
 from .mlp import MipMLP
 from .resample import resample
 
-__all__ = ["Composite", "MipMLP", "composite", "composite_resample", "frustum_ipe", "resample"]
+__all__ = [
+    "Composite",
+    "Implementation",
+    "MipMLP",
+    "backend_in_use",
+    "composite",
+    "composite_resample",
+    "frustum_ipe",
+    "implementations",
+    "resample",
+]
