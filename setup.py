@@ -1,7 +1,7 @@
 """Builds the native library `mipnerf_fast/_C`; everything else about the package is in pyproject.toml.
 
-The sources are found, not listed: `csrc/*.cpp` and every `csrc/**/*_cpu.cpp` always, every `csrc/**/*.cu` when torch
-has CUDA and an nvcc of the same major version is found. No GPU has to be visible. See "Build" in README.md.
+The sources are found, not listed: `csrc/*.cpp` and every `csrc/**/*_cpu.cpp` always, every `csrc/**/*.cu`
+where torch has CUDA and there is an nvcc of the same major version. No GPU has to be visible.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from setuptools import Command, Extension, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CompileError, LinkError
 
@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
 # The stable interface of the oldest torch served: the same binary then loads in every later release.
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-# -fopenmp-simd honours `#pragma omp simd` without linking a second OpenMP runtime beside torch's. No -std (torch picks
-# the one its headers need), no -march (the code dispatches at run time), no fast-math.
+# -fopenmp-simd honours `#pragma omp simd` without linking a second OpenMP runtime beside torch's. No -std
+# (torch picks the one its headers need), no -march (the code dispatches at run time), no fast-math.
 CXX_FLAGS = [
     "-O3",
     "-g0",
@@ -43,9 +43,9 @@ CXX_FLAGS = [
 ]
 NVCC_FLAGS = ["-O3", "-Xcompiler=-Wall,-fvisibility=hidden", "-DUSE_CUDA", TARGET_VERSION]
 DEFAULT_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]
-# Operations that need a newer GPU than the oldest in the list above: csrc/<operation>/ and its lowest capability.
+# Operations that need a newer GPU than the oldest in that list: csrc/<operation>/ and its lowest capability.
 LOWEST_CAPABILITY = {"mlp": (8, 0)}
-# Not the temporary folder that pip gives: objects are kept, so that every way to build compiles only what changed.
+# Not the temporary folder that pip gives: objects are kept, so that every build compiles only what changed.
 OBJECTS = Path("build") / f"native-{sys.implementation.cache_tag}"
 
 
@@ -53,7 +53,7 @@ class BuildError(BaseError):
     """Why nothing can be built, in one sentence; setuptools prints it without a traceback."""
 
 
-# ---------------------------------------------------------------------------------------------- what is there
+# -------------------------------------------------------------------------------------------- what is there
 
 
 def find_compiler(environment: dict[str, str] | os._Environ[str] = os.environ) -> str:
@@ -73,7 +73,7 @@ def find_compiler(environment: dict[str, str] | os._Environ[str] = os.environ) -
 
 
 def add_ninja_to_path() -> None:
-    """Puts the ninja of the package of that name on PATH where the system has none; torch looks for it there only."""
+    """Puts the ninja package's program on PATH where there is none, since torch looks for it there only."""
     if shutil.which("ninja") is None:
         try:
             import ninja
@@ -140,7 +140,7 @@ def run_quietly(*command: str) -> str:
 
 @dataclass(frozen=True)
 class Nvcc:
-    """A CUDA compiler: its path, the toolkit folder it belongs to, its release, the capabilities it compiles for."""
+    """A CUDA compiler: its path, its toolkit's folder, its release, the capabilities it compiles for."""
 
     path: str
     home: str
@@ -175,7 +175,7 @@ def find_sources(csrc: Path) -> tuple[list[str], list[str]]:
     return relative[0], relative[1]
 
 
-# ------------------------------------------------------------------------------------------------- what is built
+# -------------------------------------------------------------------------------------------- what is built
 
 
 def cuda_decision(
@@ -191,19 +191,19 @@ def cuda_decision(
         )
     if nvcc.release.split(".")[0] != torch_cuda.split(".")[0]:
         return False, (
-            f"CPU only: torch {torch_version} has CUDA {torch_cuda}, but {nvcc.path} is of CUDA {nvcc.release}; "
-            "the major versions must agree"
+            f"CPU only: torch {torch_version} has CUDA {torch_cuda}, but {nvcc.path} is of CUDA "
+            f"{nvcc.release}; the major versions must agree"
         )
     if num_sources == 0:
         return False, "CPU only: there are no CUDA sources under csrc"
     return (
         True,
-        f"CPU and CUDA: torch {torch_version} has CUDA {torch_cuda}, and {nvcc.path} is of CUDA {nvcc.release}",
+        f"CPU and CUDA: torch {torch_version} has CUDA {torch_cuda}, {nvcc.path} is of CUDA {nvcc.release}",
     )
 
 
 def choose_architectures(requested: str | None, nvcc: Nvcc) -> tuple[list[str], str]:
-    """The architectures to compile for, as in `TORCH_CUDA_ARCH_LIST` (such as "8.0 9.0a 12.0+PTX"), and why."""
+    """The architectures to compile for, written as in `TORCH_CUDA_ARCH_LIST` (8.0 12.0+PTX), and why."""
 
     def compiles(architecture: str) -> bool:
         return architecture.removesuffix("+PTX").rstrip("af") in nvcc.capabilities
@@ -213,7 +213,8 @@ def choose_architectures(requested: str | None, nvcc: Nvcc) -> tuple[list[str], 
         for architecture in chosen:
             if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", architecture):
                 raise BuildError(
-                    f"TORCH_CUDA_ARCH_LIST holds {architecture!r}; expected capabilities such as 8.0, 9.0a or 12.0+PTX"
+                    f"TORCH_CUDA_ARCH_LIST holds {architecture!r}; "
+                    "expected compute capabilities such as 8.0, 9.0a or 12.0+PTX"
                 )
             if not compiles(architecture):
                 raise BuildError(
@@ -246,7 +247,7 @@ def gencode_flags(architectures: Sequence[str], source: str) -> list[str]:
 
 
 def source_revision() -> str:
-    """The revision of this checkout, "-dirty" after it where tracked files differ; "none" outside a checkout."""
+    """The revision of this checkout, with "-dirty" where tracked files differ; "none" outside a checkout."""
     top = run_quietly("git", "rev-parse", "--show-toplevel")
     if not top or Path(top).resolve() != ROOT:
         return "none"
@@ -299,8 +300,9 @@ def make_plan(torch_version: str, torch_cuda: str | None, compiler: str) -> tupl
 
 
 def write_build_header(plan: Plan, folder: Path) -> None:
-    """The plan as a C++ string literal, rewritten only when it changed, since what includes it is compiled again."""
-    text = f'#pragma once\n\nconstexpr const char* kBuildInfo = R"json({json.dumps(asdict(plan), indent=1)})json";\n'
+    """The plan as a C++ string literal, rewritten only when it changed, so that module.cpp waits for that."""
+    literal = f'R"json({json.dumps(asdict(plan), indent=1)})json"'
+    text = f"#pragma once\n\nconstexpr const char* kBuildInfo = {literal};\n"
     header = folder / "mipnerf_fast_build_info.h"
     if not header.is_file() or header.read_text() != text:
         folder.mkdir(parents=True, exist_ok=True)
@@ -308,34 +310,29 @@ def write_build_header(plan: Plan, folder: Path) -> None:
 
 
 def cuda_runtime(nvcc: Nvcc) -> tuple[str, str]:
-    """Folder and file name of the CUDA runtime to link; the NVIDIA wheels have only the numbered file."""
+    """Folder and file name of the CUDA runtime to link; the wheels beside torch have the numbered name."""
+    major = nvcc.release.split(".")[0]
     folders = [Path(nvcc.home) / name for name in ("lib64", "lib")]
-    try:
-        folders += [
-            Path(folder) / "lib"
-            for folder in importlib.util.find_spec("nvidia.cu13").submodule_search_locations
-        ]
-    except (ImportError, AttributeError, TypeError):
-        pass
+    folders += [Path(entry) / "nvidia" / f"cu{major}" / "lib" for entry in sys.path]
     for folder in folders:
-        for name in ("libcudart.so", f"libcudart.so.{nvcc.release.split('.')[0]}"):
+        for name in ("libcudart.so", f"libcudart.so.{major}"):
             if (folder / name).is_file():
                 return str(folder), name
     raise BuildError(
-        f"libcudart.so was not found in {' or '.join(map(str, folders))}; it comes with the CUDA toolkit"
+        f"libcudart.so was not found in {folders[0]}, nor beside torch; it comes with the CUDA toolkit"
     )
 
 
-# ------------------------------------------------------------------------------------------------ setuptools' part
+# ----------------------------------------------------------------------------------------- setuptools' part
 
 
-def build_command(base: type[build_ext]) -> type[Command]:
+def build_command(base: Any) -> Any:
     """A build_ext over `base`, which is torch's where there is a torch and setuptools' own otherwise.
 
     torch's always calls ninja, which knows what must be compiled again (headers included), and always links.
     """
 
-    class NativeBuild(base):  # type: ignore[misc, valid-type]
+    class NativeBuild(base):
         def run(self) -> None:
             compiler = find_compiler()
             torch = import_torch()
@@ -358,23 +355,32 @@ def build_command(base: type[build_ext]) -> type[Command]:
                 *torch_includes(torch),
             ]
             extension.library_dirs = [str(Path(torch.__file__).parent / "lib")]
-            extension.libraries = ["c10", "torch", "torch_cpu"]
+            extension.libraries = ["torch", "torch_cpu"]
             extension.extra_compile_args = {"cxx": list(CXX_FLAGS), "nvcc": []}
             if nvcc is not None:
                 os.environ["PYTORCH_NVCC"] = nvcc.path
+                torch.utils.cpp_extension.CUDA_HOME = (
+                    nvcc.home
+                )  # torch may have taken a wrapper's folder for it
                 folder, name = cuda_runtime(nvcc)
                 extension.library_dirs.append(folder)
-                extension.libraries += ["torch_cuda", "c10_cuda"]
+                extension.libraries.append("torch_cuda")
                 extension.extra_link_args = [f"-l:{name}"]
                 extension.extra_compile_args["nvcc"] = NVCC_FLAGS + gencode_flags(plan.architectures, "")
             self.architectures = plan.architectures
             super().run()
 
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except RuntimeError as error:  # such as a g++ newer than nvcc knows
+                raise BuildError(f"torch refuses to build here: {' '.join(str(error).split())}") from None
+
         def build_extension(self, extension: Extension) -> None:
             compile_all = self.compiler.compile
 
             def compile_by_architecture(sources: Sequence[str], output_dir: str, **options: Any) -> list[str]:
-                """One call of torch's compile for each list of architectures, since it knows one list only."""
+                """One call of torch's compile for each list of architectures, since it knows only one."""
                 groups: dict[tuple[str, ...], list[str]] = {}
                 everywhere = tuple(gencode_flags(self.architectures, ""))
                 for source in sources:
@@ -416,13 +422,13 @@ def torch_includes(torch: Any) -> list[str]:
     return [str(Path(torch.__file__).parent / "include")]
 
 
-def torch_build_base() -> type[build_ext]:
-    """torch's build_ext where it can be had; without torch, `run` says so before anything of it would be needed."""
+def torch_build_base() -> Any:
+    """torch's build_ext; setuptools' own without torch, which `run` says before it builds anything."""
     try:
         from torch.utils.cpp_extension import BuildExtension
     except (ImportError, OSError):
         return build_ext
-    return BuildExtension  # type: ignore[no-any-return]
+    return BuildExtension
 
 
 if __name__ == "__main__":

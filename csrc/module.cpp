@@ -1,5 +1,5 @@
-// The Python module mipnerf_fast._C. Importing it registers the operators (library.cpp); what it offers itself is only
-// how it was built.
+// The Python module mipnerf_fast._C. Importing it registers the operators (library.cpp); all that it offers
+// itself is how it was built.
 #include <pybind11/pybind11.h>
 
 #include "mipnerf_fast_build_info.h"  // written by setup.py
@@ -13,5 +13,5 @@ static py::object build_info() {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native operators of mipnerf_fast; they are called as torch.ops.mipnerf_fast.<name>.";
     m.def("build_info", &build_info,
-          "What was built and why: a dict of reason, torch, cuda, architectures, compilers, flags, sources, revision.");
+          "What was built and why: reason, torch, cuda, architectures, compilers, flags, sources, revision.");
 }

@@ -26,10 +26,8 @@ def _find() -> tuple[ModuleType | None, str]:
             return None, f"the native library cannot be loaded: {error}"
         built = sorted(path.name for path in Path(__file__).parent.glob("_C*.so"))
         if built:
-            return (
-                None,
-                f"the native library was built for another Python ({', '.join(built)}); build it with {_BUILD}",
-            )
+            found = ", ".join(built)
+            return None, f"the native library was built for another Python ({found}); build it with {_BUILD}"
         return None, f"the native library has not been built; build it with {_BUILD}"
     except ImportError as error:
         # Such as a library with CUDA kernels beside a torch without CUDA.
@@ -37,7 +35,7 @@ def _find() -> tuple[ModuleType | None, str]:
 
 
 def load() -> ModuleType | None:
-    """The native module, with its operators registered as `torch.ops.mipnerf_fast.*`, or None where there is none.
+    """The native module, its operators registered as `torch.ops.mipnerf_fast.*`, or None where there is none.
 
     The first call decides for the whole process: a library built later is seen by the next one.
     """
@@ -57,8 +55,8 @@ def why_missing() -> str:
 def build_info() -> dict[str, Any]:
     """How the library was built, empty without it.
 
-    Keys: reason (what was built and why), torch, cuda (None for the CPU alone), architectures, architectures_reason,
-    compilers, flags, sources, revision.
+    Keys: reason (what was built and why), torch, cuda (None for the CPU alone), architectures,
+    architectures_reason, compilers, flags, sources, revision.
 
     >>> info = build_info()
     >>> not info or "cxx" in info["compilers"]
