@@ -69,9 +69,8 @@ class MipNerf(nn.Module):
             One Composite per level, coarse first, in the leading shape of rays; differentiable in the parameters
             and, through origins, directions and radii, in the rays.
         """
-        shape = rays.batch_shape
         levels = self._levels(rays.flatten(), randomized, white_background, generator)
-        return [Composite(*(field.reshape(*shape, *field.shape[1:]) for field in level)) for level in levels]
+        return [level.unflatten(rays.batch_shape) for level in levels]
 
     def _levels(
         self, rays: Rays, randomized: bool, white_background: bool, generator: Generator

@@ -21,6 +21,10 @@ class Composite(NamedTuple):
     acc: Tensor
     weights: Tensor
 
+    def unflatten(self, shape: torch.Size) -> Composite:
+        """The same with the leading dimension B replaced by a shape of B elements."""
+        return Composite(*(field.reshape((*shape, *field.shape[1:])) for field in self))
+
 
 def activate_density(raw: Tensor, activation: str | None, bias: float = 0.0) -> Tensor:
     """Density from the network's raw output: softplus(raw + bias), relu(raw + bias), or raw as it is (None)."""
