@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ def ray_batch(b: int = 3, n: int = 5) -> dict[str, Tensor]:
         "t_vals": torch.sort(2 + 4 * torch.rand(b, n + 1, generator=g, dtype=torch.float64), -1).values,
         "directions": torch.randn(b, 3, generator=g, dtype=torch.float64),
     }
+
+
+def render(a: dict[str, Tensor], **options: Any) -> reference.Composite:
+    return reference.composite(a["rgb"], a["density"], a["t_vals"], a["directions"], **options)
 
 
 def test_homogeneous_medium_is_beer_lambert() -> None:
@@ -50,7 +55,7 @@ def test_distance_is_the_mean_of_midpoints() -> None:
 def test_density_shapes_agree() -> None:
     a = ray_batch()
     flat = {**a, "density": a["density"][..., 0]}
-    for x, y in zip(reference.composite(**a), reference.composite(**flat), strict=True):
+    for x, y in zip(render(a), render(flat), strict=True):
         assert torch.equal(x, y)
 
 
@@ -58,7 +63,7 @@ def test_density_shapes_agree() -> None:
 def test_empty_ray_has_the_near_distance_and_the_background(dtype: torch.dtype) -> None:
     a = {name: value.to(dtype) for name, value in ray_batch().items()}
     a["density"] = torch.zeros_like(a["density"]).requires_grad_()
-    out = reference.composite(**a)
+    out = render(a)
     assert torch.equal(out.distance, a["t_vals"][:, 0])
     assert (out.rgb == 1).all() and (out.acc == 0).all()
     (grad,) = torch.autograd.grad(out.distance.sum(), a["density"])
@@ -70,7 +75,7 @@ def test_infinite_density_is_opaque_and_has_finite_gradients(dtype: torch.dtype)
     a = {name: value.to(dtype) for name, value in ray_batch().items()}
     a["density"][:, 2] = math.inf
     leaves = [a[name].requires_grad_() for name in ("rgb", "density", "t_vals", "directions")]
-    out = reference.composite(**a)
+    out = render(a)
     torch.testing.assert_close(out.acc, torch.ones_like(out.acc), rtol=0, atol=4 * torch.finfo(dtype).eps)
     assert (out.weights[:, 3:] == 0).all()
     value = out.rgb.sum() + out.distance.sum() + out.acc.sum() + out.weights.square().sum()
@@ -84,7 +89,7 @@ def test_empty_interval_contributes_nothing(density: float) -> None:
     a["t_vals"][:, 2] = a["t_vals"][:, 1]
     a["density"][:, 1] = density
     a["density"].requires_grad_()
-    out = reference.composite(**a)
+    out = render(a)
     assert (out.weights[:, 1] == 0).all()
     keep = [0, 2, 3]
     without = reference.composite(
@@ -98,9 +103,9 @@ def test_empty_interval_contributes_nothing(density: float) -> None:
 
 def test_nan_stays_in_its_ray() -> None:
     a = ray_batch()
-    clean = reference.composite(**a)
+    clean = render(a)
     a["density"][1, 2] = math.nan
-    out = reference.composite(**a)
+    out = render(a)
     for x, y in zip(out, clean, strict=True):
         assert torch.equal(x[[0, 2]], y[[0, 2]])
     assert out.rgb[1].isnan().all() and out.distance[1].isnan()
@@ -110,7 +115,7 @@ def test_distance_gradient_is_zero_where_clipped() -> None:
     a = ray_batch(1, 3)
     a["t_vals"] = torch.full((1, 4), 2.0, dtype=torch.float64)
     a["density"].requires_grad_()
-    out = reference.composite(**a)
+    out = render(a)
     assert out.distance.item() == 2.0
     (grad,) = torch.autograd.grad(out.distance.sum(), a["density"])
     assert (grad == 0).all()
@@ -122,7 +127,7 @@ def test_gradients_match_finite_differences_and_the_closed_form() -> None:
     leaves = tuple(a[name].requires_grad_() for name in names)
     assert torch.autograd.gradcheck(lambda *x: tuple(reference.composite(*x)), leaves)
     # dC/dtau_i = T_i (1 - alpha_i)(c_i - bg) - sum_{j > i} w_j (c_j - bg)
-    out = reference.composite(**a)
+    out = render(a)
     (grad,) = torch.autograd.grad(out.rgb.sum(), a["density"])
     lengths = (a["t_vals"][:, 1:] - a["t_vals"][:, :-1]) * a["directions"].norm(dim=-1, keepdim=True)
     contrast = (a["rgb"] - 1).sum(-1)
@@ -158,4 +163,4 @@ def test_activations_inside_equal_activations_outside() -> None:
 @pytest.mark.parametrize("option", [{"density_activation": "exp"}, {"rgb_activation": "relu"}])
 def test_unknown_activation_is_named(option: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=next(iter(option))):
-        reference.composite(**ray_batch(), **option)
+        render(ray_batch(), **option)
