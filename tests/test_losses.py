@@ -59,7 +59,7 @@ def test_robust_penalties_are_quadratic_inside_and_linear_outside(beta: float) -
 
 
 def test_bad_choices_are_named() -> None:
-    with pytest.raises(ValueError, match="huber.*mse, smooth_l1, charbonnier"):
+    with pytest.raises(ValueError, match=r"huber.*mse, smooth_l1, charbonnier"):
         losses.penalty(torch.zeros(1), "huber")
     with pytest.raises(ValueError, match=r"beta must be positive, got -3\.14"):
         losses.penalty(torch.zeros(1), "smooth_l1", -math.pi)
