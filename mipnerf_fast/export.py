@@ -46,7 +46,7 @@ class DensityGrid:
     @property
     def spacing(self) -> NDArray[np.float64]:
         """[3], world units between neighbours."""
-        return (self.high - self.low) / (np.array(self.density.shape) - 1)
+        return np.asarray((self.high - self.low) / (np.array(self.density.shape) - 1), np.float64)
 
 
 @dataclass(frozen=True)
