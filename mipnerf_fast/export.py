@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .camera_paths import Surroundings
+from .durable_files import write_durably
 from .errors import InputError
 from .model import MipNerf
 from .nerf import Nerf
-from .pictures import to_uint8, write_atomically
+from .pictures import to_uint8
 from .progress import Progress
 
 FORMATS = ("ply", "glb", "npz")
@@ -224,7 +225,7 @@ def write_grid(path: Path, grid: DensityGrid, threshold: Threshold) -> None:
         threshold=np.float64(threshold.value),
         threshold_rule=np.str_(threshold.rule),
     )
-    write_atomically(path, data.getvalue())
+    write_durably(path, data.getvalue())
 
 
 def write_mesh(path: Path, mesh: Mesh) -> None:
@@ -244,4 +245,4 @@ def write_mesh(path: Path, mesh: Mesh) -> None:
     result = trimesh.Trimesh(
         vertices, mesh.faces, vertex_normals=normals, vertex_colors=mesh.colours, process=False
     )
-    write_atomically(path, result.export(file_type=kind))
+    write_durably(path, result.export(file_type=kind))
