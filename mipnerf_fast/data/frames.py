@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,16 +46,13 @@ def worker_count() -> int:
 
 
 def run_all(tasks: Sequence[Callable[[], None]], done: Callable[[], None] | None = None) -> None:
-    """Run tasks in threads; `done` is called after each; the first error (or Ctrl-C) drops those not yet begun."""
+    """Run tasks in threads; `done` is called here after each; an error or Ctrl-C drops those not yet begun."""
     pool = ThreadPoolExecutor(worker_count())
     try:
-        futures = [pool.submit(task) for task in tasks]
-        for future in futures:
-            if done is not None:
-                future.add_done_callback(lambda f: None if f.cancelled() or f.exception() else done())
-        finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in finished:
+        for future in as_completed([pool.submit(task) for task in tasks]):
             future.result()
+            if done is not None:
+                done()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
