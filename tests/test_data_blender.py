@@ -192,6 +192,7 @@ BAD_SCENES: list[tuple[str, Callable[[Path], Any], str]] = [
         r"'camera_angle_x' is 0\.0; expected a number between 0 and 3\.14159",
     ),
     ("angle of pi", _set("camera_angle_x", to=math.pi), r"'camera_angle_x' is 3\.14.*between 0 and"),
+    ("endless angle", _set("camera_angle_x", to=10**400), r"'camera_angle_x' is inf"),
     ("NaN angle", _set("camera_angle_x", to=math.nan), r"'camera_angle_x' is nan"),
     (
         "angle no number",

@@ -79,13 +79,20 @@ def check_channels(frames: Sequence[Frame]) -> int:
     return first.channels
 
 
-def assemble(frames: Sequence[Frame], split: str, background: str, downscale: int = 1) -> Dataset:
+def assemble(
+    frames: Sequence[Frame],
+    split: str,
+    background: str,
+    downscale: int = 1,
+    done: Callable[[], None] | None = None,
+) -> Dataset:
     """Read all frames, in threads, straight into the one pixel buffer of a data set.
 
     Args:
         frames: at least one.
         split, background: as in `Dataset`.
         downscale: a power of two; images are made so many times smaller by `pyramid`, focal lengths divided by it.
+        done: called after each image.
 
     Returns:
         The data set; its `scale` is 2^label for frames that have one, else the downscale factor.
@@ -125,5 +132,5 @@ def assemble(frames: Sequence[Frame], split: str, background: str, downscale: in
 
         return read
 
-    run_all([reader(frame, image) for frame, image in zip(frames, dataset.images, strict=True)])
+    run_all([reader(frame, image) for frame, image in zip(frames, dataset.images, strict=True)], done)
     return dataset

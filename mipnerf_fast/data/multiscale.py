@@ -168,7 +168,7 @@ def convert(
     first = level_of(downscale, "downscale")
     if not isinstance(levels, int) or levels < 1:
         raise InputError(f"levels is {levels!r}; expected a whole number of at least 1")
-    target = Path(out)
+    target = Path(os.path.abspath(out))
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"{target} exists and is {'a file' if target.is_file() else 'not empty'}")
     scene = _source_frames(source)
