@@ -122,6 +122,18 @@ def test_one_level_is_an_ordinary_scene_equal_to_downscale_on_load(tmp_path: Pat
         np.testing.assert_allclose(small.focal.numpy(), want.focal.numpy(), rtol=16 * 2.0**-52)
 
 
+def test_images_of_one_name_in_two_folders_do_not_collide(tmp_path: Path) -> None:
+    written = write_blender(tmp_path / "scene", sizes={"train": [(4, 4), (4, 4)]})
+    (tmp_path / "scene" / "other").mkdir()
+    (tmp_path / "scene" / "train" / "r_1.png").rename(tmp_path / "scene" / "other" / "r_0.png")
+    path = tmp_path / "scene" / "transforms_train.json"
+    path.write_text(path.read_text().replace("./train/r_1", "./other/r_0"))
+    assert load_dataset(tmp_path / "scene").names == ["000_r_0", "001_r_0"]
+    out = multiscale.convert(tmp_path / "scene", tmp_path / "copy", levels=1, progress=False)
+    for image, pixels in zip(load_dataset(out).images, written["train"], strict=True):
+        np.testing.assert_array_equal(image.numpy(), pixels)
+
+
 def test_rgb_is_averaged_as_it_is(tmp_path: Path) -> None:
     written = write_blender(tmp_path / "scene", channels=3)
     out = multiscale.convert(tmp_path / "scene", tmp_path / "multi", levels=2, progress=False)

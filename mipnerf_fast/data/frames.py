@@ -20,7 +20,7 @@ from mipnerf_fast.errors import InputError
 class Frame:
     """One posed image before its pixels are read.
 
-    name: unique within the split; where: what errors call it.
+    name: the image's, without suffix; where: what errors call it.
     c2w: float64 [4, 4]; focal in pixels; height, width in pixels; channels 3 or 4.
     read: returns its pixels, uint8 [height, width, channels].
     label: log2 of how many times smaller it is than the scene's full resolution.
@@ -55,6 +55,12 @@ def run_all(tasks: Sequence[Callable[[], None]], done: Callable[[], None] | None
                 done()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def unique_names(frames: Sequence[Frame]) -> list[str]:
+    """The frames' names; with their numbers in front where two share one (images of several folders)."""
+    names = [frame.name for frame in frames]
+    return names if len(set(names)) == len(names) else [f"{i:03d}_{name}" for i, name in enumerate(names)]
 
 
 def check_divisible(frames: Sequence[Frame], factor: int, why: str) -> None:
@@ -120,7 +126,7 @@ def assemble(
         far=column([frame.far for frame in frames]),
         lossmult=column([frame.lossmult for frame in frames]),
         scale=torch.tensor([2**frame.label if multiscale else downscale for frame in frames]),
-        names=[frame.name for frame in frames],
+        names=unique_names(frames),
         split=split,
         background=background,
     )
