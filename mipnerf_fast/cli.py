@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from .data.dataset import Dataset
     from .model import MipNerf
     from .nerf import Nerf
-    from .run_folder import RunConfig
 
 PROGRAM = "mipnerf-fast"
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
@@ -32,6 +32,7 @@ DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["auto", "native", "reference"]
 Split = Literal["train", "val", "test"]
+Checkpoint = Literal["latest", "best"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Eval:
     """Which views."""
     downscale: int | None = None
     """Another downscale factor than the run's own."""
+    checkpoint: Checkpoint = "latest"
+    """Which one: the latest, or the best on the test sample."""
     images: bool = False
     """Also write the predictions as PNG, to RUN/eval/images."""
     device: Device = "auto"
@@ -103,6 +106,8 @@ class Render:
     """Whose cameras to go by."""
     downscale: int | None = None
     """Another downscale factor than the run's own: larger or smaller pictures."""
+    checkpoint: Checkpoint = "latest"
+    """Which one: the latest, or the best on the test sample."""
     device: Device = "auto"
     """Where to render."""
     backend: Backend = "auto"
@@ -131,6 +136,8 @@ class Export:
     """Whose cameras decide the box."""
     downscale: int | None = None
     """Another downscale factor than the run's own."""
+    checkpoint: Checkpoint = "latest"
+    """Which one: the latest, or the best on the test sample."""
     device: Device = "auto"
     """Where to compute."""
     backend: Backend = "auto"
@@ -168,23 +175,24 @@ class Info:
 Verb = Train | Eval | Render | Export | Convert | Info
 
 
-def _scene(run: RunConfig, verb: Eval | Render | Export) -> Dataset:
+def _scene(run: dict[str, Any], verb: Eval | Render | Export) -> Dataset:
     """The data of a run, or what the flags name instead."""
     from .data import load_dataset
 
     return load_dataset(
-        verb.data or run.data,
+        verb.data or run["data"],
         verb.split,
-        run.background,
-        verb.downscale or run.downscale,
+        run["background"],
+        verb.downscale or run["downscale"],
     )
 
 
 def _load(
     verb: Eval | Render | Export,
-) -> tuple[MipNerf | Nerf, RunConfig, CheckpointInfo, torch.device]:
+) -> tuple[MipNerf | Nerf, dict[str, Any], CheckpointInfo, torch.device]:
     from .backend import configure_backend
     from .checkpoint import load_model
+    from .cpu_setup import prepare_cpu
     from .environment import choose_device
 
     if isinstance(verb, (Eval, Render)) and verb.chunk_rays is not None and verb.chunk_rays < 1:
@@ -193,7 +201,9 @@ def _load(
         raise InputError(f"--run-dir: there is no folder {verb.run_dir}")
     configure_backend(verb.backend)
     device = choose_device(verb.device)
-    model, run, checkpoint = load_model(verb.run_dir, device)
+    if device.type == "cpu":
+        prepare_cpu()
+    model, run, checkpoint = load_model(verb.run_dir, device, verb.checkpoint)
     return model.eval(), run, checkpoint, device
 
 
@@ -444,7 +454,11 @@ def parse(argv: list[str]) -> Verb:
 def _one_sentence(boxed: str) -> str:
     """What is wrong, from an error that tyro drew in a box over several lines and paragraphs."""
     boxed = re.sub(r"\x1b\[[0-9;]*m", "", boxed)
-    lines = [re.sub(r"^[\s│|]+|[\s│|]+$", "", line) for line in boxed.splitlines()]
+    lines = [line.strip(" │|") for line in boxed.splitlines()]
+    if "╭" not in boxed:
+        # Where the output cannot show a frame, the title is a paragraph of its own.
+        first = next((i for i, line in enumerate(lines) if line and set(line) == {"-"}), -1)
+        lines = lines[first + 1 :]
     lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
     rule = next((i for i, line in enumerate(lines) if set(line) <= set("─-")), len(lines))
     text = " ".join(lines[:rule])
@@ -461,6 +475,11 @@ def _complain(message: str) -> int:
     return BAD_INPUT
 
 
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as a line, without the place in the source that raised it."""
+    print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
@@ -473,7 +492,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         verb = parse(arguments)
-        return _RUN[type(verb)](verb)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return _RUN[type(verb)](verb)
     except InputError as error:
         return _complain(str(error))
     except OSError as error:

@@ -184,9 +184,9 @@ def extract_mesh(
     """
     measure = _optional("skimage.measure", "scikit-image")
     spacing = grid.spacing
-    # Density falls outwards ("descent"), so faces and normals point out of the solid.
+    # skimage calls "ascent" what winds the faces outwards where the inside has the larger values.
     vertices, faces, normals, _ = measure.marching_cubes(
-        np.nan_to_num(grid.density), threshold.value, spacing=tuple(spacing), gradient_direction="descent"
+        np.nan_to_num(grid.density), threshold.value, spacing=tuple(spacing), gradient_direction="ascent"
     )
     vertices = vertices.astype(np.float64) + grid.low
     normals = _face_normals(vertices, faces)
