@@ -127,7 +127,7 @@ class Export:
     resolution: int = 128
     """Grid points along the longest side of the box."""
     threshold: float | None = None
-    """Density at the surface, per world unit; by default from the data (Otsu's method on its logarithm)."""
+    """Density at the surface, per world unit; by default from the data (Otsu's method on opacities)."""
     box: tuple[float, float, float, float, float, float] | None = None
     """Lower then upper corner in world units; by default the cube that nearly every camera sees."""
     data: str | None = None

@@ -25,10 +25,8 @@ from .progress import Progress
 FORMATS = ("ply", "glb", "npz")
 CHUNK_POINTS = 2**15
 
-# A surface has to be half opaque within this share of the box; fainter things are fog, not solids.
-_SOLID_SHARE = 0.1
-# Densities below this are one kind of nothing; without a floor Otsu's method would split the empty space.
-_LOG_FLOOR = 1e-2
+# Densities are judged by the opacity of this share of the box's longest side.
+_PROBE_SHARE = 0.1
 # The standard deviation of a uniform distribution over one voxel, in voxels.
 _VOXEL_DEVIATION = 1 / math.sqrt(12)
 
@@ -143,31 +141,36 @@ def density_grid(
 def choose_threshold(grid: DensityGrid, given: float | None = None) -> Threshold:
     """The density at which to draw the surface: as given, or from the data.
 
-    From the data: Otsu's split of log(density) into two classes, but no less than ln 2 / (a tenth of the box's
-    longest side), at which a tenth of the box is half opaque.
+    From the data: Otsu's split into two classes of the opacity 1 - exp(-density l) that a piece of length l, a tenth
+    of the box's longest side, would have. Densities span many decades, and opacity is what can be seen of them.
 
-    Errors: InputError for a threshold that is not positive, or an empty surface: no density of the grid, or every
-    one, is above the threshold. It names the range found.
+    Errors: InputError for a threshold that is not positive, or an empty surface: the threshold is outside the
+    densities found, or, where none is given, not even the largest makes such a piece half opaque. It names the range
+    found.
     """
+    density = np.nan_to_num(grid.density.astype(np.float64))
+    low, high = float(density.min()), float(density.max())
+    where = f"in the box {np.round(grid.low, 3).tolist()} to {np.round(grid.high, 3).tolist()}"
+    found = f"the densities {where} range from {low:.4g} to {high:.4g} per world unit"
     if given is not None:
         if not (math.isfinite(given) and given > 0):
             raise InputError(f"--threshold: must be positive, got {given}")
         threshold = Threshold(given, "given")
     else:
+        length = _PROBE_SHARE * float((grid.high - grid.low).max())
+        solid = math.log(2.0) / length
+        if not low < high or high < solid:
+            raise InputError(
+                f"export: there is nothing solid to draw a surface of (that takes a density of {solid:.4g}, half "
+                f"opaque across a tenth of the box, beside something fainter): {found}"
+            )
         filters = _optional("skimage.filters", "scikit-image")
-        logs = np.log(np.maximum(np.nan_to_num(grid.density), _LOG_FLOOR))
-        otsu = math.exp(filters.threshold_otsu(logs)) if logs.min() < logs.max() else 0.0
-        solid = math.log(2.0) / (_SOLID_SHARE * float((grid.high - grid.low).max()))
-        if otsu >= solid:
-            threshold = Threshold(otsu, "Otsu's method on the logarithm of the density")
-        else:
-            threshold = Threshold(solid, "a tenth of the box is half opaque")
-    low, high = float(grid.density.min()), float(grid.density.max())
+        split = float(filters.threshold_otsu(1 - np.exp(-density * length)))
+        value = -math.log1p(-split) / length
+        threshold = Threshold(value, "Otsu's method on the opacity of a tenth of the box")
     if not low < threshold.value < high:
         raise InputError(
-            f"export: there is no surface at the density {threshold.value:.4g} ({threshold.rule}): the densities "
-            f"in the box {np.round(grid.low, 3).tolist()} to {np.round(grid.high, 3).tolist()} range from "
-            f"{low:.4g} to {high:.4g} per world unit"
+            f"export: there is no surface at the density {threshold.value:.4g} ({threshold.rule}): {found}"
         )
     return threshold
 
