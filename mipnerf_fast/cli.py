@@ -192,7 +192,6 @@ def _load(
 ) -> tuple[MipNerf | Nerf, dict[str, Any], CheckpointInfo, torch.device]:
     from .backend import configure_backend
     from .checkpoint import load_model
-    from .cpu_setup import prepare_cpu
     from .environment import choose_device
 
     if isinstance(verb, (Eval, Render)) and verb.chunk_rays is not None and verb.chunk_rays < 1:
@@ -201,8 +200,6 @@ def _load(
         raise InputError(f"--run-dir: there is no folder {verb.run_dir}")
     configure_backend(verb.backend)
     device = choose_device(verb.device)
-    if device.type == "cpu":
-        prepare_cpu()
     model, run, checkpoint = load_model(verb.run_dir, device, verb.checkpoint)
     return model.eval(), run, checkpoint, device
 
@@ -302,7 +299,7 @@ def run_export(verb: Export) -> int:
         export.write_grid(folder / "density.npz", grid, threshold)
         print(f"grid: {folder / 'density.npz'}, {' x '.join(map(str, grid.density.shape))}")
     if meshes:
-        mesh = export.extract_mesh(model, grid, threshold, verb.chunk_points)
+        mesh = export.extract_mesh(model, grid, threshold)
         for kind in meshes:
             export.write_mesh(folder / f"mesh.{kind}", mesh)
             size = f"{len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles"
@@ -392,6 +389,17 @@ _RUN: dict[type[Any], Callable[[Any], int]] = {
     Convert: run_convert,
     Info: run_info,
 }
+
+
+def _run(verb: Verb) -> int:
+    """Do it; what computes on the CPU does so in a process set up for that (training sees to it itself)."""
+    setup: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if isinstance(verb, (Eval, Render, Export)):
+        from .cpu_setup import cpu_setup
+
+        setup = cpu_setup()
+    with setup:
+        return _RUN[type(verb)](verb)
 
 
 def _preset_named(argv: list[str]) -> str:
@@ -494,7 +502,7 @@ def main(argv: list[str] | None = None) -> int:
         verb = parse(arguments)
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            return _RUN[type(verb)](verb)
+            return _run(verb)
     except InputError as error:
         return _complain(str(error))
     except OSError as error:
