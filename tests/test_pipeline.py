@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -193,20 +194,21 @@ def test_a_tiny_demo(
     from benchmarks import demo
     from mipnerf_fast.data import procedural
 
-    monkeypatch.setattr(procedural, "SIZE", 16)
-    monkeypatch.setattr(procedural, "VIEWS", {"train": 4, "val": 1, "test": 3})
+    monkeypatch.setattr(procedural, "VIEWS", {"train": 2, "val": 1, "test": 1})
+    # A cache of its own: the one of the process must keep the real views.
+    monkeypatch.setattr(procedural, "_rendered", functools.cache(procedural._rendered.__wrapped__))
     monkeypatch.setattr(demo, "FEWEST_FRAMES", 4)
     monkeypatch.setattr(demo, "MOST_FRAMES", 4)
     out = tmp_path / "outputs" / "demo"
     for _ in range(2):
-        assert demo.main(["--out", str(out), "--minutes", "0.02", "--downscale", "1"]) == 0
+        assert demo.main(["--out", str(out), "--minutes", "0.02", "--downscale", "8"]) == 0
         assert not (out / "old").exists()
         (out / "old").touch()
     (out / "old").unlink()
     names = {"strip.png", "turntable.mp4", "turntable_depth.mp4", "curves.png", "metrics.md", "metrics.json"}
     assert names < {path.name for path in out.iterdir()}
     assert [path.name for path in out.parent.iterdir()] == ["demo"]
-    assert imageio.imread(out / "turntable.mp4").shape == (4, 16, 16, 3)
+    assert imageio.imread(out / "turntable.mp4").shape == (4, 26, 26, 3)  # 25 x 25, made even
     output = capsys.readouterr().out
     assert all(
         str(out / name) in output for name in ("strip.png", "turntable.mp4", "curves.png", "metrics.md")
