@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import platform
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -188,28 +188,22 @@ def _scene(run: dict[str, Any], verb: Eval | Render | Export) -> Dataset:
 
 
 def _load(
-    verb: Eval | Render | Export,
+    verb: Eval | Render | Export, out: Path
 ) -> tuple[MipNerf | Nerf, dict[str, Any], CheckpointInfo, torch.device]:
     from .backend import configure_backend
     from .checkpoint import load_model
     from .environment import choose_device
+    from .run_folder import check_writable
 
     if isinstance(verb, (Eval, Render)) and verb.chunk_rays is not None and verb.chunk_rays < 1:
         raise InputError(f"--chunk-rays: must be at least 1, got {verb.chunk_rays}")
     if not verb.run_dir.is_dir():
         raise InputError(f"--run-dir: there is no folder {verb.run_dir}")
+    check_writable(out)
     configure_backend(verb.backend)
     device = choose_device(verb.device)
     model, run, checkpoint = load_model(verb.run_dir, device, verb.checkpoint)
     return model.eval(), run, checkpoint, device
-
-
-def _writable(folder: Path) -> Path:
-    """The folder, made, after a trial of writing to it: better now than after an hour of rendering."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(13, "the folder cannot be written to", str(folder))
-    return folder
 
 
 def run_train(verb: Train) -> int:
@@ -237,9 +231,11 @@ def run_eval(verb: Eval) -> int:
     """`mipnerf-fast eval`."""
     from .evaluation import evaluate, terminal_table, write_reports
 
-    model, run, checkpoint, _ = _load(verb)
+    folder = verb.run_dir / "eval"
+    model, run, checkpoint, _ = _load(verb, folder)
     data = _scene(run, verb)
-    folder = _writable(verb.run_dir / "eval")
+    if verb.images and (folder / "images").exists():
+        shutil.rmtree(folder / "images")
     evaluation = evaluate(
         model,
         data,
@@ -258,13 +254,14 @@ def run_render(verb: Render) -> int:
     from .camera_paths import camera_path
     from .rendering import render_path
 
-    model, run, _, _ = _load(verb)
+    folder = verb.run_dir / "render" / verb.path
+    model, run, _, _ = _load(verb, folder)
     data = _scene(run, verb)
     cameras = camera_path(verb.path, data, verb.frames)
     lines = render_path(
         model,
         cameras,
-        _writable(verb.run_dir / "render") / verb.path,
+        folder,
         kinds=verb.kinds,
         white_background=data.white_background,
         chunk_rays=verb.chunk_rays,
@@ -286,14 +283,15 @@ def run_export(verb: Export) -> int:
     meshes = [name for name in verb.formats if name != "npz"]
     if meshes or verb.threshold is None:
         export.require_export_packages()
-    model, run, _, _ = _load(verb)
+    folder = verb.run_dir / "export"
+    model, run, _, _ = _load(verb, folder)
     if verb.box is not None:
         low, high = np.array(verb.box[:3]), np.array(verb.box[3:])
     else:
         low, high = export.default_box(surroundings(_scene(run, verb)))
-    folder = _writable(verb.run_dir / "export")
     grid = export.density_grid(model, low, high, verb.resolution, verb.chunk_points)
     threshold = export.choose_threshold(grid, verb.threshold)
+    folder.mkdir(parents=True, exist_ok=True)
     print(f"density {threshold.value:.4g} per world unit at the surface ({threshold.rule})")
     if "npz" in verb.formats:
         export.write_grid(folder / "density.npz", grid, threshold)

@@ -105,6 +105,17 @@ def test_render_takes_fewer_kinds(run: Path) -> None:
     assert sorted(path.name for path in (run / "render" / "turntable").iterdir()) == ["rgb", "rgb.mp4"]
 
 
+def test_results_that_cannot_be_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, line in (("eval", []), ("render", ["--path", "zoom"]), ("export", [])):
+        (run / name).rename(run / "aside") if (run / name).exists() else None
+        (run / name).write_text("in the way")
+        capsys.readouterr()
+        assert cli.main([name, "--run-dir", str(run), *line]) == 2
+        assert str(run / name) in capsys.readouterr().err
+        (run / name).unlink()
+        (run / "aside").rename(run / name) if (run / "aside").exists() else None
+
+
 def test_export(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", "--run-dir", str(run), "--resolution", "32"]) == 0
     assert "Otsu" in capsys.readouterr().out
