@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import platform
 import re
@@ -41,8 +42,9 @@ class Train:
 
     data: str
     """Scene folder (Blender, or multi-scale Blender), or "demo" for the built-in scene."""
-    run_dir: Path
-    """Folder of the run: configuration, metrics, curves, checkpoints, previews."""
+    run_dir: Path | None = None
+    """Folder of the run: configuration, metrics, curves, checkpoints, previews; by default a new one,
+    runs/SCENE-PRESET-TIME."""
     preset: str = "paper"
     """Where the configuration starts from; see the list below."""
     downscale: int = 1
@@ -206,17 +208,26 @@ def _load(
     return model.eval(), run, checkpoint, device
 
 
+def _new_run_dir(data: str, preset: str) -> Path:
+    """A folder that no run uses yet, named so that a listing of runs/ reads as a diary."""
+    stem = f"{Path(data).resolve().name}-{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([stem], (f"{stem}-{k}" for k in itertools.count(2)))
+    return next(path for path in (Path("runs", name) for name in names) if not path.exists())
+
+
 def run_train(verb: Train) -> int:
     """`mipnerf-fast train`."""
     from .training import run_training
 
     if verb.max_minutes is not None and not verb.max_minutes > 0:
         raise InputError(f"--max-minutes: must be positive, got {verb.max_minutes}")
+    if verb.resume and verb.run_dir is None:
+        raise InputError("--resume: needs --run-dir, the folder of the run to continue")
     result = run_training(
         verb.data,
         verb.config,
         verb.preset,
-        verb.run_dir,
+        verb.run_dir or _new_run_dir(verb.data, verb.preset),
         downscale=verb.downscale,
         background=verb.background,
         max_minutes=verb.max_minutes,

@@ -71,6 +71,21 @@ def test_train_flags_and_presets(tmp_path: Path) -> None:
     assert verb.config.lr_init == PRESETS["small"].lr_init
 
 
+def test_without_a_run_dir_a_new_one_is_named(
+    tmp_path: Path, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: "20260101-120000")
+    train = ["train", "--data", str(scene), "--preset", "small", "--max-steps", "1", "--batch-size", "4"]
+    assert cli.main(train) == cli.main(train) == cli.DONE
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["scene-small-20260101-120000", "scene-small-20260101-120000-2"]
+
+
+def test_resume_needs_a_run_dir(tmp_path: Path, scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "needs --run-dir" in refused(capsys, tmp_path, "train", "--data", scene, "--resume")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_alone_is_that_preset(name: str) -> None:
     for flags in (["--preset", name], [f"--preset={name}"]):
@@ -109,7 +124,7 @@ def test_other_verbs(line: str, want: cli.Verb) -> None:
     [
         ("", ["train", "eval", "render", "export", "convert", "info"]),
         ("trian", ["trian"]),
-        ("train", ["--data", "--run-dir"]),
+        ("train", ["--data"]),
         ("train --data demo --run-dir x --batch-sizes 3", ["--batch-sizes"]),
         ("train --data demo --run-dir x --batch-size many", ["--batch-size", "many"]),
         ("train --data demo --run-dir x --preset", ["--preset"]),
