@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -441,7 +442,7 @@ def parse(argv: list[str]) -> Verb:
         about += "\n\nPresets:\n" + "".join(f"\n- {name}: {note}" for name, note in PRESET_NOTES.items())
     train = tyro.conf.subcommand(
         "train",
-        default=Train(missing, missing, config=start),
+        default=Train(missing, config=start),
         description=about,
     )
     others = {"eval": Eval, "render": Render, "export": Export, "convert": Convert, "info": Info}
