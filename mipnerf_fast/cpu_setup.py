@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,29 +16,38 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _NEVER = 2**31 - 1
 
 
-def prepare_cpu() -> list[str]:
-    """Set this process up to compute on the CPU, before the first parallel work; say what was done.
+@contextmanager
+def cpu_setup() -> Iterator[list[str]]:
+    """Set this process up to compute on the CPU, before its first parallel work; the value says what was done.
 
     - malloc keeps freed pages: a step allocates the same hundreds of megabytes again and again, and glibc otherwise
       returns them to the system and takes fresh, zeroed pages every time. Nothing to do without glibc.
-    - Denormal numbers are zero: the attenuation of the highest octaves is full of them, and arithmetic on them is
-      many times slower. Threads inherit this when they start, hence "before the first parallel work".
+    - Denormal numbers are zero until the context ends: the attenuation of the highest octaves is full of them, and
+      arithmetic on them is many times slower. Threads inherit this when they start, hence "before".
     - No more threads than cores that this process may use, unless OMP_NUM_THREADS says otherwise.
 
-    Returns:
-        One sentence per setting.
+    Example:
+        >>> with cpu_setup() as notes:
+        ...     print(notes[-1])  # doctest: +ELLIPSIS
+        torch computes on ... threads
     """
     notes = []
     if _keep_pages():
         notes.append("malloc keeps its pages (mallopt M_MMAP_THRESHOLD and M_TRIM_THRESHOLD)")
+    flushed_before = _flushes_denormals()
     if torch.set_flush_denormal(True):
         notes.append("denormal numbers are flushed to zero")
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = usable_cores()
-        if torch.get_num_threads() != cores:
-            torch.set_num_threads(cores)
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() != usable_cores():
+        torch.set_num_threads(usable_cores())
     notes.append(f"torch computes on {torch.get_num_threads()} threads")
-    return notes
+    try:
+        yield notes
+    finally:
+        torch.set_flush_denormal(flushed_before)
+
+
+def _flushes_denormals() -> bool:
+    return float(torch.tensor(1e-38) * 0.1) == 0.0
 
 
 def _keep_pages() -> bool:

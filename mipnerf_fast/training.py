@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -31,7 +33,7 @@ from .checkpoint import (
 )
 from .config import MipNerfConfig, TrainConfig
 from .counter_rng import CounterRandom
-from .cpu_setup import free_memory, prepare_cpu
+from .cpu_setup import cpu_setup, free_memory
 from .data import Dataset, RayBatches, blender, load_dataset, multiscale
 from .data.scene_files import read_json
 from .durable_files import remove_partial_files
@@ -517,16 +519,12 @@ def run_training(
     old = check_resumable(run_dir) if resume else None
     if not resume:
         check_fresh(run_dir)
-    notes = prepare_cpu() if place.type == "cpu" else []
-    train = load_dataset(data, "train", background, downscale)
-    test = load_dataset(data, "test", background, downscale) if _has_test_split(data) else None
-
     run = RunConfig(
         preset=preset,
         data=str(data),
         downscale=downscale,
         background=background,
-        dataset=fingerprint(train),
+        dataset={},
         train=config,
         max_minutes=max_minutes,
         device=place.type,
@@ -535,6 +533,18 @@ def run_training(
         package=__version__,
         revision=revision(),
     )
+    with cpu_setup() if place.type == "cpu" else nullcontext([]) as notes:
+        return _load_and_train(run, run_dir, place, old, notes)
+
+
+def _load_and_train(
+    run: RunConfig, run_dir: Path, device: torch.device, old: RunConfig | None, notes: list[str]
+) -> TrainResult:
+    """The rest of the checks, those that need the data, and the run."""
+    train = load_dataset(run.data, "train", run.background, run.downscale)
+    has_test = _has_test_split(run.data)
+    test = load_dataset(run.data, "test", run.background, run.downscale) if has_test else None
+    run = dataclasses.replace(run, dataset=fingerprint(train))
     checkpoint = None
     if old is not None:
         # A run may have been killed before its first checkpoint: then it starts over.
@@ -542,8 +552,8 @@ def run_training(
         check_same_run(old, run, checkpoint.info.step if checkpoint else 0)
         if checkpoint is not None:
             # It may have been copied here from another run.
-            check_same_config(checkpoint.info.config, config, str(checkpoint.path))
-    return _train_in_folder(run, train, test, run_dir, place, checkpoint, notes)
+            check_same_config(checkpoint.info.config, run.train, str(checkpoint.path))
+    return _train_in_folder(run, train, test, run_dir, device, checkpoint, notes)
 
 
 def _train_in_folder(
