@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
+import sys
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -354,9 +355,9 @@ def _train_in_folder(
                 for note in _opening(run, trainer, train, test, notes):
                     progress.say(note)
                 result = _Run(trainer, test, run_dir, reports, progress, stop).go()
-            progress.say(_closing(result, run_dir))
         finally:
             progress.close()
+    print(_closing(result, run_dir), file=sys.stderr, flush=True)
     return result
 
 

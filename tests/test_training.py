@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import math
 import os
 import sys
@@ -14,7 +15,15 @@ import pytest
 import torch
 from tiny_runs import TINY, same_tensors, tiny, tiny_dataset, write_scene
 
-from mipnerf_fast import InputError, MipNerfConfig, NerfConfig, TrainConfig, metrics, schedules
+from mipnerf_fast import (
+    InputError,
+    MipNerfConfig,
+    NerfConfig,
+    TrainConfig,
+    metrics,
+    schedules,
+    training_reports,
+)
 from mipnerf_fast import trainer as trainer_module
 from mipnerf_fast.checkpoint import load_checkpoint
 from mipnerf_fast.config import PRESETS
@@ -24,6 +33,7 @@ from mipnerf_fast.data.procedural import demo_scene
 from mipnerf_fast.rendering import render_image
 from mipnerf_fast.trainer import DivergedError, Trainer, bytes_per_ray, choose_chunk, clip_gradients
 from mipnerf_fast.training import run_training
+from mipnerf_fast.training_reports import ProgressLine
 
 
 @pytest.fixture(autouse=True)
@@ -316,6 +326,32 @@ def test_a_run_leaves_its_reports(scene: Path, tmp_path: Path, capfd: pytest.Cap
     assert "4 training views, 4 test views" in said
     assert "malloc keeps its pages" in said or "glibc" not in os.confstr("CS_GNU_LIBC_VERSION")
     assert str(result.checkpoint) in said
+
+
+class Terminal(io.StringIO):
+    """An output that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_shows_what_is_left(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    output = Terminal() if is_terminal else io.StringIO()
+    clock = iter(range(0, 1000, 11))
+    monkeypatch.setattr(sys, "stderr", output)
+    monkeypatch.setattr(training_reports.time, "monotonic", lambda: next(clock))
+    # Resumed at step 100: what is left follows from the steps done here, 10 in 20 s, or from the time limit.
+    progress = ProgressLine(100, 1000, 400.0, 600.0)
+    progress.update(110, 420.0, 12345.6, 21.5)
+    progress.update(120, 550.0, 12345.6, 22.5)
+    progress.close()
+    text = output.getvalue()
+    assert "step 110 of 1,000, 12,346 rays/s, PSNR 21.50 dB, 3:00 left" in text
+    assert "step 120 of 1,000, 12,346 rays/s, PSNR 22.50 dB, 0:50 left" in text
+    # The bar shows whichever limit is nearer: 550 of 600 s.
+    assert ("92%|" in text) == is_terminal
+    assert ("train: step" in text) != is_terminal
 
 
 def test_the_training_psnr_is_of_the_mean_squared_error(scene: Path, tmp_path: Path) -> None:
