@@ -19,19 +19,19 @@
 #include <cstdint>
 #include <cstring>
 
+#ifndef MIPNERF_HOST_DEVICE  // device.cuh defines it alike
 #if defined(__CUDACC__)
-#define MIPNERF_HD __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
-#define MIPNERF_HD inline __attribute__((always_inline))
+#define MIPNERF_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define MIPNERF_HD inline
+#define MIPNERF_HOST_DEVICE inline __attribute__((always_inline))
+#endif
 #endif
 
-namespace mipnerf_fast {
+namespace mipnerf {
 
 // ---- bits -----------------------------------------------------------------------------------------------------
 
-MIPNERF_HD uint32_t float_bits(float x) {
+MIPNERF_HOST_DEVICE uint32_t float_bits(float x) {
 #if defined(__CUDA_ARCH__)
   return __float_as_uint(x);
 #else
@@ -41,7 +41,7 @@ MIPNERF_HD uint32_t float_bits(float x) {
 #endif
 }
 
-MIPNERF_HD float bits_float(uint32_t bits) {
+MIPNERF_HOST_DEVICE float bits_float(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
   return __uint_as_float(bits);
 #else
@@ -52,7 +52,7 @@ MIPNERF_HD float bits_float(uint32_t bits) {
 }
 
 // Round to nearest even. The quiet bit is set on a NaN, whose low bits alone would otherwise round to infinity.
-MIPNERF_HD uint16_t to_bfloat16_bits(float x) {
+MIPNERF_HOST_DEVICE uint16_t to_bfloat16_bits(float x) {
   const uint32_t bits = float_bits(x);
   const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const uint32_t quiet = bits | 0x00400000u;
@@ -60,9 +60,9 @@ MIPNERF_HD uint16_t to_bfloat16_bits(float x) {
   return static_cast<uint16_t>((is_nan ? quiet : rounded) >> 16);
 }
 
-MIPNERF_HD float from_bfloat16_bits(uint16_t bits) { return bits_float(static_cast<uint32_t>(bits) << 16); }
+MIPNERF_HOST_DEVICE float from_bfloat16_bits(uint16_t bits) { return bits_float(static_cast<uint32_t>(bits) << 16); }
 
-MIPNERF_HD uint16_t to_half_bits(float x) {
+MIPNERF_HOST_DEVICE uint16_t to_half_bits(float x) {
   const uint32_t bits = float_bits(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -76,7 +76,7 @@ MIPNERF_HD uint16_t to_half_bits(float x) {
   return static_cast<uint16_t>(sign | half);
 }
 
-MIPNERF_HD float from_half_bits(uint16_t half) {
+MIPNERF_HOST_DEVICE float from_half_bits(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;
   // The product with 2^112 moves the bias and normalises the subnormals in one step.
@@ -87,7 +87,7 @@ MIPNERF_HD float from_half_bits(uint16_t half) {
 
 // ---- operations that no compiler may fuse ---------------------------------------------------------------------
 
-MIPNERF_HD float add_rn(float a, float b) {
+MIPNERF_HOST_DEVICE float add_rn(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fadd_rn(a, b);
 #else
@@ -95,7 +95,7 @@ MIPNERF_HD float add_rn(float a, float b) {
 #endif
 }
 
-MIPNERF_HD double add_rn(double a, double b) {
+MIPNERF_HOST_DEVICE double add_rn(double a, double b) {
 #if defined(__CUDA_ARCH__)
   return __dadd_rn(a, b);
 #else
@@ -104,11 +104,11 @@ MIPNERF_HD double add_rn(double a, double b) {
 }
 
 template <typename T>
-MIPNERF_HD T sub_rn(T a, T b) {
+MIPNERF_HOST_DEVICE T sub_rn(T a, T b) {
   return add_rn(a, -b);
 }
 
-MIPNERF_HD float mul_rn(float a, float b) {
+MIPNERF_HOST_DEVICE float mul_rn(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);
 #else
@@ -116,7 +116,7 @@ MIPNERF_HD float mul_rn(float a, float b) {
 #endif
 }
 
-MIPNERF_HD double mul_rn(double a, double b) {
+MIPNERF_HOST_DEVICE double mul_rn(double a, double b) {
 #if defined(__CUDA_ARCH__)
   return __dmul_rn(a, b);
 #else
@@ -124,9 +124,9 @@ MIPNERF_HD double mul_rn(double a, double b) {
 #endif
 }
 
-MIPNERF_HD float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
+MIPNERF_HOST_DEVICE float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
 
-MIPNERF_HD double fma_rn(double a, double b, double c) { return fma(a, b, c); }
+MIPNERF_HOST_DEVICE double fma_rn(double a, double b, double c) { return fma(a, b, c); }
 
 // ---- pairs: the unevaluated sum hi + lo, |lo| at most half a unit in the last place of hi ------------------------
 
@@ -138,7 +138,7 @@ struct Pair {
 
 // hi + lo = a + b exactly.
 template <typename T>
-MIPNERF_HD Pair<T> two_sum(T a, T b) {
+MIPNERF_HOST_DEVICE Pair<T> two_sum(T a, T b) {
   const T sum = add_rn(a, b);
   const T b_part = sub_rn(sum, a);
   const T a_part = sub_rn(sum, b_part);
@@ -147,27 +147,27 @@ MIPNERF_HD Pair<T> two_sum(T a, T b) {
 
 // hi + lo = a - b exactly.
 template <typename T>
-MIPNERF_HD Pair<T> two_difference(T a, T b) {
+MIPNERF_HOST_DEVICE Pair<T> two_difference(T a, T b) {
   return two_sum(a, -b);
 }
 
 // hi + lo = a + b exactly where |a| >= |b| or a = 0.
 template <typename T>
-MIPNERF_HD Pair<T> quick_two_sum(T a, T b) {
+MIPNERF_HOST_DEVICE Pair<T> quick_two_sum(T a, T b) {
   const T sum = add_rn(a, b);
   return {sum, sub_rn(b, sub_rn(sum, a))};
 }
 
 // hi + lo = a b exactly, unless the low word underflows.
 template <typename T>
-MIPNERF_HD Pair<T> two_product(T a, T b) {
+MIPNERF_HOST_DEVICE Pair<T> two_product(T a, T b) {
   const T product = mul_rn(a, b);
   return {product, fma_rn(a, b, -product)};
 }
 
 // The product of two pairs, to about two units in the last place of its low word.
 template <typename T>
-MIPNERF_HD Pair<T> pair_times(Pair<T> a, Pair<T> b) {
+MIPNERF_HOST_DEVICE Pair<T> pair_times(Pair<T> a, Pair<T> b) {
   const Pair<T> high = two_product(a.hi, b.hi);
   return quick_two_sum(high.hi, add_rn(high.lo, fma_rn(a.hi, b.lo, mul_rn(a.lo, b.hi))));
 }
@@ -178,10 +178,10 @@ MIPNERF_HD Pair<T> pair_times(Pair<T> a, Pair<T> b) {
 constexpr float kRoundingShift = 12582912.0f;
 
 // 2^n for an integer -127 <= n <= 127 given as n + kRoundingShift; n = -127 gives zero.
-MIPNERF_HD float exp2_of_shifted_integer(float shifted) { return bits_float((float_bits(shifted) + 127u) << 23); }
+MIPNERF_HOST_DEVICE float exp2_of_shifted_integer(float shifted) { return bits_float((float_bits(shifted) + 127u) << 23); }
 
 // 2^x for x <= 0, to 2 units in the last place; below 2^-126 zero.
-MIPNERF_HD float exp2_nonpositive(float x) {
+MIPNERF_HOST_DEVICE float exp2_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
@@ -202,10 +202,10 @@ MIPNERF_HD float exp2_nonpositive(float x) {
 #endif
 }
 
-MIPNERF_HD double exp2_nonpositive(double x) { return exp2(x); }
+MIPNERF_HOST_DEVICE double exp2_nonpositive(double x) { return exp2(x); }
 
 // e^x - 1 = x + x^2 p(x) for |x| <= ln(2) / 2, relative error 2.5e-10 before rounding.
-MIPNERF_HD float expm1_reduced(float x) {
+MIPNERF_HOST_DEVICE float expm1_reduced(float x) {
   float p = 1.988317381e-4f;
   p = fma_rn(p, x, 1.394170919e-3f);
   p = fma_rn(p, x, 8.333317935e-3f);
@@ -221,7 +221,7 @@ struct ReducedExponent {
 };
 
 // x <= 0, clamped where 2^n becomes zero.
-MIPNERF_HD ReducedExponent reduce_exponent(float x) {
+MIPNERF_HOST_DEVICE ReducedExponent reduce_exponent(float x) {
   x = x < -88.029692f ? -88.029692f : x;
   const float shifted = fma_rn(x, 1.44269504f, kRoundingShift);
   const float n = shifted - kRoundingShift;
@@ -230,25 +230,25 @@ MIPNERF_HD ReducedExponent reduce_exponent(float x) {
 }
 
 // e^x for x <= 0, to 2 units in the last place; below 2^-126 zero, so e^-inf = 0.
-MIPNERF_HD float exp_nonpositive(float x) {
+MIPNERF_HOST_DEVICE float exp_nonpositive(float x) {
   const ReducedExponent reduced = reduce_exponent(x);
   return fma_rn(expm1_reduced(reduced.fraction), reduced.scale, reduced.scale);
 }
 
-MIPNERF_HD double exp_nonpositive(double x) { return exp(x); }
+MIPNERF_HOST_DEVICE double exp_nonpositive(double x) { return exp(x); }
 
 // 1 - e^-x for x >= 0 without cancellation: x near zero, 1 at infinity.
-MIPNERF_HD float one_minus_exp_negative(float x) {
+MIPNERF_HOST_DEVICE float one_minus_exp_negative(float x) {
   const ReducedExponent reduced = reduce_exponent(-x);
   return fma_rn(-expm1_reduced(reduced.fraction), reduced.scale, 1.0f - reduced.scale);
 }
 
-MIPNERF_HD double one_minus_exp_negative(double x) { return -expm1(-x); }
+MIPNERF_HOST_DEVICE double one_minus_exp_negative(double x) { return -expm1(-x); }
 
 // ---- activations ----------------------------------------------------------------------------------------------
 
 // log(1 + z) for 0 <= z <= 1 as 2 artanh(z / (2 + z)).
-MIPNERF_HD float log1p_unit(float z) {
+MIPNERF_HOST_DEVICE float log1p_unit(float z) {
   const float s = z / (2.0f + z);
   const float s2 = s * s;
   float p = 2.430536300e-1f;
@@ -259,11 +259,11 @@ MIPNERF_HD float log1p_unit(float z) {
   return fma_rn(s * s2, p, 2.0f * s);
 }
 
-MIPNERF_HD double log1p_unit(double z) { return log1p(z); }
+MIPNERF_HOST_DEVICE double log1p_unit(double z) { return log1p(z); }
 
 // log(1 + e^x); its derivative is the sigmoid.
 template <typename T>
-MIPNERF_HD T softplus(T x) {
+MIPNERF_HOST_DEVICE T softplus(T x) {
   const T magnitude = x < T(0) ? -x : x;
   const T positive = x < T(0) ? T(0) : x;
   return positive + log1p_unit(exp_nonpositive(-magnitude));
@@ -271,7 +271,7 @@ MIPNERF_HD T softplus(T x) {
 
 // 1 / (1 + e^-x), accurate in both tails.
 template <typename T>
-MIPNERF_HD T sigmoid(T x) {
+MIPNERF_HOST_DEVICE T sigmoid(T x) {
   const T magnitude = x < T(0) ? -x : x;
   const T e = exp_nonpositive(-magnitude);
   const T inverse = T(1) / (T(1) + e);
@@ -287,7 +287,7 @@ struct SinCos {
 };
 
 // sin(pi r) and cos(pi r) for |r| <= 0.502: absolute error below 1e-7, the sine exact to rounding near zero.
-MIPNERF_HD SinCos<float> sincospi_half(float r) {
+MIPNERF_HOST_DEVICE SinCos<float> sincospi_half(float r) {
   const float r2 = r * r;
   float s = 7.718180865e-2f;
   s = fma_rn(s, r2, -5.980259776e-1f);
@@ -303,9 +303,9 @@ MIPNERF_HD SinCos<float> sincospi_half(float r) {
   return {s * r, c};
 }
 
-MIPNERF_HD SinCos<double> sincospi_half(double r) {
+MIPNERF_HOST_DEVICE SinCos<double> sincospi_half(double r) {
   const double angle = r * 3.14159265358979323846;
   return {sin(angle), cos(angle)};
 }
 
-}  // namespace mipnerf_fast
+}  // namespace mipnerf
