@@ -46,13 +46,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-
-#if defined(__CUDACC__)
-#include <cuda_runtime.h>
-
 #include <limits>
 #include <stdexcept>
 #include <string>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
 #define MIPNERF_DEVICE __device__ __forceinline__
 #ifndef MIPNERF_HOST_DEVICE
 #define MIPNERF_HOST_DEVICE __host__ __device__ __forceinline__
@@ -125,12 +124,6 @@ namespace mipnerf {
 using Stream = cudaStream_t;
 
 // ---------------------------------------------------------------------------------------------------------- launching
-
-inline dim3 grid_size(std::int64_t blocks) {
-  if (blocks < 0 || blocks > std::numeric_limits<std::int32_t>::max())
-    throw std::runtime_error("a grid of " + std::to_string(blocks) + " blocks is outside 0..2^31-1");
-  return dim3(static_cast<unsigned>(blocks));
-}
 
 namespace detail {
 
@@ -355,6 +348,12 @@ MIPNERF_DEVICE int highest_bit(unsigned mask) { return 31 - __clz(static_cast<in
 namespace mipnerf {
 
 // ------------------------------------------------------------------- built from the above, the same on GPU and CPU
+
+inline dim3 grid_size(std::int64_t blocks) {
+  if (blocks < 0 || blocks > std::numeric_limits<std::int32_t>::max())
+    throw std::runtime_error("a grid of " + std::to_string(blocks) + " blocks is outside 0..2^31-1");
+  return dim3(static_cast<unsigned>(blocks));
+}
 
 template <typename T>
 constexpr int kPerLoad128 = 16 / static_cast<int>(sizeof(T));

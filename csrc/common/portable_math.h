@@ -5,9 +5,11 @@
 // product and a sum are rounded one after the other); on the device the rounded intrinsics say so themselves.
 // The double versions call libm: float64 is for checking, not for speed.
 //
-//   bits            float_bits, bits_float, to_bfloat16_bits, from_bfloat16_bits, to_half_bits, from_half_bits
+//   bits            float_bits, bits_float, double_bits, bits_double,
+//                   to_bfloat16_bits, from_bfloat16_bits, to_half_bits, from_half_bits
 //   rounded         add_rn, sub_rn, mul_rn, fma_rn
 //   pairs           Pair<T>{hi, lo}, two_sum, two_difference, two_product, pair_times
+//   integers        rounding_shift, nearest_integer, negate_if_odd
 //   exponentials    exp2_nonpositive, exp_nonpositive, one_minus_exp_negative
 //   activations     softplus, sigmoid
 //   sine and cosine sincospi_half: |r| <= 0.502, in units of pi
@@ -46,6 +48,26 @@ MIPNERF_HOST_DEVICE float bits_float(uint32_t bits) {
   return __uint_as_float(bits);
 #else
   float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+#endif
+}
+
+MIPNERF_HOST_DEVICE uint64_t double_bits(double x) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint64_t>(__double_as_longlong(x));
+#else
+  uint64_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+#endif
+}
+
+MIPNERF_HOST_DEVICE double bits_double(uint64_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double(static_cast<long long>(bits));
+#else
+  double x;
   std::memcpy(&x, &bits, sizeof(x));
   return x;
 #endif
@@ -172,12 +194,29 @@ MIPNERF_HOST_DEVICE Pair<T> pair_times(Pair<T> a, Pair<T> b) {
   return quick_two_sum(high.hi, add_rn(high.lo, fma_rn(a.hi, b.lo, mul_rn(a.lo, b.hi))));
 }
 
+// ---- integers -------------------------------------------------------------------------------------------------
+
+// 1.5 x 2^23 (2^52): adding it rounds |x| < 2^22 (2^51) to the nearest integer, ties to even, which then sits in the low
+// bits; subtracting it again gives the integer as a number.
+MIPNERF_HOST_DEVICE constexpr float rounding_shift(float) { return 12582912.0f; }
+MIPNERF_HOST_DEVICE constexpr double rounding_shift(double) { return 6755399441055744.0; }
+
+// Any magnitude, ties to even.
+MIPNERF_HOST_DEVICE float nearest_integer(float x) { return nearbyintf(x); }
+MIPNERF_HOST_DEVICE double nearest_integer(double x) { return nearbyint(x); }
+
+// -value where the integer in `shifted` (an integer plus rounding_shift) is odd.
+MIPNERF_HOST_DEVICE float negate_if_odd(float value, float shifted) {
+  return bits_float(float_bits(value) ^ (float_bits(shifted) << 31));
+}
+
+MIPNERF_HOST_DEVICE double negate_if_odd(double value, double shifted) {
+  return bits_double(double_bits(value) ^ (double_bits(shifted) << 63));
+}
+
 // ---- exponentials ---------------------------------------------------------------------------------------------
 
-// 1.5 x 2^23: adding it rounds |x| < 2^22 to the nearest integer (ties to even), which then sits in the low bits.
-constexpr float kRoundingShift = 12582912.0f;
-
-// 2^n for an integer -127 <= n <= 127 given as n + kRoundingShift; n = -127 gives zero.
+// 2^n for an integer -127 <= n <= 127 given as n + rounding_shift; n = -127 gives zero.
 MIPNERF_HOST_DEVICE float exp2_of_shifted_integer(float shifted) { return bits_float((float_bits(shifted) + 127u) << 23); }
 
 // 2^x for x <= 0, to 2 units in the last place; below 2^-126 zero.
@@ -188,8 +227,8 @@ MIPNERF_HOST_DEVICE float exp2_nonpositive(float x) {
   return result;
 #else
   x = x < -127.0f ? -127.0f : x;
-  const float shifted = x + kRoundingShift;
-  const float f = x - (shifted - kRoundingShift);
+  const float shifted = x + rounding_shift(0.0f);
+  const float f = x - (shifted - rounding_shift(0.0f));
   // 2^f = 1 + f p(f), relative error 2.6e-9 on [-1/2, 1/2]
   float p = 1.559488592e-4f;
   p = fma_rn(p, f, 1.340673538e-3f);
@@ -223,8 +262,8 @@ struct ReducedExponent {
 // x <= 0, clamped where 2^n becomes zero.
 MIPNERF_HOST_DEVICE ReducedExponent reduce_exponent(float x) {
   x = x < -88.029692f ? -88.029692f : x;
-  const float shifted = fma_rn(x, 1.44269504f, kRoundingShift);
-  const float n = shifted - kRoundingShift;
+  const float shifted = fma_rn(x, 1.44269504f, rounding_shift(0.0f));
+  const float n = shifted - rounding_shift(0.0f);
   const float fraction = fma_rn(n, -1.42860677e-6f, fma_rn(n, -0.693145752f, x));
   return {fraction, exp2_of_shifted_integer(shifted)};
 }
