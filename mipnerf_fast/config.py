@@ -1,0 +1,302 @@
+"""Configurations as frozen dataclasses, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class MipNerfConfig:
+    """The mip-NeRF model; the defaults are the paper's."""
+
+    num_samples: int = 128
+    """Intervals per ray and level (paper, section 4)."""
+    num_levels: int = 2
+    """Levels of sampling: one coarse, the rest resampled (section 3.2)."""
+    min_deg_point: int = 0
+    """First octave of the integrated positional encoding (equation 14)."""
+    max_deg_point: int = 16
+    """End of the octaves, excluded (section 4)."""
+    deg_view: int = 4
+    """Octaves of the view-direction encoding."""
+    net_depth: int = 8
+    """Trunk layers."""
+    net_width: int = 256
+    """Neurons per trunk layer."""
+    net_depth_condition: int = 1
+    """Layers of the view branch."""
+    net_width_condition: int = 128
+    """Neurons per layer of the view branch."""
+    skip_layer: int = 4
+    """The encoding is concatenated again after every layer index > 0 that this divides."""
+    ray_shape: Literal["cone", "cylinder"] = "cone"
+    """Shape of the volume behind a pixel; cylinder for NDC rays (section 3.1 and appendix)."""
+    lindisp: bool = False
+    """Coarse samples evenly in disparity instead of distance."""
+    resample_padding: float = 0.01
+    """Added to the blurred weights before resampling (equation 18, alpha)."""
+    stop_level_grad: bool = True
+    """No gradient through the resampled fenceposts. Only True is defined by the paper."""
+    density_activation: Literal["softplus", "relu"] = "softplus"
+    """From raw output to density (section 4)."""
+    density_noise: float = 0.0
+    """Standard deviation of the noise added to the raw density in training."""
+    density_bias: float = -1.0
+    """Added to the raw density before the activation: softplus(x - 1)."""
+    rgb_padding: float = 0.001
+    """The sigmoid is widened by this at both ends, so that 0 and 1 are reachable."""
+    disable_integration: bool = False
+    """Encode the mean alone: the ablation "no-ipe"."""
+    use_viewdirs: bool = True
+    """Colour depends on the view direction."""
+    separate_mlps: bool = False
+    """One MLP per level instead of one for all: the ablation "separate-mlps"."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self,
+            1,
+            "num_samples",
+            "num_levels",
+            "net_depth",
+            "net_width",
+            "net_width_condition",
+            "skip_layer",
+        )
+        _at_least(
+            self, 0, "min_deg_point", "deg_view", "net_depth_condition", "resample_padding", "density_noise"
+        )
+        if self.max_deg_point <= self.min_deg_point:
+            raise InputError(
+                f"MipNerfConfig.max_deg_point: must exceed min_deg_point = {self.min_deg_point}, "
+                f"got {self.max_deg_point}"
+            )
+        _one_of(self, "ray_shape", "cone", "cylinder")
+        _one_of(self, "density_activation", "softplus", "relu")
+        if not self.stop_level_grad:
+            raise InputError(
+                "MipNerfConfig.stop_level_grad: only True is supported (resampling has no gradient)"
+            )
+
+
+@dataclass(frozen=True)
+class NerfConfig:
+    """The comparison system: NeRF with point samples and two networks (algorithm 1.13)."""
+
+    num_coarse: int = 64
+    """Coarse points per ray."""
+    num_fine: int = 128
+    """Points drawn from the coarse weights; the fine network sees them and the coarse ones."""
+    max_deg_point: int = 10
+    """Octaves of the positional encoding."""
+    deg_view: int = 4
+    """Octaves of the view-direction encoding."""
+    net_depth: int = 8
+    """Trunk layers."""
+    net_width: int = 256
+    """Neurons per trunk layer."""
+    net_width_condition: int = 128
+    """Neurons of the view layer."""
+    skip_layer: int = 4
+    """The encoding is concatenated again after every layer index > 0 that this divides."""
+    lindisp: bool = False
+    """Coarse points evenly in disparity instead of distance."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 3, "num_coarse")
+        _at_least(
+            self,
+            1,
+            "num_fine",
+            "max_deg_point",
+            "net_depth",
+            "net_width",
+            "net_width_condition",
+            "skip_layer",
+        )
+        _at_least(self, 0, "deg_view")
+
+
+ModelConfig = MipNerfConfig | NerfConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run, but for the data and where it is run."""
+
+    model: ModelConfig = field(default_factory=MipNerfConfig)
+    """The network and its sampling."""
+    batch_size: int = 4096
+    """Rays per step."""
+    batching: Literal["all_images", "single_image"] = "all_images"
+    """Draw the pixels of a batch from all images, or from one."""
+    max_steps: int = 1_000_000
+    """Optimiser steps; the learning rate reaches lr_final at the end."""
+    lr_init: float = 5e-4
+    """First learning rate."""
+    lr_final: float = 5e-6
+    """Last learning rate."""
+    lr_delay_steps: int = 2500
+    """Length of the warm-up."""
+    lr_delay_mult: float = 0.01
+    """The warm-up starts from this fraction of the learning rate."""
+    adam_eps: float = 1e-8
+    """Epsilon of Adam."""
+    grad_max_value: float = 0.0
+    """Clip every gradient element to this size; 0: no clipping."""
+    grad_max_norm: float = 0.0
+    """Scale the gradient down to this norm, after clipping by value; 0: no clipping."""
+    weight_decay_mult: float = 0.0
+    """Weight of the mean squared parameter in the loss."""
+    coarse_loss_mult: float = 0.1
+    """Weight of every level but the last in the loss (equation 17)."""
+    loss: Literal["mse", "smooth_l1", "charbonnier"] = "mse"
+    """Penalty of a colour error. Smooth L1 at loss_beta = 1 is exactly half the squared error on this data."""
+    loss_beta: float = 1.0
+    """Where smooth L1 turns linear, or the constant of Charbonnier."""
+    disable_multiscale_loss: bool = False
+    """All rays weigh the same, whatever area they stand for: the ablation "no-area-loss"."""
+    seed: int = 20200823
+    """Of the initial weights and of every random number in training."""
+    save_every: int = 10_000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 3
+    """How many of the last checkpoints stay, beside the best."""
+    test_every: int = 5000
+    """Steps between test renders, each of one test view in turn; 0: none."""
+    print_every: int = 100
+    """Steps between rows of metrics.csv and updates of the progress line."""
+    chunk_rays: int = 0
+    """Rays per forward and backward pass; 0: chosen from free memory. Only rounding depends on it."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size", "max_steps", "save_every", "keep_checkpoints", "print_every")
+        _at_least(
+            self, 0, "lr_delay_steps", "grad_max_value", "grad_max_norm", "weight_decay_mult", "test_every"
+        )
+        _at_least(self, 0, "coarse_loss_mult", "lr_delay_mult", "chunk_rays", "seed")
+        for name in ("lr_init", "lr_final", "adam_eps", "loss_beta"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise InputError(f"TrainConfig.{name}: must be positive, got {value}")
+        _one_of(self, "batching", "all_images", "single_image")
+        _one_of(self, "loss", "mse", "smooth_l1", "charbonnier")
+        if self.seed >= 2**63:
+            raise InputError(f"TrainConfig.seed: must be below 2^63, got {self.seed}")
+
+
+def _at_least(config: Any, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value >= minimum:
+            raise InputError(f"{type(config).__name__}.{name}: must be at least {minimum}, got {value}")
+
+
+def _one_of(config: Any, name: str, *allowed: str) -> None:
+    value = getattr(config, name)
+    if value not in allowed:
+        raise InputError(
+            f"{type(config).__name__}.{name}: expected one of {', '.join(allowed)}, got {value!r}"
+        )
+
+
+_PAPER = TrainConfig()
+_NO_MISC = MipNerfConfig(density_activation="relu", density_bias=0.0, rgb_padding=0.0)
+_SMALL = TrainConfig(
+    model=MipNerfConfig(num_samples=32, net_depth=3, net_width=64, net_width_condition=64),
+    batch_size=1024,
+    max_steps=20_000,
+    lr_init=4e-3,
+    lr_final=2e-4,
+    lr_delay_steps=100,
+    lr_delay_mult=0.1,
+    save_every=1000,
+    test_every=1000,
+    print_every=20,
+)
+
+PRESETS: dict[str, TrainConfig] = {
+    "paper": _PAPER,
+    "paper-single-scale": dataclasses.replace(_PAPER, batching="single_image"),
+    "nerf": dataclasses.replace(
+        _PAPER, model=NerfConfig(), coarse_loss_mult=1.0, disable_multiscale_loss=True
+    ),
+    "no-ipe": dataclasses.replace(_PAPER, model=MipNerfConfig(disable_integration=True)),
+    "no-area-loss": dataclasses.replace(_PAPER, disable_multiscale_loss=True),
+    "no-misc": dataclasses.replace(_PAPER, model=_NO_MISC),
+    "separate-mlps": dataclasses.replace(_PAPER, model=MipNerfConfig(separate_mlps=True)),
+    "small": _SMALL,
+    "demo": dataclasses.replace(_SMALL, max_steps=1500, save_every=500, test_every=0),
+}
+PRESET_NOTES: dict[str, str] = {
+    "paper": "mip-NeRF as published, for multi-scale data",
+    "paper-single-scale": "the same for single-scale Blender data: pixels of one image per batch",
+    "nerf": "NeRF, the comparison system: point samples, two networks",
+    "no-ipe": "ablation: positional encoding without integration",
+    "no-area-loss": "ablation: all rays weigh the same",
+    "no-misc": "ablation: ReLU density, no bias, no padding of the colours",
+    "separate-mlps": "ablation: a network of its own for each level",
+    "small": "3 layers of 64 and 2 x 32 samples, for a laptop's CPU",
+    "demo": "the small model for two minutes, used by `make demo`",
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """The preset of this name.
+
+    Errors: InputError for an unknown name, listing those there are.
+    """
+    if name not in PRESETS:
+        raise InputError(f"--preset: unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+_MODELS: dict[str, type[ModelConfig]] = {"mipnerf": MipNerfConfig, "nerf": NerfConfig}
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """A configuration as JSON-ready values; the model's carry their "kind"."""
+    kind = next(kind for kind, cls in _MODELS.items() if type(config.model) is cls)
+    return dataclasses.asdict(config) | {"model": {"kind": kind} | dataclasses.asdict(config.model)}
+
+
+def from_dict(values: dict[str, Any], where: str = "config") -> TrainConfig:
+    """The inverse of `to_dict`.
+
+    Args:
+        values: what `to_dict` returned, possibly through JSON.
+        where: what to call the source in an error.
+
+    Errors: InputError naming the field that is unknown, missing or of the wrong type.
+    """
+    values = dict(_mapping(values, where))
+    model = dict(_mapping(values.pop("model", None), f"{where}: model"))
+    kind = model.pop("kind", None)
+    if kind not in _MODELS:
+        raise InputError(f"{where}: model.kind: expected one of {', '.join(_MODELS)}, found {kind!r}")
+    return _build(TrainConfig, values, where, model=_build(_MODELS[kind], model, f"{where}: model"))
+
+
+def _mapping(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected an object, found {type(values).__name__}")
+    return values
+
+
+def _build(cls: type[Any], values: dict[str, Any], where: str, **built: Any) -> Any:
+    defaults = {f.name: getattr(cls(), f.name) for f in dataclasses.fields(cls) if f.name not in built}
+    for name, value in values.items():
+        if name not in defaults:
+            raise InputError(f"{where}: unknown field {name!r}")
+        wanted = type(defaults[name])
+        is_number = wanted is float and isinstance(value, int) and not isinstance(value, bool)
+        if type(value) is not wanted and not is_number:
+            raise InputError(f"{where}: {name}: expected {wanted.__name__}, found {value!r}")
+    missing = defaults.keys() - values.keys()
+    if missing:
+        raise InputError(f"{where}: missing field {sorted(missing)[0]!r}")
+    return cls(**values, **built)

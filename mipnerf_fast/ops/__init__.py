@@ -1,0 +1,20 @@
+"""The public operators, with one signature on every backend."""
+
+from ..reference import Composite
+from .composite import composite, composite_resample
+from .frustum_ipe import frustum_ipe
+from .implementations import Implementation, backend_in_use, implementations
+from .mlp import MipMLP
+from .resample import resample
+
+__all__ = [
+    "Composite",
+    "Implementation",
+    "MipMLP",
+    "backend_in_use",
+    "composite",
+    "composite_resample",
+    "frustum_ipe",
+    "implementations",
+    "resample",
+]

@@ -1,0 +1,34 @@
+"""mip-NeRF in plain PyTorch, any float dtype, to be read beside the paper: the truth of every native kernel."""
+
+from .composite import (
+    Composite,
+    activate_density,
+    activate_rgb,
+    composite,
+    expected_distance,
+    weights_from_density,
+)
+from .frustum import frustum_gaussians
+from .frustum_ipe import frustum_ipe
+from .ipe import integrated_pos_enc, pos_enc
+from .mlp import mip_mlp, mip_mlp_shapes
+from .resample import blur_weights, resample, sample_piecewise_constant, sample_t_vals
+
+__all__ = [
+    "Composite",
+    "activate_density",
+    "activate_rgb",
+    "blur_weights",
+    "composite",
+    "expected_distance",
+    "frustum_gaussians",
+    "frustum_ipe",
+    "integrated_pos_enc",
+    "mip_mlp",
+    "mip_mlp_shapes",
+    "pos_enc",
+    "resample",
+    "sample_piecewise_constant",
+    "sample_t_vals",
+    "weights_from_density",
+]
