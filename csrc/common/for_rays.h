@@ -48,7 +48,7 @@ __attribute__((target("avx2,fma"))) void run_avx2(const Body& body, int64_t begi
 }
 
 template <typename Body>
-__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))) void run_avx512(const Body& body, int64_t begin,
+__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512"))) void run_avx512(const Body& body, int64_t begin,
                                                                                      int64_t end) {
     body(begin, end);
 }
