@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
 #include <tuple>
 #include <type_traits>
@@ -121,16 +125,67 @@ MIPNERF_INLINE void encode_sample(const EncodedBlock<T>& block, int i, const Sca
     }
 }
 
+// A result larger than this is written past the caches: it would push everything else out of them, and every
+// line of it would be read from memory before it is overwritten. Measured: 1.4 times faster at 100 MB, slower
+// below a few megabytes.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+
+// 16 bytes past the caches where the processor can; both addresses aligned to 16 bytes.
+MIPNERF_INLINE void stream_16_bytes(void* to, const void* from) {
+#if defined(__SSE2__)
+    _mm_stream_si128(static_cast<__m128i*>(to), _mm_load_si128(static_cast<const __m128i*>(from)));
+#else
+    std::memcpy(to, from, 16);
+#endif
+}
+
+// Orders what this thread streamed before what it writes next.
+MIPNERF_INLINE void finish_streaming() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 template <typename T, typename Out, FrustumShape kShape, bool kIntegrated>
 struct Forward {
     Rays<T> rays;
     Out* features;  // [B, N, 6 degrees]
+    bool stream;    // past the caches; takes all 16 degrees
+
+    // One sample's features to memory, in order.
+    MIPNERF_INLINE void write_sample(const EncodedBlock<T>& block, int i, const Scales<T>& scales,
+                                     Out* out) const {
+        constexpr int kHalf = 3 * kMaxDegrees;
+        if constexpr (std::is_same_v<T, Out>) {
+            if (rays.degrees == kMaxDegrees && !stream) {
+                encode_sample<T, kIntegrated, kMaxDegrees>(block, i, scales, out, out + kHalf);
+                return;
+            }
+        }
+        alignas(64) T row[2 * kHalf];
+        if (rays.degrees <= kMaxDegrees / 2)
+            encode_sample<T, kIntegrated, kMaxDegrees / 2>(block, i, scales, row, row + kHalf);
+        else
+            encode_sample<T, kIntegrated, kMaxDegrees>(block, i, scales, row, row + kHalf);
+        if (stream) {
+            alignas(64) Out packed[2 * kHalf];
+#pragma omp simd
+            for (int j = 0; j < 2 * kHalf; ++j) store_feature(packed + j, row[j]);
+            constexpr int kStep = 16 / sizeof(Out);
+            for (int j = 0; j < 2 * kHalf; j += kStep) stream_16_bytes(out + j, packed + j);
+            return;
+        }
+        const int half = 3 * rays.degrees;
+#pragma omp simd
+        for (int j = 0; j < half; ++j) store_feature(out + j, row[j]);
+#pragma omp simd
+        for (int j = 0; j < half; ++j) store_feature(out + half + j, row[kHalf + j]);
+    }
 
     MIPNERF_INLINE void operator()(int64_t begin, int64_t end) const {
         const Scales<T> scales(rays);
-        const int half = 3 * rays.degrees;
+        const int64_t width = 6 * rays.degrees;
         EncodedBlock<T> block;
-        alignas(64) T row[6 * kMaxDegrees];
         for (int64_t ray = begin; ray < end; ++ray) {
             const RayConstants<T> constants =
                 ray_constants(rays.origins + 3 * ray, rays.directions + 3 * ray, rays.radii[ray]);
@@ -138,27 +193,11 @@ struct Forward {
                 const int count = static_cast<int>(std::min(kSampleBlock, rays.intervals - first));
                 block.template fill<kShape>(constants, rays.t_vals + ray * (rays.intervals + 1) + first,
                                             count);
-                Out* out = features + (ray * rays.intervals + first) * 2 * half;
-                for (int i = 0; i < count; ++i, out += 2 * half) {
-                    if constexpr (std::is_same_v<T, Out>) {
-                        if (rays.degrees == kMaxDegrees) {
-                            encode_sample<T, kIntegrated, kMaxDegrees>(block, i, scales, out, out + half);
-                            continue;
-                        }
-                    }
-                    if (rays.degrees <= kMaxDegrees / 2)
-                        encode_sample<T, kIntegrated, kMaxDegrees / 2>(block, i, scales, row,
-                                                                       row + 3 * kMaxDegrees);
-                    else
-                        encode_sample<T, kIntegrated, kMaxDegrees>(block, i, scales, row,
-                                                                   row + 3 * kMaxDegrees);
-#pragma omp simd
-                    for (int j = 0; j < half; ++j) store_feature(out + j, row[j]);
-#pragma omp simd
-                    for (int j = 0; j < half; ++j) store_feature(out + half + j, row[3 * kMaxDegrees + j]);
-                }
+                Out* out = features + (ray * rays.intervals + first) * width;
+                for (int i = 0; i < count; ++i) write_sample(block, i, scales, out + i * width);
             }
         }
+        if (stream) finish_streaming();
     }
 };
 
@@ -191,6 +230,57 @@ MIPNERF_INLINE void encode_sample_gradient(const EncodedBlock<T>& block, int i, 
     grad[2] = {mean_z, variance_z};
 }
 
+// Per sample of a block, the gradients on their way from the coordinates to the fenceposts and the ray. Every
+// place in a block has its own running sums over the blocks of the ray, so that nothing depends on the width
+// of the vectors.
+template <typename T>
+struct GradientBlock {
+    alignas(64) T mean[3][kSampleBlock];
+    alignas(64) T variance[3][kSampleBlock];
+    alignas(64) T t0[kSampleBlock];
+    alignas(64) T t1[kSampleBlock];
+    alignas(64) T sums[12][kSampleBlock];
+
+    template <FrustumShape kShape, bool kIntegrated>
+    MIPNERF_INLINE void to_fenceposts_and_ray(const RayConstants<T>& ray, const T* t_vals, int count) {
+#pragma omp simd
+        for (int i = 0; i < count; ++i) {
+            const FrustumMoments<T> moments = frustum_moments<kShape>(t_vals[i], t_vals[i + 1]);
+            const CoordinateGradient<T> grad[3] = {
+                {mean[0][i], variance[0][i]}, {mean[1][i], variance[1][i]}, {mean[2][i], variance[2][i]}};
+            RaySums<T> part = {};
+            const FencepostGradient<T> fenceposts =
+                sample_gradient<kShape, kIntegrated>(ray, moments, grad, part);
+            t0[i] = fenceposts.t0;
+            t1[i] = fenceposts.t1;
+            for (int k = 0; k < 3; ++k) {
+                sums[k][i] += part.mean[k];
+                sums[3 + k][i] += part.mean_distance[k];
+                sums[6 + k][i] += part.variance_along[k];
+                sums[9 + k][i] += part.variance_across[k];
+            }
+        }
+    }
+
+    MIPNERF_INLINE RaySums<T> ray_sums() const {
+        T total[12];
+        for (int q = 0; q < 12; ++q) {
+            T sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int i = 0; i < kSampleBlock; ++i) sum += sums[q][i];
+            total[q] = sum;
+        }
+        RaySums<T> result;
+        for (int k = 0; k < 3; ++k) {
+            result.mean[k] = total[k];
+            result.mean_distance[k] = total[3 + k];
+            result.variance_along[k] = total[6 + k];
+            result.variance_across[k] = total[9 + k];
+        }
+        return result;
+    }
+};
+
 template <typename T, typename Out, FrustumShape kShape, bool kIntegrated>
 struct Backward {
     Rays<T> rays;
@@ -200,40 +290,51 @@ struct Backward {
     T* grad_directions;        // [B, 3]
     T* grad_radii;             // [B, 1]
 
+    MIPNERF_INLINE void read_sample(const EncodedBlock<T>& block, int i, const Scales<T>& scales,
+                                    const Out* grad_out, T* grad_row, GradientBlock<T>& gradients) const {
+        const int half = 3 * rays.degrees;
+#pragma omp simd
+        for (int j = 0; j < half; ++j) grad_row[j] = load_feature(grad_out + j);
+#pragma omp simd
+        for (int j = 0; j < half; ++j) grad_row[3 * kMaxDegrees + j] = load_feature(grad_out + half + j);
+        CoordinateGradient<T> grad[3];
+        if (rays.degrees <= kMaxDegrees / 2)
+            encode_sample_gradient<T, kIntegrated, kMaxDegrees / 2>(block, i, scales, grad_row, grad);
+        else
+            encode_sample_gradient<T, kIntegrated, kMaxDegrees>(block, i, scales, grad_row, grad);
+        for (int k = 0; k < 3; ++k) {
+            gradients.mean[k][i] = grad[k].mean;
+            gradients.variance[k][i] = grad[k].variance;
+        }
+    }
+
     MIPNERF_INLINE void operator()(int64_t begin, int64_t end) const {
         const Scales<T> scales(rays);
-        const int half = 3 * rays.degrees;
+        const int64_t width = 6 * rays.degrees;
         EncodedBlock<T> block;
+        GradientBlock<T> gradients;
         alignas(64) T grad_row[6 * kMaxDegrees] = {};  // zero beyond the degrees in use
         for (int64_t ray = begin; ray < end; ++ray) {
             const RayConstants<T> constants =
                 ray_constants(rays.origins + 3 * ray, rays.directions + 3 * ray, rays.radii[ray]);
             const T* t_vals = rays.t_vals + ray * (rays.intervals + 1);
             T* grad_t = grad_t_vals + ray * (rays.intervals + 1);
-            RaySums<T> sums = {};
-            T carried = 0;  // the gradient of the fencepost that the next interval shares
+            for (auto& sums : gradients.sums) std::fill(sums, sums + kSampleBlock, T(0));
+            grad_t[0] = T(0);
             for (int64_t first = 0; first < rays.intervals; first += kSampleBlock) {
                 const int count = static_cast<int>(std::min(kSampleBlock, rays.intervals - first));
                 block.template fill<kShape>(constants, t_vals + first, count);
-                const Out* grad_out = grad_features + (ray * rays.intervals + first) * 2 * half;
-                for (int i = 0; i < count; ++i, grad_out += 2 * half) {
-#pragma omp simd
-                    for (int j = 0; j < half; ++j) grad_row[j] = load_feature(grad_out + j);
-#pragma omp simd
-                    for (int j = 0; j < half; ++j)
-                        grad_row[3 * kMaxDegrees + j] = load_feature(grad_out + half + j);
-                    CoordinateGradient<T> grad[3];
-                    encode_sample_gradient<T, kIntegrated, kMaxDegrees>(block, i, scales, grad_row, grad);
-                    const FrustumMoments<T> moments =
-                        frustum_moments<kShape>(t_vals[first + i], t_vals[first + i + 1]);
-                    const FencepostGradient<T> fenceposts =
-                        sample_gradient<kShape, kIntegrated>(constants, moments, grad, sums);
-                    grad_t[first + i] = carried + fenceposts.t0;
-                    carried = fenceposts.t1;
-                }
+                const Out* grad_out = grad_features + (ray * rays.intervals + first) * width;
+                for (int i = 0; i < count; ++i)
+                    read_sample(block, i, scales, grad_out + i * width, grad_row, gradients);
+                gradients.template to_fenceposts_and_ray<kShape, kIntegrated>(constants, t_vals + first,
+                                                                              count);
+                grad_t[first] += gradients.t0[0];
+                for (int i = 1; i < count; ++i) grad_t[first + i] = gradients.t1[i - 1] + gradients.t0[i];
+                grad_t[first + count] = gradients.t1[count - 1];
             }
-            grad_t[rays.intervals] = carried;
-            const RayGradient<T> grad = ray_gradient(rays.directions + 3 * ray, rays.radii[ray], sums);
+            const RayGradient<T> grad =
+                ray_gradient(rays.directions + 3 * ray, rays.radii[ray], gradients.ray_sums());
             for (int k = 0; k < 3; ++k) {
                 grad_origins[3 * ray + k] = grad.origin[k];
                 grad_directions[3 * ray + k] = grad.direction[k];
@@ -301,13 +402,16 @@ Tensor frustum_ipe_forward_cpu(Tensor t_vals, Tensor origins, Tensor directions,
     radii = torch::stable::contiguous(radii);
     Tensor features =
         torch::stable::new_empty(t_vals, {sizes.rays, sizes.intervals, sizes.features()}, out_dtype);
+    const bool large =
+        sizes.rays * sizes.intervals * sizes.features() * (out_dtype == ScalarType::Float ? 4 : 2) >=
+        kStreamBytes;
     with_dtypes(t_vals.scalar_type(), out_dtype, [&](auto* input, auto* output) {
         using T = std::remove_pointer_t<decltype(input)>;
         using Out = std::remove_pointer_t<decltype(output)>;
         with_variant(cylinder, integrated, [&](auto shape, auto is_integrated) {
             const Forward<T, Out, shape(), is_integrated()> body{
                 rays_of<T>(sizes, min_deg, t_vals, origins, directions, radii),
-                static_cast<Out*>(features.mutable_data_ptr())};
+                static_cast<Out*>(features.mutable_data_ptr()), large && sizes.degrees == kMaxDegrees};
             for_rays(sizes.rays, sizes.intervals, body);
         });
     });
