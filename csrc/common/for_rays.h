@@ -1,10 +1,12 @@
-// Runs a loop over rays on torch's threads, compiled for the vector units that this processor turns out to have.
+// Runs a loop over rays on torch's threads, compiled for the vector units that this processor turns out to
+// have.
 //
 //   for_rays(rays, samples, body);      body(begin, end) handles the rays begin <= ray < end
 //
-// The body and everything it calls are inlined into one function per instruction set, so that its loops are vectorised
-// three times; which copy runs is decided once per process. (target_clones does the same for plain functions but takes
-// no templates, and its "avx2" is without the fused multiply-add, which would leave fma() a call into libm.)
+// The body and everything it calls are inlined into one function per instruction set, so that its loops are
+// vectorised three times; which copy runs is decided once per process. (target_clones does the same for plain
+// functions but takes no templates, and its "avx2" is without the fused multiply-add, which would leave fma()
+// a call into libm.)
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -48,8 +50,8 @@ __attribute__((target("avx2,fma"))) void run_avx2(const Body& body, int64_t begi
 }
 
 template <typename Body>
-__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512"))) void run_avx512(const Body& body, int64_t begin,
-                                                                                     int64_t end) {
+__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512"))) void
+run_avx512(const Body& body, int64_t begin, int64_t end) {
     body(begin, end);
 }
 #endif

@@ -1,7 +1,6 @@
-// The CPU loops of compositing: vectorised along the samples of a ray, four rays at a time. No torch.
-//
-// The prefix sums run along a ray and cannot be vectorised; four of them interleaved hide the latency of the additions.
-// They accumulate in double, as torch.cumsum does, so that the error of a transmittance does not grow with N.
+// The CPU loops of compositing: vectorised along the samples of a ray, the sums before and after a sample
+// included. These accumulate in double, as torch.cumsum does, so that the error of a transmittance does not
+// grow with N. No torch.
 #pragma once
 
 #include <algorithm>
@@ -50,8 +49,6 @@ MIPNERF_INLINE void narrow(float x, HalfStorage& y) {
     y.bits = to_half_bits(x);
 }
 
-constexpr int kRaysAtOnce = 4;
-
 template <typename T, typename S>
 struct CompositeInputs {
     int64_t samples;
@@ -82,7 +79,8 @@ struct CompositeGradients {
     T* grad_directions;  // null: not wanted
 };
 
-// ---- rows -----------------------------------------------------------------------------------------------------
+// ---- rows
+// -----------------------------------------------------------------------------------------------------
 
 // The activated row: `raw` itself where there is nothing to do, otherwise written to `room`.
 template <typename T, typename S>
@@ -130,85 +128,98 @@ MIPNERF_INLINE void depth_row(const T* density, const T* t, int64_t samples, T n
         depth[i] = optical_depth(density[i], interval_length(t[i], t[i + 1], norm));
 }
 
-// before[q][i] = sum of depth[q][0..i-1], for i = 0..samples; rows lie `pitch` apart.
+// before[i] = sum of depth[0..i-1] for i = 0..samples.
 template <typename T>
-MIPNERF_INLINE void sums_before(const T* depth, T* before, int64_t samples, int64_t pitch) {
-    double sum[kRaysAtOnce] = {};
-    for (int64_t i = 0; i < samples; ++i)
-        for (int q = 0; q < kRaysAtOnce; ++q) {
-            before[q * pitch + i] = static_cast<T>(sum[q]);
-            sum[q] += depth[q * pitch + i];
-        }
-    for (int q = 0; q < kRaysAtOnce; ++q) before[q * pitch + samples] = static_cast<T>(sum[q]);
+MIPNERF_INLINE void sums_before(const T* depth, int64_t samples, T* before) {
+    double sum = 0;
+#pragma omp simd reduction(inscan, + : sum)
+    for (int64_t i = 0; i < samples; ++i) {
+        before[i] = static_cast<T>(sum);
+#pragma omp scan exclusive(sum)
+        sum += depth[i];
+    }
+    before[samples] = static_cast<T>(sum);
 }
 
-// after[q][i] = sum of value[q][i+1..samples-1].
+// after[i] = sum of value[i+1..samples-1].
 template <typename T>
-MIPNERF_INLINE void sums_after(const T* value, T* after, int64_t samples, int64_t pitch) {
-    double sum[kRaysAtOnce] = {};
-    for (int64_t i = samples - 1; i >= 0; --i)
-        for (int q = 0; q < kRaysAtOnce; ++q) {
-            after[q * pitch + i] = static_cast<T>(sum[q]);
-            sum[q] += value[q * pitch + i];
-        }
-}
-
-// ---- forward --------------------------------------------------------------------------------------------------
-
-template <typename T, typename S>
-MIPNERF_INLINE void composite_forward_rays(const CompositeInputs<T, S>& in, const CompositeOutputs<T>& out,
-                                           int64_t begin, int64_t end) {
-    const int64_t n = in.samples;
-    const int64_t pitch = n + 1;
-    std::vector<T> room(static_cast<size_t>(kRaysAtOnce * 2 * pitch + 4 * n));
-    T* const depth = room.data();
-    T* const before = depth + kRaysAtOnce * pitch;
-    T* const density_room = before + kRaysAtOnce * pitch;
-    T* const rgb_room = density_room + n;
-    const T background = static_cast<T>(in.options.background);
-
-    for (int64_t first = begin; first < end; first += kRaysAtOnce) {
-        const int count = static_cast<int>(std::min<int64_t>(kRaysAtOnce, end - first));
-        for (int q = 0; q < count; ++q) {
-            const int64_t ray = first + q;
-            const T* density = density_row(in.density + ray * n, n, in.options, density_room);
-            depth_row(density, in.t_vals + ray * (n + 1), n, direction_norm(in.directions + 3 * ray), depth + q * pitch);
-        }
-        sums_before(depth, before, n, pitch);
-        for (int q = 0; q < count; ++q) {
-            const int64_t ray = first + q;
-            const T* t = in.t_vals + ray * (n + 1);
-            const T* rgb = rgb_row(in.rgb + ray * 3 * n, n, in.options, rgb_room);
-            const T* row_depth = depth + q * pitch;
-            const T* row_before = before + q * pitch;
-            T* weights = out.weights + ray * n;
-            T red = 0, green = 0, blue = 0, acc = 0, sum_middle = 0;
-#pragma omp simd reduction(+ : red, green, blue, acc, sum_middle)
-            for (int64_t i = 0; i < n; ++i) {
-                const T w = transmittance(row_before[i]) * opacity(row_depth[i]);
-                weights[i] = w;
-                red += w * rgb[3 * i];
-                green += w * rgb[3 * i + 1];
-                blue += w * rgb[3 * i + 2];
-                acc += w;
-                sum_middle += w * interval_middle(t[i], t[i + 1]);
-            }
-            const T left = background * (T(1) - acc);
-            out.rgb[3 * ray] = red + left;
-            out.rgb[3 * ray + 1] = green + left;
-            out.rgb[3 * ray + 2] = blue + left;
-            out.acc[ray] = acc;
-            out.distance[ray] = expected_distance(sum_middle, acc, t[0], t[n]).value;
-        }
+MIPNERF_INLINE void sums_after(const T* value, int64_t samples, T* after) {
+    double sum = 0;
+#pragma omp simd reduction(inscan, + : sum)
+    for (int64_t i = 0; i < samples; ++i) {
+        after[samples - 1 - i] = static_cast<T>(sum);
+#pragma omp scan exclusive(sum)
+        sum += value[samples - 1 - i];
     }
 }
 
-// ---- backward -------------------------------------------------------------------------------------------------
+// ---- forward
+// --------------------------------------------------------------------------------------------------
+
+// Room for the rows of one ray, kept from ray to ray.
+template <typename T>
+class CompositeRoom {
+  public:
+    explicit CompositeRoom(int64_t samples)
+        : numbers_(static_cast<size_t>(5 * (samples + 1) + 3 * samples)),
+          depth(numbers_.data()),
+          through(depth + samples + 1),
+          density(through + samples + 1),
+          weights(density + samples + 1),
+          product(weights + samples + 1),
+          rgb(product + samples + 1) {}
+
+  private:
+    std::vector<T> numbers_;
+
+  public:
+    T* const depth;    // [N], then T_{i+1} dL/dw_i, then dL/ddepth
+    T* const through;  // [N+1] sums before, T_i, sums after
+    T* const density;  // [N]
+    T* const weights;  // [N]
+    T* const product;  // [N] w_i dL/dw_i
+    T* const rgb;      // [N, 3]
+};
+
+template <typename T, typename S>
+MIPNERF_INLINE void composite_forward_ray(const CompositeInputs<T, S>& in, const CompositeOutputs<T>& out,
+                                          const CompositeRoom<T>& room, int64_t ray) {
+    const int64_t n = in.samples;
+    const T* t = in.t_vals + ray * (n + 1);
+    const T* density = density_row(in.density + ray * n, n, in.options, room.density);
+    depth_row(density, t, n, direction_norm(in.directions + 3 * ray), room.depth);
+    sums_before(room.depth, n, room.through);
+    const T* rgb = rgb_row(in.rgb + ray * 3 * n, n, in.options, room.rgb);
+    const T* depth = room.depth;
+    const T* before = room.through;
+    T* weights = out.weights + ray * n;
+    T red = 0, green = 0, blue = 0, acc = 0, sum_middle = 0;
+#pragma omp simd reduction(+ : red, green, blue, acc, sum_middle)
+    for (int64_t i = 0; i < n; ++i) {
+        const T w = transmittance(before[i]) * opacity(depth[i]);
+        weights[i] = w;
+        red += w * rgb[3 * i];
+        green += w * rgb[3 * i + 1];
+        blue += w * rgb[3 * i + 2];
+        acc += w;
+        sum_middle += w * interval_middle(t[i], t[i + 1]);
+    }
+    const T left = static_cast<T>(in.options.background) * (T(1) - acc);
+    out.rgb[3 * ray] = red + left;
+    out.rgb[3 * ray + 1] = green + left;
+    out.rgb[3 * ray + 2] = blue + left;
+    out.acc[ray] = acc;
+    out.distance[ray] = expected_distance(sum_middle, acc, t[0], t[n]).value;
+}
+
+// ---- backward
+// -------------------------------------------------------------------------------------------------
 
 // dL/dw as a function of the sample; needs the weights only for the distance.
 template <typename T>
-MIPNERF_INLINE WeightCotangent<T> weight_cotangent(const T* grad_rgb, const T* grad_distance, const T* grad_acc,
-                                                   int64_t ray, T background, const T* weights, const T* t, int64_t n) {
+MIPNERF_INLINE WeightCotangent<T> weight_cotangent(const T* grad_rgb, const T* grad_distance,
+                                                   const T* grad_acc, int64_t ray, T background,
+                                                   const T* weights, const T* t, int64_t n) {
     WeightCotangent<T> cotangent{{0, 0, 0}, 0, 0, 0};
     if (grad_rgb != nullptr) {
         for (int k = 0; k < 3; ++k) cotangent.rgb[k] = grad_rgb[3 * ray + k];
@@ -245,7 +256,8 @@ MIPNERF_INLINE void store_grad_rgb(const T* weights, const WeightCotangent<T>& c
         const T padding = static_cast<T>(options.rgb_padding);
 #pragma omp simd
         for (int64_t i = 0; i < 3 * n; ++i)
-            narrow(target[i] * activate_rgb_derivative<T>(widen(raw[i]), RgbActivation::kSigmoid, padding), grad[i]);
+            narrow(target[i] * activate_rgb_derivative<T>(widen(raw[i]), RgbActivation::kSigmoid, padding),
+                   grad[i]);
     } else if constexpr (!std::is_same_v<T, S>) {
 #pragma omp simd
         for (int64_t i = 0; i < 3 * n; ++i) narrow(target[i], grad[i]);
@@ -253,126 +265,109 @@ MIPNERF_INLINE void store_grad_rgb(const T* weights, const WeightCotangent<T>& c
 }
 
 template <typename T, typename S>
-MIPNERF_INLINE void store_grad_density(const T* grad_depth, const T* density, const T* t, T norm, const S* raw,
-                                       const CompositeOptions& options, int64_t n, S* grad) {
+MIPNERF_INLINE void store_grad_density(const T* grad_depth, const T* density, const T* t, T norm,
+                                       const S* raw, const CompositeOptions& options, int64_t n, S* grad) {
     const T bias = static_cast<T>(options.density_bias);
     if (options.density_activation == DensityActivation::kSoftplus) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i)
-            narrow(grad_depth[i] * optical_depth_by_density(density[i], interval_length(t[i], t[i + 1], norm)) *
+            narrow(grad_depth[i] *
+                       optical_depth_by_density(density[i], interval_length(t[i], t[i + 1], norm)) *
                        activate_density_derivative<T>(widen(raw[i]), DensityActivation::kSoftplus, bias),
                    grad[i]);
     } else if (options.density_activation == DensityActivation::kRelu) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i)
-            narrow(grad_depth[i] * optical_depth_by_density(density[i], interval_length(t[i], t[i + 1], norm)) *
+            narrow(grad_depth[i] *
+                       optical_depth_by_density(density[i], interval_length(t[i], t[i + 1], norm)) *
                        activate_density_derivative<T>(widen(raw[i]), DensityActivation::kRelu, bias),
                    grad[i]);
     } else {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i)
-            narrow(grad_depth[i] * optical_depth_by_density(density[i], interval_length(t[i], t[i + 1], norm)), grad[i]);
+            narrow(
+                grad_depth[i] * optical_depth_by_density(density[i], interval_length(t[i], t[i + 1], norm)),
+                grad[i]);
     }
 }
 
-// dL/dt of the fenceposts and dL/d||d||, from the lengths and from the middles that the distance averages.
+// dL/dt of the fenceposts, and dL/d||d|| as the result: through the lengths, and through the middles that the
+// distance averages.
 template <typename T>
-MIPNERF_INLINE T store_grad_t_vals(const T* grad_depth, const T* density, const T* weights, const T* t, T norm,
-                                   T towards_distance, int64_t n, T* grad_t) {
+MIPNERF_INLINE T store_grad_t_vals(const T* grad_depth, const T* density, const T* weights, const T* t,
+                                   T norm, T towards_distance, int64_t n, T* room, T* grad_t) {
+    T* const grad_length = room;
     T grad_norm = 0;
-    T from_left = 0;
+#pragma omp simd reduction(+ : grad_norm)
     for (int64_t i = 0; i < n; ++i) {
-        const T grad_length = grad_depth[i] * optical_depth_by_length(density[i]);
-        const T half_middle = T(0.5) * towards_distance * weights[i];
-        grad_norm += grad_length * (t[i + 1] - t[i]);
-        grad_t[i] = from_left + (half_middle - grad_length * norm);
-        from_left = half_middle + grad_length * norm;
+        grad_length[i] = grad_depth[i] * optical_depth_by_length(density[i]);
+        grad_norm += grad_length[i] * (t[i + 1] - t[i]);
     }
-    grad_t[n] = from_left;
+    const T half = T(0.5) * towards_distance;
+    grad_t[0] = half * weights[0] - grad_length[0] * norm;
+#pragma omp simd
+    for (int64_t i = 1; i < n; ++i)
+        grad_t[i] = half * (weights[i - 1] + weights[i]) + (grad_length[i - 1] - grad_length[i]) * norm;
+    grad_t[n] = half * weights[n - 1] + grad_length[n - 1] * norm;
     return grad_norm;
 }
 
 template <typename T, typename S>
-MIPNERF_INLINE void composite_backward_rays(const CompositeInputs<T, S>& in, const CompositeGradients<T, S>& grads,
-                                            int64_t begin, int64_t end) {
+MIPNERF_INLINE void composite_backward_ray(const CompositeInputs<T, S>& in,
+                                           const CompositeGradients<T, S>& grads,
+                                           const CompositeRoom<T>& room, int64_t ray) {
     const int64_t n = in.samples;
-    const int64_t pitch = n + 1;
-    std::vector<T> room(static_cast<size_t>(kRaysAtOnce * 5 * pitch + 3 * n));
-    T* const depths = room.data();
-    T* const befores = depths + kRaysAtOnce * pitch;  // then T_i, then sums after
-    T* const densities = befores + kRaysAtOnce * pitch;
-    T* const weight_rows = densities + kRaysAtOnce * pitch;
-    T* const products = weight_rows + kRaysAtOnce * pitch;
-    T* const rgb_room = products + kRaysAtOnce * pitch;
-    const T background = static_cast<T>(in.options.background);
+    const T* t = in.t_vals + ray * (n + 1);
+    const T* direction = in.directions + 3 * ray;
+    const T norm = direction_norm(direction);
+    T* const depth = room.depth;
+    T* const through = room.through;
+    T* const weights = room.weights;
+    T* const product = room.product;
 
-    for (int64_t first = begin; first < end; first += kRaysAtOnce) {
-        const int count = static_cast<int>(std::min<int64_t>(kRaysAtOnce, end - first));
-        const T* density_rows[kRaysAtOnce];
-        WeightCotangent<T> cotangents[kRaysAtOnce];
-        for (int q = 0; q < count; ++q) {
-            const int64_t ray = first + q;
-            density_rows[q] = density_row(in.density + ray * n, n, in.options, densities + q * pitch);
-            depth_row(density_rows[q], in.t_vals + ray * (n + 1), n, direction_norm(in.directions + 3 * ray),
-                      depths + q * pitch);
-        }
-        sums_before(depths, befores, n, pitch);
-        for (int q = 0; q < count; ++q) {
-            const int64_t ray = first + q;
-            const T* t = in.t_vals + ray * (n + 1);
-            T* depth = depths + q * pitch;
-            T* through = befores + q * pitch;
-            T* weights = weight_rows + q * pitch;
-            T* product = products + q * pitch;
+    const T* density = density_row(in.density + ray * n, n, in.options, room.density);
+    depth_row(density, t, n, norm, depth);
+    sums_before(depth, n, through);
 #pragma omp simd
-            for (int64_t i = 0; i <= n; ++i) through[i] = transmittance(through[i]);
+    for (int64_t i = 0; i <= n; ++i) through[i] = transmittance(through[i]);
 #pragma omp simd
-            for (int64_t i = 0; i < n; ++i) weights[i] = through[i] * opacity(depth[i]);
-            cotangents[q] =
-                weight_cotangent(grads.rgb, grads.distance, grads.acc, ray, background, weights, t, n);
-            const WeightCotangent<T> cotangent = cotangents[q];
-            const T* rgb = rgb_row(in.rgb + ray * 3 * n, n, in.options, rgb_room);
-            // From here on `depth` holds T_{i+1} dL/dw_i, the part of dL/ddepth_i that its own weight gives.
-            if (grads.weights != nullptr) {
-                const T* extra = grads.weights + ray * n;
+    for (int64_t i = 0; i < n; ++i) weights[i] = through[i] * opacity(depth[i]);
+
+    const WeightCotangent<T> cotangent = weight_cotangent(
+        grads.rgb, grads.distance, grads.acc, ray, static_cast<T>(in.options.background), weights, t, n);
+    const T* rgb = rgb_row(in.rgb + ray * 3 * n, n, in.options, room.rgb);
+    T* const grad_weight = depth;
 #pragma omp simd
-                for (int64_t i = 0; i < n; ++i) {
-                    const T g = extra[i] + cotangent(rgb[3 * i], rgb[3 * i + 1], rgb[3 * i + 2], interval_middle(t[i], t[i + 1]));
-                    product[i] = weights[i] * g;
-                    depth[i] = through[i + 1] * g;
-                }
-            } else {
+    for (int64_t i = 0; i < n; ++i)
+        grad_weight[i] =
+            cotangent(rgb[3 * i], rgb[3 * i + 1], rgb[3 * i + 2], interval_middle(t[i], t[i + 1]));
+    if (grads.weights != nullptr) {
+        const T* extra = grads.weights + ray * n;
 #pragma omp simd
-                for (int64_t i = 0; i < n; ++i) {
-                    const T g = cotangent(rgb[3 * i], rgb[3 * i + 1], rgb[3 * i + 2], interval_middle(t[i], t[i + 1]));
-                    product[i] = weights[i] * g;
-                    depth[i] = through[i + 1] * g;
-                }
-            }
-        }
-        T* const afters = befores;
-        sums_after(products, afters, n, pitch);
-        for (int q = 0; q < count; ++q) {
-            const int64_t ray = first + q;
-            const T* t = in.t_vals + ray * (n + 1);
-            const T* direction = in.directions + 3 * ray;
-            const T norm = direction_norm(direction);
-            T* grad_depth = depths + q * pitch;
-            const T* after = afters + q * pitch;
+        for (int64_t i = 0; i < n; ++i) grad_weight[i] += extra[i];
+    }
+    T* const own = depth;  // the part of dL/ddepth_i that comes through its own weight
 #pragma omp simd
-            for (int64_t i = 0; i < n; ++i) grad_depth[i] -= after[i];
-            store_grad_rgb(weight_rows + q * pitch, cotangents[q], in.rgb + ray * 3 * n, in.options, n, rgb_room,
-                           grads.grad_rgb + ray * 3 * n);
-            store_grad_density(grad_depth, density_rows[q], t, norm, in.density + ray * n, in.options, n,
-                               grads.grad_density + ray * n);
-            if (grads.grad_t_vals != nullptr) {
-                const T grad_norm =
-                    store_grad_t_vals(grad_depth, density_rows[q], weight_rows + q * pitch, t, norm,
-                                      cotangents[q].towards_distance, n, grads.grad_t_vals + ray * (n + 1));
-                for (int k = 0; k < 3; ++k)
-                    grads.grad_directions[3 * ray + k] = norm > T(0) ? grad_norm * direction[k] / norm : T(0);
-            }
-        }
+    for (int64_t i = 0; i < n; ++i) {
+        product[i] = weights[i] * grad_weight[i];
+        own[i] = through[i + 1] * grad_weight[i];
+    }
+    T* const after = through;
+    sums_after(product, n, after);
+    T* const grad_depth = depth;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) grad_depth[i] = own[i] - after[i];
+
+    store_grad_rgb(weights, cotangent, in.rgb + ray * 3 * n, in.options, n, room.rgb,
+                   grads.grad_rgb + ray * 3 * n);
+    store_grad_density(grad_depth, density, t, norm, in.density + ray * n, in.options, n,
+                       grads.grad_density + ray * n);
+    if (grads.grad_t_vals != nullptr) {
+        const T grad_norm =
+            store_grad_t_vals(grad_depth, density, weights, t, norm, cotangent.towards_distance, n,
+                              room.product, grads.grad_t_vals + ray * (n + 1));
+        for (int k = 0; k < 3; ++k)
+            grads.grad_directions[3 * ray + k] = norm > T(0) ? grad_norm * direction[k] / norm : T(0);
     }
 }
 

@@ -18,9 +18,10 @@ namespace mipnerf {
 constexpr double kMinWeightSum = 1e-5;
 constexpr double kPositionEpsilon = 1.1920928955078125e-07;  // 2^-23, whatever the type
 
+// A NaN survives in the first place, so of the two maxima that a weight takes part in one keeps it.
 template <typename T>
 MIPNERF_HOST_DEVICE T larger(T a, T b) {
-    return a < b || a != a ? (a != a ? a : b) : (b != b ? b : a);
+    return a < b ? b : a;
 }
 
 template <typename T>
@@ -34,7 +35,8 @@ MIPNERF_HOST_DEVICE T missing_weight(T sum, int64_t samples) {
     return sum < T(kMinWeightSum) ? (T(kMinWeightSum) - sum) / T(samples) : T(0);
 }
 
-// The positions p_k of one call; in float they take the roundings of k/M, so that p_k <= p_{k+1} whatever u is.
+// The positions p_k of one call; in float they take the roundings of k/M, so that p_k <= p_{k+1} whatever u
+// is.
 template <typename T>
 struct Positions {
     T count;     // M
@@ -48,13 +50,13 @@ struct Positions {
           stratum(static_cast<T>(1.0 / static_cast<double>(num_fenceposts) - kPositionEpsilon)),
           even_gap(num_fenceposts > 1 ? last / static_cast<T>(num_fenceposts - 1) : T(0)) {}
 
-    MIPNERF_HOST_DEVICE T even(int64_t k) const {
+    MIPNERF_HOST_DEVICE T even(int32_t k) const {
         // From the nearer end, as torch.linspace does: both ends are exact.
         const T from_end = count - T(1) - T(k);
         return T(k) < from_end ? T(k) * even_gap : last - from_end * even_gap;
     }
 
-    MIPNERF_HOST_DEVICE T stratified(int64_t k, T u) const {
+    MIPNERF_HOST_DEVICE T stratified(int32_t k, T u) const {
         const T lower = T(k) / count;
         const T upper = T(k + 1) / count;
         T p = lower + u * stratum;
@@ -64,7 +66,8 @@ struct Positions {
     }
 };
 
-// t'_k in its interval. The comparisons keep it inside whatever the rounding, and let a NaN of the weights through.
+// t'_k in its interval. The comparisons keep it inside whatever the rounding, and let a NaN of the weights
+// through.
 template <typename T>
 MIPNERF_HOST_DEVICE T invert_interval(T p, T cdf0, T cdf1, T t0, T t1) {
     T fraction = (p - cdf0) / (cdf1 - cdf0);

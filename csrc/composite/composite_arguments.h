@@ -1,0 +1,94 @@
+// What the CPU and the CUDA operators composite_* take, checked once and alike.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "../common/checks.h"
+#include "composite_math.h"
+
+namespace mipnerf {
+
+struct CompositeSizes {
+    int64_t rays;
+    int64_t samples;
+};
+
+inline CompositeOptions composite_options(const Checker& check, bool white_background,
+                                          const std::string& density_activation, double density_bias,
+                                          const std::string& rgb_activation, double rgb_padding) {
+    CompositeOptions options{white_background ? 1.0f : 0.0f, DensityActivation::kNone, RgbActivation::kNone,
+                             density_bias, rgb_padding};
+    if (density_activation == "softplus")
+        options.density_activation = DensityActivation::kSoftplus;
+    else if (density_activation == "relu")
+        options.density_activation = DensityActivation::kRelu;
+    else
+        check.that(density_activation == "none", "density_activation", "none, softplus or relu",
+                   density_activation);
+    if (rgb_activation == "sigmoid")
+        options.rgb_activation = RgbActivation::kSigmoid;
+    else
+        check.that(rgb_activation == "none", "rgb_activation", "none or sigmoid", rgb_activation);
+    return options;
+}
+
+// Shapes, devices, dtypes. Messages are put together only where something is wrong: a call on a few rays
+// takes as long as a handful of strings.
+inline CompositeSizes check_composite(const Checker& check, const torch::stable::Tensor& rgb,
+                                      const torch::stable::Tensor& density,
+                                      const torch::stable::Tensor& t_vals,
+                                      const torch::stable::Tensor& directions, bool allow_float64) {
+    using torch::headeronly::ScalarType;
+    check.dims("t_vals", t_vals, 2, "[B, N+1]");
+    const int64_t rays = t_vals.size(0);
+    const int64_t samples = t_vals.size(1) - 1;
+    check.that(samples >= 1, "t_vals", "of shape [B, N+1] with N at least 1", sizes_text(t_vals.sizes()));
+    check.shape("rgb", rgb, {rays, samples, 3}, "[B, N, 3]");
+    if (density.dim() == 2)
+        check.shape("density", density, {rays, samples}, "[B, N]");
+    else
+        check.shape("density", density, {rays, samples, 1}, "[B, N, 1]");
+    check.shape("directions", directions, {rays, 3}, "[B, 3]");
+    check.same_device("rgb", rgb, "t_vals", t_vals);
+    check.same_device("density", density, "t_vals", t_vals);
+    check.same_device("directions", directions, "t_vals", t_vals);
+    if (allow_float64)
+        check.dtype("t_vals", t_vals, {ScalarType::Float, ScalarType::Double});
+    else
+        check.dtype("t_vals", t_vals, {ScalarType::Float});
+    check.same_dtype("directions", directions, "t_vals", t_vals);
+    if (t_vals.scalar_type() == ScalarType::Double)
+        check.dtype("rgb", rgb, {ScalarType::Double});
+    else
+        check.dtype("rgb", rgb, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+    check.same_dtype("density", density, "rgb", rgb);
+    return {rays, samples};
+}
+
+// One gradient of an output: contiguous, or null where the output was not used.
+class OutputGradient {
+  public:
+    OutputGradient(const Checker& check, const char* name, const std::optional<torch::stable::Tensor>& grad,
+                   std::initializer_list<int64_t> shape, const char* meaning,
+                   const torch::stable::Tensor& t_vals) {
+        if (!grad.has_value()) return;
+        check.shape(name, *grad, shape, meaning);
+        check.same_device(name, *grad, "t_vals", t_vals);
+        check.same_dtype(name, *grad, "t_vals", t_vals);
+        contiguous_ = torch::stable::contiguous(*grad);
+    }
+
+    template <typename T>
+    const T* data() const {
+        return contiguous_.has_value() ? static_cast<const T*>(contiguous_->const_data_ptr()) : nullptr;
+    }
+
+  private:
+    std::optional<torch::stable::Tensor> contiguous_;
+};
+
+}  // namespace mipnerf
