@@ -89,15 +89,13 @@ def pinhole_rays(
         raise ValueError(f"pinhole_rays: c2w must be [..., 3, 4] or [..., 4, 4], got {list(c2w.shape)}")
     if height < 1 or width < 1:
         raise ValueError(f"pinhole_rays: height and width must be at least 1, got {height} x {width}")
-    like = {"dtype": c2w.dtype, "device": c2w.device}
-    focal_ = torch.as_tensor(focal, **like)[..., None, None]
-    x = torch.arange(width, **like) + 0.5 - width / 2
-    y = torch.arange(height, **like)[:, None] + 0.5 - height / 2
+    dtype, device = c2w.dtype, c2w.device
+    focal_ = torch.as_tensor(focal, dtype=dtype, device=device)[..., None, None]
+    x = torch.arange(width, dtype=dtype, device=device) + 0.5 - width / 2
+    y = torch.arange(height, dtype=dtype, device=device)[:, None] + 0.5 - height / 2
     shape = torch.broadcast_shapes(focal_.shape, (height, width))
-    camera = torch.stack(
-        [(x / focal_).expand(shape), (-y / focal_).expand(shape), -torch.ones(shape, **like)], -1
-    )
-    one = torch.ones((), **like)
+    one = torch.ones((), dtype=dtype, device=device)
+    camera = torch.stack([(x / focal_).expand(shape), (-y / focal_).expand(shape), -one.expand(shape)], -1)
     return _rays(c2w[..., None, None, :, :], camera, focal_, near * one, far * one, one)
 
 

@@ -278,7 +278,9 @@ def from_dict(values: dict[str, Any], where: str = "config") -> TrainConfig:
     kind = model.pop("kind", None)
     if kind not in _MODELS:
         raise InputError(f"{where}: model.kind: expected one of {', '.join(_MODELS)}, found {kind!r}")
-    return _build(TrainConfig, values, where, model=_build(_MODELS[kind], model, f"{where}: model"))
+    built = _build(_MODELS[kind], model, f"{where}: model")
+    config: TrainConfig = _build(TrainConfig, values, where, model=built)
+    return config
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from .config import MipNerfConfig, ModelConfig, NerfConfig
 from .counter_rng import FENCEPOSTS, NOISE, Generator, draw_normal, draw_uniform
 from .nerf import Nerf
 from .reference import (
+    Activations,
     Composite,
     activate_density,
     activate_rgb,
@@ -69,9 +70,8 @@ class MipNerf(nn.Module):
             One Composite per level, coarse first, in the leading shape of rays; differentiable in the parameters
             and, through origins, directions and radii, in the rays.
         """
-        shape = rays.batch_shape
         levels = self._levels(rays.flatten(), randomized, white_background, generator)
-        return [Composite(*(field.reshape(*shape, *field.shape[1:]) for field in level)) for level in levels]
+        return [level.unflatten(rays.batch_shape) for level in levels]
 
     def _levels(
         self, rays: Rays, randomized: bool, white_background: bool, generator: Generator
@@ -84,6 +84,12 @@ class MipNerf(nn.Module):
                 return None
             return draw_uniform(generator, FENCEPOSTS + level, config.num_samples + 1, rays.origins)
 
+        activations: Activations = {
+            "density_activation": config.density_activation,
+            "density_bias": config.density_bias,
+            "rgb_activation": "sigmoid",
+            "rgb_padding": config.rgb_padding,
+        }
         t_vals = sample_t_vals(rays.near, rays.far, config.num_samples, uniforms(0), config.lindisp)
         levels: list[Composite] = []
         for level in range(config.num_levels):
@@ -91,18 +97,12 @@ class MipNerf(nn.Module):
             if randomized and config.density_noise > 0:
                 noise = draw_normal(generator, NOISE + level, config.num_samples, rays.origins)
                 raw_density = raw_density + config.density_noise * noise[..., None]
-            arguments = (raw_rgb, raw_density, t_vals, rays.directions, white_background)
-            activations = {
-                "density_activation": config.density_activation,
-                "density_bias": config.density_bias,
-                "rgb_activation": "sigmoid",
-                "rgb_padding": config.rgb_padding,
-            }
+            inputs = (raw_rgb, raw_density, t_vals, rays.directions, white_background)
             if level == config.num_levels - 1:
-                levels.append(ops.composite(*arguments, **activations))
+                levels.append(ops.composite(*inputs, **activations))
             else:
                 result, t_vals = ops.composite_resample(
-                    *arguments, **activations, u=uniforms(level + 1), padding=config.resample_padding
+                    *inputs, **activations, u=uniforms(level + 1), padding=config.resample_padding
                 )
                 levels.append(result)
         return levels
@@ -121,7 +121,8 @@ class MipNerf(nn.Module):
             config.ray_shape,
             integrated=not config.disable_integration,
         )
-        return self.mlps[level if config.separate_mlps else 0](features, viewdirs_enc)
+        raw: tuple[Tensor, Tensor] = self.mlps[level if config.separate_mlps else 0](features, viewdirs_enc)
+        return raw
 
     def query(self, points: Tensor, viewdirs: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         """Colour and density of the finest network in isotropic Gaussians, for grids and meshes.

@@ -61,9 +61,8 @@ class Nerf(nn.Module):
         generator: Generator = None,
     ) -> list[Composite]:
         """Render rays, as `MipNerf.forward`: [coarse, fine]. The radii are not used."""
-        shape = rays.batch_shape
         levels = self._levels(rays.flatten(), randomized, white_background, generator)
-        return [Composite(*(field.reshape(*shape, *field.shape[1:]) for field in level)) for level in levels]
+        return [level.unflatten(rays.batch_shape) for level in levels]
 
     def _levels(
         self, rays: Rays, randomized: bool, white_background: bool, generator: Generator

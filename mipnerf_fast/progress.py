@@ -69,4 +69,6 @@ class Progress:
             self._bar.close()
         elif kind is None:
             seconds = time.monotonic() - self._start
-            print(f"{self._title}: {self._done:,} {self._unit} in {seconds:.1f} s", file=sys.stderr, flush=True)
+            print(
+                f"{self._title}: {self._done:,} {self._unit} in {seconds:.1f} s", file=sys.stderr, flush=True
+            )

@@ -21,11 +21,10 @@ def warm_up(step: int | float | Tensor, delay_steps: int, delay_mult: float) -> 
 
 def log_lerp(fraction: float | Tensor, start: float, end: float) -> float | Tensor:
     """exp((1 - f) ln start + f ln end) with f clipped to [0, 1]."""
+    a, b = math.log(start), math.log(end)
     if isinstance(fraction, Tensor):
-        f = torch.clamp(fraction, 0, 1)
-        return torch.exp((1 - f) * math.log(start) + f * math.log(end))
-    f = min(max(fraction, 0.0), 1.0)
-    return math.exp((1 - f) * math.log(start) + f * math.log(end))
+        return torch.exp(a + (b - a) * torch.clamp(fraction, 0, 1))
+    return math.exp(a + (b - a) * min(max(fraction, 0.0), 1.0))
 
 
 def learning_rate(

@@ -1,6 +1,7 @@
 """mip-NeRF in plain PyTorch, any float dtype, to be read beside the paper: the truth of every native kernel."""
 
 from .composite import (
+    Activations,
     Composite,
     activate_density,
     activate_rgb,
@@ -15,6 +16,7 @@ from .mlp import mip_mlp, mip_mlp_shapes
 from .resample import blur_weights, resample, sample_piecewise_constant, sample_t_vals
 
 __all__ = [
+    "Activations",
     "Composite",
     "activate_density",
     "activate_rgb",

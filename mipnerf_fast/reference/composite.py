@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,6 +20,19 @@ class Composite(NamedTuple):
     distance: Tensor
     acc: Tensor
     weights: Tensor
+
+    def unflatten(self, shape: torch.Size) -> Composite:
+        """The same with the leading dimension B replaced by a shape of B elements."""
+        return Composite(*(field.reshape((*shape, *field.shape[1:])) for field in self))
+
+
+class Activations(TypedDict, total=False):
+    """How `composite` turns raw network outputs into density and colour; see its arguments."""
+
+    density_activation: str | None
+    density_bias: float
+    rgb_activation: str | None
+    rgb_padding: float
 
 
 def activate_density(raw: Tensor, activation: str | None, bias: float = 0.0) -> Tensor:

@@ -84,11 +84,13 @@ def sample_piecewise_constant(
     cdf = functional.pad(cdf, (0, 1), value=1.0)
 
     m = num_fenceposts
-    like = {"dtype": weights.dtype, "device": weights.device}
+    dtype, device = weights.dtype, weights.device
     if u is None:
-        position = torch.linspace(0.0, 1.0 - _EPSILON, m, **like).expand(*weights.shape[:-1], m)
+        position = torch.linspace(0.0, 1.0 - _EPSILON, m, dtype=dtype, device=device).expand(
+            *weights.shape[:-1], m
+        )
     else:
-        position = torch.arange(m, **like) / m + u.detach() * (1.0 / m - _EPSILON)
+        position = torch.arange(m, dtype=dtype, device=device) / m + u.detach() * (1.0 / m - _EPSILON)
         position = position.clamp(max=1.0 - _EPSILON)
 
     # The largest edge with cdf <= position; clamped because a NaN in the weights must stay in its ray.

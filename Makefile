@@ -1,0 +1,107 @@
+# mipnerf_fast: `make demo` and `make test` do all their set-up themselves; `make help` lists everything.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+# More for pytest, such as ARGS="-k composite".
+ARGS ?=
+
+ifeq ($(VENV),none)
+PYTHON_RUN := $(PYTHON)
+else
+PYTHON_RUN := $(VENV)/bin/python
+endif
+
+PIP := $(PYTHON_RUN) -m pip --disable-pip-version-check install
+NATIVE_SOURCES := $(shell find csrc -type f)
+PYTHON_SOURCES := $(wildcard mipnerf_fast tests benchmarks setup.py train.py)
+CLANG_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CLANG_FORMAT = $(PYTHON_RUN) -c 'import clang_format; clang_format.clang_format()'
+
+# Stamps. The first is named after what was asked of torch, so that another TORCH installs another torch. The last
+# holds the interpreter it was built for; another interpreter, or a library that is gone, makes it out of date.
+TORCH_STAMP := $(VENV)/.torch-$(firstword $(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum))
+INSTALL_STAMP := $(VENV)/.installed
+NATIVE_STAMP := build/native.stamp
+BUILT_FOR := $(shell cat $(NATIVE_STAMP) 2>/dev/null)
+BUILT := $(wildcard mipnerf_fast/_C*.so)
+
+.PHONY: help setup demo test lint format clean check-machine always
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo    train on the built-in scene; picture strip, table and video in outputs/demo'
+	@echo 'make test    every test (ARGS="-k name" for some)'
+	@echo 'make lint    ruff, mypy, clang-format: what CI checks'
+	@echo 'make format  let ruff and clang-format rewrite the sources'
+	@echo 'make setup   only the set-up: virtual environment, torch, the package, the native library'
+	@echo 'make clean   remove what was built (the virtual environment stays)'
+	@echo
+	@echo 'Variables: PYTHON (now $(PYTHON)), VENV (now $(VENV); none: use PYTHON as it is, install nothing),'
+	@echo '  TORCH (now $(TORCH)), TORCH_INDEX (one more package index, such as one with CPU-only wheels of torch)'
+
+# One sentence for each thing that pip or the compiler would report less clearly.
+check-machine:
+	@command -v $(PYTHON) >/dev/null || \
+	    { echo 'make: $(PYTHON) was not found; install Python 3.10 or newer, or name one: make PYTHON=...' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.10 or newer is needed: make PYTHON=..." >&2; exit 1; }
+	@test '$(VENV)' = none || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo 'make: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv' >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	    { echo 'make: $(PYTHON) has no C headers (Python.h); on Debian: apt-get install python3-dev' >&2; exit 1; }
+	@test -n "$$CXX" || command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	    { echo 'make: no C++ compiler was found; on Debian: apt-get install g++' >&2; exit 1; }
+
+ifeq ($(VENV),none)
+INSTALLED := check-machine
+else
+INSTALLED := $(INSTALL_STAMP)
+
+# torch first and by itself: everything after it then finds its need of torch met, and no other release is fetched.
+$(TORCH_STAMP): | check-machine
+	test -x $(PYTHON_RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') '$(TORCH)'
+	@rm -f $(VENV)/.torch-*
+	@touch $@
+
+$(INSTALL_STAMP): $(TORCH_STAMP) pyproject.toml setup.py
+	$(PIP) 'setuptools>=77' 'ninja>=1.11' 'pybind11>=2.13'
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+endif
+
+ifneq ($(BUILT_FOR)$(if $(BUILT),,; missing),$(PYTHON_RUN))
+$(NATIVE_STAMP): always
+endif
+$(NATIVE_STAMP): $(filter $(INSTALL_STAMP),$(INSTALLED)) setup.py $(NATIVE_SOURCES) | check-machine
+	$(PYTHON_RUN) setup.py --quiet build_ext --inplace
+	@mkdir -p $(@D)
+	@echo $(PYTHON_RUN) >$@
+
+setup: $(INSTALLED) $(NATIVE_STAMP)
+
+demo: setup
+	$(PYTHON_RUN) benchmarks/demo.py --out outputs/demo
+
+test: setup
+	$(PYTHON_RUN) -m pytest $(ARGS)
+
+lint: setup
+	$(PYTHON_RUN) -m ruff check $(PYTHON_SOURCES)
+	$(PYTHON_RUN) -m ruff format --check $(PYTHON_SOURCES)
+	$(PYTHON_RUN) -m mypy $(filter-out tests,$(PYTHON_SOURCES))
+	$(CLANG_FORMAT) --dry-run -Werror $(CLANG_SOURCES)
+
+format: setup
+	$(PYTHON_RUN) -m ruff check --fix --exit-zero $(PYTHON_SOURCES)
+	$(PYTHON_RUN) -m ruff format $(PYTHON_SOURCES)
+	$(CLANG_FORMAT) -i $(CLANG_SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info mipnerf_fast/_C*.so .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+always:

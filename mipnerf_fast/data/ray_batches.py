@@ -1,0 +1,99 @@
+"""Random batches of rays, computed from (image, pixel) on the training device: no array of all rays exists."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mipnerf_fast.cameras import Rays, pixel_rays
+from mipnerf_fast.counter_rng import IMAGES, PIXELS, counter_index
+from mipnerf_fast.data.dataset import Dataset, composite_pixels
+
+MODES = ("all_images", "single_image")
+
+
+class RayBatches:
+    """Draws pixels with replacement, with their rays and colours; nothing but (seed, step) decides which.
+
+    Args:
+        dataset: the images; its 8-bit pixels and cameras are copied to the device once.
+        device: where batches are made.
+        mode: "all_images" draws from all pixels of all images; "single_image" draws one image a step and then
+            pixels of that image.
+
+    Source: algorithm 1.1 (batching).
+    """
+
+    def __init__(
+        self, dataset: Dataset, device: torch.device | str = "cpu", mode: str = "all_images"
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"RayBatches: mode is {mode!r}; expected one of {', '.join(MODES)}")
+        self.mode, self.white_background = mode, dataset.white_background
+        self.device = torch.device(device)
+        self.pixels = dataset.pixels.to(device)
+        self.c2w, self.focal = dataset.c2w.to(device), dataset.focal.to(device, torch.float32)
+        self.height, self.width = dataset.height.to(device), dataset.width.to(device)
+        self.near, self.far = dataset.near.to(device), dataset.far.to(device)
+        self.lossmult, self.offsets = dataset.lossmult.to(device), dataset.offsets.to(device)
+        self.count, self.total = len(dataset), dataset.pixels.shape[0]
+        sizes = dataset.height * dataset.width
+        self.common_size = int(sizes[0]) if bool((sizes == sizes[0]).all()) else 0
+
+    def draw(self, seed: int, step: int | Tensor, num_rays: int) -> tuple[Rays, Tensor]:
+        """The batch of a step.
+
+        Args:
+            seed: of the run.
+            step: of the optimiser; an int or a 0-d int64 tensor on the device.
+            num_rays: B.
+
+        Returns:
+            Rays [B, .] and colours over the background, float32 [B, 3].
+        """
+        rows = torch.arange(num_rays, device=self.device)
+        if self.mode == "single_image":
+            image = counter_index(seed, step, IMAGES, torch.zeros_like(rows[:1]), self.count)
+            image = image.expand(num_rays)
+            pixel = self._pixel_within(seed, step, rows, image)
+        else:
+            index = counter_index(seed, step, PIXELS, rows, self.total)
+            if self.common_size:
+                image = torch.div(index, self.common_size, rounding_mode="floor")
+            else:
+                image = torch.searchsorted(self.offsets, index, right=True) - 1
+            pixel = index - self.offsets[image]
+        return self.gather(image, pixel)
+
+    def _pixel_within(self, seed: int, step: int | Tensor, rows: Tensor, image: Tensor) -> Tensor:
+        """A pixel of each row's image; a device-side size needs no transfer to the host."""
+        if self.common_size:
+            return counter_index(seed, step, PIXELS, rows, self.common_size)
+        # 40 random bits modulo the image's size: biased by less than size / 2^40
+        bits = counter_index(seed, step, PIXELS, rows, 2**40 - 1)
+        return bits % (self.height * self.width)[image]
+
+    def gather(self, image: Tensor, pixel: Tensor) -> tuple[Rays, Tensor]:
+        """Rays and colours of given pixels.
+
+        Args:
+            image: int64 [B], image indices.
+            pixel: int64 [B], row-major pixel indices within those images.
+
+        Returns:
+            Rays [B, .] and colours over the background, float32 [B, 3].
+        """
+        width = self.width[image]
+        y = torch.div(pixel, width, rounding_mode="floor")
+        rays = pixel_rays(
+            self.c2w[image],
+            self.height[image],
+            width,
+            self.focal[image],
+            pixel - y * width,
+            y,
+            self.near[image],
+            self.far[image],
+            self.lossmult[image],
+        )
+        return rays, composite_pixels(self.pixels[self.offsets[image] + pixel], self.white_background)

@@ -1,0 +1,52 @@
+"""What every test shares: seeds, threads, the devices there are, and the demand for the native library."""
+
+from __future__ import annotations
+
+import os
+import random
+
+# Before torch and matplotlib are imported; what tests start in other processes inherits both.
+CORES = len(os.sched_getaffinity(0))
+os.environ.setdefault("OMP_NUM_THREADS", str(CORES))
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from mipnerf_fast import _native  # noqa: E402
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+torch.set_num_threads(min(torch.get_num_threads(), CORES))
+# The same examples in every run, and no verdict that depends on how busy the machine is.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU and, where there is one, the GPU."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A suite that skipped the native library fails, whatever its tests said."""
+    if not _native.available():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _native.available():
+        terminalreporter.write_sep("=", "FAILED: without the native library", red=True)
+        terminalreporter.write_line(_native.why_missing())

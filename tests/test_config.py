@@ -1,0 +1,97 @@
+"""Configurations: the official defaults, presets, round trips and refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from mipnerf_fast import InputError, MipNerfConfig, NerfConfig, TrainConfig, preset
+from mipnerf_fast.config import PRESET_NOTES, PRESETS, from_dict, to_dict
+
+
+def test_defaults_are_the_papers() -> None:
+    config = TrainConfig()
+    assert (config.batch_size, config.max_steps, config.coarse_loss_mult) == (4096, 1_000_000, 0.1)
+    assert (config.lr_init, config.lr_final, config.lr_delay_steps, config.lr_delay_mult) == (
+        5e-4,
+        5e-6,
+        2500,
+        0.01,
+    )
+    assert (config.grad_max_value, config.grad_max_norm, config.weight_decay_mult) == (0, 0, 0)
+    assert preset("paper") == config
+
+
+def test_presets_differ_from_the_paper_in_what_they_name() -> None:
+    paper = to_dict(preset("paper"))
+    changes = {
+        name: {k for k, v in to_dict(preset(name)).items() if k != "model" and v != paper[k]}
+        | {k for k, v in to_dict(preset(name))["model"].items() if v != paper["model"].get(k)}
+        for name in PRESETS
+    }
+    assert changes["paper-single-scale"] == {"batching"}
+    assert changes["no-ipe"] == {"disable_integration"}
+    assert changes["no-area-loss"] == {"disable_multiscale_loss"}
+    assert changes["no-misc"] == {"density_activation", "density_bias", "rgb_padding"}
+    assert changes["separate-mlps"] == {"separate_mlps"}
+    nerf = preset("nerf")
+    assert isinstance(nerf.model, NerfConfig) and nerf.coarse_loss_mult == 1 and nerf.disable_multiscale_loss
+    assert set(PRESET_NOTES) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_round_trip_through_json(name: str) -> None:
+    assert from_dict(json.loads(json.dumps(to_dict(preset(name))))) == preset(name)
+
+
+def test_unknown_preset_lists_those_there_are() -> None:
+    with pytest.raises(InputError, match="'papper', expected one of paper, paper-single-scale, nerf"):
+        preset("papper")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_steps": 0}, "max_steps: must be at least 1, got 0"),
+        ({"batch_size": -3}, "batch_size: must be at least 1, got -3"),
+        ({"lr_init": 0.0}, "lr_init: must be positive"),
+        ({"lr_final": float("nan")}, "lr_final: must be positive"),
+        ({"loss": "huber"}, "loss: expected one of mse, smooth_l1, charbonnier, got 'huber'"),
+        ({"batching": "rays"}, "batching: expected one of"),
+        ({"seed": 2**63}, "seed: must be below"),
+    ],
+)
+def test_bad_values_are_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(TrainConfig(), **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_samples": 0}, "num_samples"),
+        ({"max_deg_point": 0}, "max_deg_point: must exceed min_deg_point = 0, got 0"),
+        ({"ray_shape": "box"}, "ray_shape"),
+        ({"stop_level_grad": False}, "stop_level_grad"),
+        ({"density_activation": "exp"}, "density_activation"),
+    ],
+)
+def test_bad_models_are_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        MipNerfConfig(**change)  # type: ignore[arg-type]
+
+
+def test_bad_dictionaries_are_named() -> None:
+    good = to_dict(TrainConfig())
+    with pytest.raises(InputError, match=r"run/config\.json: unknown field 'batchsize'"):
+        from_dict({**good, "batchsize": 3}, "run/config.json")
+    with pytest.raises(InputError, match="missing field 'loss'"):
+        from_dict({k: v for k, v in good.items() if k != "loss"})
+    with pytest.raises(InputError, match="batch_size: expected int, found '4096'"):
+        from_dict({**good, "batch_size": "4096"})
+    with pytest.raises(InputError, match=r"model\.kind: expected one of mipnerf, nerf, found 'gaussians'"):
+        from_dict({**good, "model": {"kind": "gaussians"}})
+    with pytest.raises(InputError, match="model: expected an object, found NoneType"):
+        from_dict({k: v for k, v in good.items() if k != "model"})
