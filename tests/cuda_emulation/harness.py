@@ -1,9 +1,10 @@
 """Building and running the emulated kernels from pytest.
 
-``run("composite", arrays, outputs, scalars, seed)`` compiles ``emulate_composite.cpp`` (see ``program.h``) as two programs and
-runs both on the same arrays: ``memory`` under AddressSanitizer and UBSan, ``races`` under the race detector. Either stops at
-the first thing it finds, which arrives here as :class:`EmulationError` with its sentence and the source lines. Binaries are
-kept in ``.cache/cuda_emulation``, named by the hash of everything that went into them.
+``run("composite", arrays, outputs, scalars, seed)`` compiles ``emulate_composite.cpp`` (see ``program.h``) as
+two programs and runs both on the same arrays: ``memory`` under AddressSanitizer and UBSan, ``races`` under the
+race detector. Either stops at the first thing it finds, which arrives here as :class:`EmulationError` with its
+sentence and the source lines. Binaries are kept in ``.cache/cuda_emulation``, named by the hash of everything
+that went into them.
 """
 
 from __future__ import annotations
@@ -26,15 +27,26 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / ".cache" / "cuda_emulation"
 
-COMMON_FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
-COMMON_FLAGS += ["-DMIPNERF_CUDA_EMULATION=1", f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-no-pie", "-fno-pie"]
+COMMON_FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-parameter",
+]
+COMMON_FLAGS += ["-DMIPNERF_CUDA_EMULATION", f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-no-pie", "-fno-pie"]
 ADDRESS_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-RACE_FLAGS = ["-DMIPNERF_EMULATION_RACES=1"]
+RACE_FLAGS = ["-DMIPNERF_EMULATION_RACES"]
 # Only the program itself is instrumented for races; what -fsanitize=thread calls is in races.cpp.
 PROGRAM_FLAGS = {"memory": ADDRESS_FLAGS, "races": [*RACE_FLAGS, "-fsanitize=thread"]}
 RUNTIME_FLAGS = {"memory": ADDRESS_FLAGS, "races": RACE_FLAGS}
 LINK_FLAGS = {"memory": ADDRESS_FLAGS, "races": []}
-RUNTIME_SOURCES = {"memory": ["emulation.cpp", "program.cpp"], "races": ["emulation.cpp", "program.cpp", "races.cpp"]}
+RUNTIME_SOURCES = {
+    "memory": ["emulation.cpp", "program.cpp"],
+    "races": ["emulation.cpp", "program.cpp", "races.cpp"],
+}
 CHECKS = ("memory", "races")
 
 RUN_SECONDS = 300
@@ -42,7 +54,7 @@ BUILD_SECONDS = 300
 
 
 class EmulationError(AssertionError):
-    """A kernel did something that the emulation forbids, or could not be built; the message says what and where."""
+    """A kernel did what the emulation forbids, or could not be built; the message says what and where."""
 
 
 def compiler() -> str:
@@ -52,17 +64,21 @@ def compiler() -> str:
 
 def _call(command: Sequence[str | Path], what: str) -> str:
     try:
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=BUILD_SECONDS)
+        done = subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, timeout=BUILD_SECONDS
+        )
     except FileNotFoundError:
         raise EmulationError(
-            f"the CUDA emulation needs the C++ compiler {command[0]!r}, which is not on this machine: install g++"
+            f"the CUDA emulation needs the C++ compiler {command[0]!s}, which is not on this machine: "
+            "install g++"
         ) from None
     if done.returncode == 0:
         return done.stdout
     if re.search(r"(cannot find|no such file).*(asan|ubsan)", done.stderr, re.IGNORECASE):
         raise EmulationError(
-            f"{command[0]} on this machine cannot link AddressSanitizer and UBSan, which the CUDA emulation needs: install "
-            "libasan and libubsan (Debian and Ubuntu: they come with g++; Fedora: libasan, libubsan)"
+            f"{command[0]} on this machine cannot link AddressSanitizer and UBSan, which the CUDA emulation "
+            "needs: install libasan and libubsan (Debian and Ubuntu: they come with g++; Fedora: packages of "
+            "these names)"
         )
     raise EmulationError(f"{what} failed:\n{done.stderr[-6000:]}")
 
@@ -83,12 +99,14 @@ def _compile(source: Path, flags: tuple[str, ...]) -> Path:
         digest.update(f"\0{file}\0".encode() + Path(file).read_bytes())
     target = CACHE / f"{source.stem}-{digest.hexdigest()[:24]}.o"
     if not target.exists():
-        _write_by(target, lambda path: _call([*command, "-c", source, "-o", path], f"compiling {source.name}"))
+        _write_by(
+            target, lambda path: _call([*command, "-c", source, "-o", path], f"compiling {source.name}")
+        )
     return target
 
 
 def _write_by(target: Path, make: Any) -> None:
-    """Lets ``make(path)`` write a file that appears under its name only when complete (other test processes build too)."""
+    """Lets ``make(path)`` write a file that gets its name when complete: other processes build as well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, suffix=target.suffix)
     os.close(handle)
@@ -109,15 +127,16 @@ def _source_of(program: str | Path) -> Path:
 
 @functools.cache
 def build(program: str | Path, check: str = "memory", defines: tuple[str, ...] = ()) -> Path:
-    """The executable of ``emulate_<program>.cpp`` (or of a source file) for one check, compiled when it is not in the cache."""
+    """The executable of ``emulate_<program>.cpp`` (or of a source file) for one check (cached)."""
     parts = [(_source_of(program), (*PROGRAM_FLAGS[check], *(f"-D{define}" for define in defines)))]
-    parts += [(HERE / name, tuple(RUNTIME_FLAGS[check])) for name in RUNTIME_SOURCES[check]]
+    of_runtime = [f"-D{define}" for define in defines if define.startswith("MIPNERF_EMULATION_")]
+    parts += [(HERE / name, (*RUNTIME_FLAGS[check], *of_runtime)) for name in RUNTIME_SOURCES[check]]
     with ThreadPoolExecutor(max_workers=2) as pool:
         objects = list(pool.map(lambda part: _compile(*part), parts))
     digest = hashlib.sha256("\0".join([check, *(path.name for path in objects)]).encode()).hexdigest()[:24]
     target = CACHE / f"{_source_of(program).stem}-{check}-{digest}"
     if not target.exists():
-        link = [compiler(), *LINK_FLAGS[check], "-no-pie", *objects]
+        link: list[str | Path] = [compiler(), *LINK_FLAGS[check], "-no-pie", *objects]
 
         def make(path: Path) -> None:
             _call([*link, "-o", path], f"linking {_source_of(program).name}")
@@ -131,7 +150,9 @@ def _text(value: str) -> bytes:
     return struct.pack("<I", len(value.encode())) + value.encode()
 
 
-def _record(kind: str, name: str, dtype: np.dtype, shape: Sequence[int], misalignment: int, values: bytes | None) -> bytes:
+def _record(
+    kind: str, name: str, dtype: np.dtype, shape: Sequence[int], misalignment: int, values: bytes | None
+) -> bytes:
     head = kind.encode() + _text(name) + _text(dtype.str) + struct.pack("<I", len(shape))
     head += struct.pack(f"<{len(shape)}q", *shape) + struct.pack("<II", misalignment, values is not None)
     return head + (values or b"")
@@ -182,7 +203,8 @@ def run(
     arrays: inputs by name; None leaves one out (the program sees a null pointer). bfloat16 travels as uint16.
     outputs: (shape, dtype), which the program sees filled with 0xff bytes (NaN), or an array of first values.
     scalars: for Program::integer, number and text. seed: draws the order of threads and blocks.
-    misalign: bytes past a 256-byte boundary at which an array starts (a view of a larger tensor). defines: macros of the build.
+    misalign: bytes past a 256-byte boundary at which an array starts (a view of a larger tensor).
+    defines: macros of the build.
     Raises EmulationError when either check finds something.
     """
     misalign = dict(misalign or {})
@@ -193,7 +215,9 @@ def run(
             parts.append(_record("A", name, array.dtype, array.shape, misalign.pop(name, 0), array.tobytes()))
     for name, wanted in outputs.items():
         if isinstance(wanted, np.ndarray):
-            parts.append(_record("O", name, wanted.dtype, wanted.shape, misalign.pop(name, 0), wanted.tobytes()))
+            parts.append(
+                _record("O", name, wanted.dtype, wanted.shape, misalign.pop(name, 0), wanted.tobytes())
+            )
         else:
             parts.append(_record("O", name, np.dtype(wanted[1]), wanted[0], misalign.pop(name, 0), None))
     if misalign:
@@ -205,30 +229,42 @@ def run(
         for check in checks:
             binary = build(program, check, tuple(defines))
             command = [str(binary), str(source), str(target), str(seed)]
-            command += [f"{key}={value!r}" if isinstance(value, float) else f"{key}={value}" for key, value in (scalars or {}).items()]
+            command += [
+                f"{key}={value!r}" if isinstance(value, float) else f"{key}={value}"
+                for key, value in (scalars or {}).items()
+            ]
             environment = dict(os.environ)
             # Leaks: everything lives until the program ends. The checker would also not run under a debugger.
-            environment["ASAN_OPTIONS"] = "detect_leaks=0:abort_on_error=0:exitcode=71:detect_stack_use_after_return=0"
+            environment["ASAN_OPTIONS"] = (
+                "detect_leaks=0:abort_on_error=0:exitcode=71:detect_stack_use_after_return=0"
+            )
             environment["UBSAN_OPTIONS"] = "print_stacktrace=1:halt_on_error=1"
-            done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, env=environment)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=RUN_SECONDS, env=environment
+            )
             if done.returncode != 0:
-                message = _with_source_lines(binary, done.stderr)[-6000:] or f"exit status {done.returncode}, no message"
+                message = (
+                    _with_source_lines(binary, done.stderr[:6000])
+                    or f"exit status {done.returncode}, no message"
+                )
                 raise EmulationError(f"{_source_of(program).stem} ({check} check, seed {seed}): {message}")
             results = results or _read_records(target.read_bytes())
     return results
 
 
 def _with_source_lines(binary: Path, message: str) -> str:
-    """Replaces the program counters that the race detector prints by functions and lines."""
+    """Replaces the program counters of the race detector and of AddressSanitizer by functions and lines."""
 
     def lines(match: re.Match[str]) -> str:
-        address = hex(int(match.group(1), 16) - 1)  # the call, not the instruction after it
-        found = subprocess.run(["addr2line", "-Cfsipe", str(binary), address], capture_output=True, text=True)
-        return "place: " + found.stdout.strip() if found.returncode == 0 else match.group(0)
+        after = int(match[1] or match[2], 16)  # the instruction after the call
+        found = subprocess.run(
+            ["addr2line", "-Cfsipe", str(binary), hex(after - 1)], capture_output=True, text=True, check=False
+        )
+        return "place: " + found.stdout.strip() if found.returncode == 0 else match[0]
 
     try:
-        return re.sub(r"place: (0x[0-9a-f]+)", lines, message)
-    except FileNotFoundError:
+        return re.sub(rf"place: (0x[0-9a-f]+)|\({re.escape(str(binary))}\+(0x[0-9a-f]+)\)", lines, message)
+    except FileNotFoundError:  # no binutils: the numbers stay
         return message
 
 

@@ -1,4 +1,5 @@
-// What the scheduler tells the race detector (races.cpp); nothing in the build that runs under AddressSanitizer.
+// What the scheduler tells the race detector (races.cpp); nothing in the build that runs under
+// AddressSanitizer.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +20,9 @@ void begin_block(int threads, const unsigned char* shared, std::size_t shared_by
 void block_barrier();
 void warp_barrier(int warp, unsigned lanes);
 #else
-inline unsigned char* reserve(std::size_t) { return nullptr; }
+inline unsigned char* reserve(std::size_t) {
+    return nullptr;
+}
 inline void name_array(const char*, const unsigned char*, std::size_t) {}
 inline void make_read_only(const void*) {}
 inline void begin_launch() {}
