@@ -54,7 +54,7 @@ class Expectation:
 
 
 LOCAL_MEMORY = ("LDL", "STL")
-LOAD_128, STORE_128 = r"LDG\.E\.128", r"STG\.E\.128"
+LOAD_128, STORE_128, ATOMIC = r"LDG\.E\.128", r"STG\.E\.128", r"(?:RED|REDG|ATOM|ATOMG)\.E"
 # Every kernel must match at least one row of its operation; all rows that match apply.
 EXPECTED: dict[str, tuple[Expectation, ...]] = {}
 
@@ -310,32 +310,50 @@ def global_accesses(instructions: dict[str, int]) -> str:
 
 
 def table(kernels: Iterable[Kernel]) -> str:
-    lines = [
-        "| kernel | arch | registers | shared (static) | stack | spilled | MUFU | global accesses (count x bits) | |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
-    ]
-    for k in kernels:
-        spilled = k.spill_store_bytes + k.spill_load_bytes
-        lines.append(
-            f"| {k.name} | {k.architecture} | {k.registers} | {k.shared_bytes} | {k.stack_bytes} | {spilled} | "
-            f"{count(k.instructions, 'MUFU')} | {global_accesses(k.instructions)} | {'; '.join(k.failures) or 'pass'} |"
-        )
+    """One row per kernel; a cell per architecture with the registers, and whatever is not as it should be."""
+    rows: dict[tuple[str, str], dict[str, Kernel]] = {}
+    for kernel in kernels:
+        rows.setdefault((kernel.operation, kernel.name), {})[kernel.architecture] = kernel
+    architectures = list(dict.fromkeys(architecture for row in rows.values() for architecture in row))
+
+    def cell(kernel: Kernel | None) -> str:
+        if kernel is None:
+            return ""
+        sizes = {
+            "shared": kernel.shared_bytes,
+            "stack": kernel.stack_bytes,
+            "spilled": kernel.spill_store_bytes + kernel.spill_load_bytes,
+        }
+        unusual = [f"{name} {size}" for name, size in sizes.items() if size]
+        return str(kernel.registers) + (f" ({', '.join(unusual)})" if unusual else "")
+
+    head = ["kernel", *architectures, "MUFU", "global accesses (count x bits)", "verdict"]
+    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(architectures) + 1)} --- | --- |"]
+    for (_, name), row in rows.items():
+        newest = row[max(row, key=architectures.index)]
+        failures = [f"{architecture} {failure}" for architecture, k in row.items() for failure in k.failures]
+        verdict = "; ".join(failures).replace("|", "\\|") or "pass"
+        cells = [name, *(cell(row.get(architecture)) for architecture in architectures)]
+        cells += [str(count(newest.instructions, "MUFU")), global_accesses(newest.instructions)]
+        lines.append(f"| {' | '.join(cells)} | {verdict} |")
     return "\n".join(lines)
+
+
+EXPLANATION = """\
+Registers per thread for each architecture. Bytes of static shared memory, of stack in local memory and of spills
+stand beside them where there are any; shared memory asked for at launch is not in the compiled code. Special-function
+instructions (MUFU) and accesses to global memory are counted in the code for the newest architecture."""
 
 
 def report(kernels: list[Kernel], nvcc_release: str, revision: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     failed = sum(bool(kernel.failures) for kernel in kernels)
-    verdict = (
-        f"{len(kernels)} kernels compiled, {failed} failed"
-        if failed
-        else f"{len(kernels)} kernels compiled, all pass"
-    )
-    facts = {"nvcc": nvcc_release, "revision": revision, "verdict": verdict}
-    head = f"# Kernels as compiled\n\nnvcc {nvcc_release}, revision {revision}; compiled only, not run: {verdict}.\n"
-    (folder / "cuda_check.md").write_text(f"{head}\n{table(kernels)}\n")
-    text = json.dumps({**facts, "kernels": [asdict(kernel) for kernel in kernels]}, indent=1)
-    (folder / "cuda_check.json").write_text(text + "\n")
+    verdict = f"{len(kernels)} compilations of kernels, " + (f"{failed} failed" if failed else "all pass")
+    head = f"# Kernels as compiled\n\nnvcc {nvcc_release}, revision {revision}; compiled, not run: {verdict}."
+    (folder / "cuda_check.md").write_text(f"{head}\n\n{EXPLANATION}\n\n{table(kernels)}\n")
+    facts = json.dumps({"nvcc": nvcc_release, "revision": revision, "verdict": verdict})
+    rows = ",\n".join(json.dumps(asdict(kernel)) for kernel in kernels)  # a line each, to be read in a diff
+    (folder / "cuda_check.json").write_text(f'{facts[:-1]}, "kernels": [\n{rows}\n]}}\n')
     print(f"{table(kernels)}\n\nnvcc {nvcc_release}: {verdict}")
 
 

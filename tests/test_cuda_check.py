@@ -221,12 +221,17 @@ def test_the_check_notices_that_it_is_blind(tmp_path: Path, unseen: str, instead
 
 
 def test_tables_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good, bad = compiled(), compiled(name="op_bad_kernel", failures=["spills"])
-    cuda_check.report([good, bad], "13.0", "abc", tmp_path)
+    good, newer = compiled(), compiled(architecture="9.0a", registers=24)
+    bad = compiled(name="op_bad_kernel", stack_bytes=8, spill_load_bytes=12, failures=["spills"])
+    cuda_check.report([good, newer, bad], "13.0", "abc", tmp_path)
     data = json.loads((tmp_path / "cuda_check.json").read_text())
-    assert data["verdict"] == "2 kernels compiled, 1 failed"
-    assert [kernel["name"] for kernel in data["kernels"]] == ["op_forward_kernel<float>", "op_bad_kernel"]
+    assert data["verdict"] == "3 compilations of kernels, 1 failed"
+    assert [kernel["registers"] for kernel in data["kernels"]] == [20, 24, 20]
+    assert data["kernels"][0]["instructions"]["LDG.E.128"] == 2
     text = (tmp_path / "cuda_check.md").read_text()
-    assert "| op_forward_kernel<float> | 8.0 | 20 | 0 | 0 | 0 | 0 | load 2x128, store 1x128 | pass |" in text
-    assert "| spills |" in text
+    assert "| kernel | 8.0 | 9.0a | MUFU | global accesses (count x bits) | verdict |" in text
+    assert "| op_forward_kernel<float> | 20 | 24 | 0 | load 2x128, store 1x128 | pass |" in text
+    assert (
+        "| op_bad_kernel | 20 (stack 8, spilled 12) |  | 0 | load 2x128, store 1x128 | 8.0 spills |" in text
+    )
     assert "1 failed" in capsys.readouterr().out

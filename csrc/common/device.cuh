@@ -5,6 +5,10 @@
 // MIPNERF_CUDA_EMULATION defined) for the tests that run every kernel on the CPU under sanitizers. What makes
 // this work:
 //
+// - <op>_kernels.cuh holds kernels and launchers with raw pointers; the torch-free <op>_launch.cu
+// instantiates
+//   all that <op>_cuda.cu calls, and is what `make cuda-check` compiles for every architecture.
+//
 // - Kernels are `__global__ void`, use threadIdx, blockIdx, blockDim and gridDim; MIPNERF_LAUNCH starts them.
 //
 // - All shared memory comes from shared_memory<T>(byte_offset); there are no __shared__ variables.
