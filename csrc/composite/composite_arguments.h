@@ -17,11 +17,11 @@ struct CompositeSizes {
     int64_t samples;
 };
 
-inline CompositeOptions composite_options(const Checker& check, bool white_background,
-                                          const std::string& density_activation, double density_bias,
-                                          const std::string& rgb_activation, double rgb_padding) {
-    CompositeOptions options{white_background ? 1.0f : 0.0f, DensityActivation::kNone, RgbActivation::kNone,
-                             density_bias, rgb_padding};
+inline CompositeOptions<double> composite_options(const Checker& check, bool white_background,
+                                                  const std::string& density_activation, double density_bias,
+                                                  const std::string& rgb_activation, double rgb_padding) {
+    CompositeOptions<double> options{white_background ? 1.0 : 0.0, density_bias, rgb_padding,
+                                     DensityActivation::kNone, RgbActivation::kNone};
     if (density_activation == "softplus")
         options.density_activation = DensityActivation::kSoftplus;
     else if (density_activation == "relu")

@@ -92,8 +92,9 @@ struct ContiguousInputs {
     Tensor rgb, density, t_vals, directions;
 
     template <typename T, typename S>
-    CompositeInputs<T, S> of(int64_t samples, const CompositeOptions& options) const {
-        return {samples, data<S>(rgb), data<S>(density), data<T>(t_vals), data<T>(directions), options};
+    CompositeInputs<T, S> of(int64_t samples, const CompositeOptions<double>& options) const {
+        return {samples,         data<S>(rgb),        data<S>(density),
+                data<T>(t_vals), data<T>(directions), options.as<T>()};
     }
 };
 
@@ -124,8 +125,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cpu(
     std::string density_activation, double density_bias, std::string rgb_activation, double rgb_padding) {
     const Checker check{"composite_forward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);
-    const CompositeOptions options = composite_options(check, white_background, density_activation,
-                                                       density_bias, rgb_activation, rgb_padding);
+    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
+                                                               density_bias, rgb_activation, rgb_padding);
     const ContiguousInputs inputs = contiguous_inputs(rgb, density, t_vals, directions);
     const Outputs out(t_vals, sizes);
     with_dtypes(t_vals, rgb, [&](auto* geometry, auto* samples) {
@@ -144,8 +145,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cpu(
     double rgb_padding, bool geometry) {
     const Checker check{"composite_backward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);
-    const CompositeOptions options = composite_options(check, white_background, density_activation,
-                                                       density_bias, rgb_activation, rgb_padding);
+    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
+                                                               density_bias, rgb_activation, rgb_padding);
     const OutputGradient cotangent_rgb(check, "grad_rgb", grad_rgb, {sizes.rays, 3}, "[B, 3]", t_vals);
     const OutputGradient cotangent_distance(check, "grad_distance", grad_distance, {sizes.rays}, "[B]",
                                             t_vals);
@@ -183,8 +184,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_resample_forward_cp
     const Checker check{"composite_resample_forward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);
     const ResampleSizes resample_sizes = check_positions(check, t_vals, num_samples, u);
-    const CompositeOptions options = composite_options(check, white_background, density_activation,
-                                                       density_bias, rgb_activation, rgb_padding);
+    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
+                                                               density_bias, rgb_activation, rgb_padding);
     const ContiguousInputs inputs = contiguous_inputs(rgb, density, t_vals, directions);
     if (u.has_value()) u = torch::stable::contiguous(*u);
     const Outputs out(t_vals, sizes);

@@ -23,12 +23,19 @@ namespace mipnerf {
 enum class DensityActivation : int32_t { kNone, kSoftplus, kRelu };
 enum class RgbActivation : int32_t { kNone, kSigmoid };
 
+template <typename T>
 struct CompositeOptions {
-    float background;  // 1 white, 0 black
+    T background;  // 1 white, 0 black
+    T density_bias;
+    T rgb_padding;
     DensityActivation density_activation;
     RgbActivation rgb_activation;
-    double density_bias;
-    double rgb_padding;
+
+    template <typename U>
+    CompositeOptions<U> as() const {
+        return {static_cast<U>(background), static_cast<U>(density_bias), static_cast<U>(rgb_padding),
+                density_activation, rgb_activation};
+    }
 };
 
 template <typename T>
