@@ -7,7 +7,7 @@
 //
 //   bits            float_bits, bits_float, double_bits, bits_double,
 //                   to_bfloat16_bits, from_bfloat16_bits, to_half_bits, from_half_bits
-//   rounded         add_rn, sub_rn, mul_rn, fma_rn
+//   rounded         add_rn, sub_rn, mul_rn, fma_rn; reciprocal
 //   pairs           Pair<T>{hi, lo}, two_sum, two_difference, two_product, pair_times
 //   integers        rounding_shift, nearest_integer, negate_if_odd
 //   exponentials    exp2_nonpositive, exp_nonpositive, one_minus_exp_negative
@@ -157,6 +157,22 @@ MIPNERF_HOST_DEVICE float fma_rn(float a, float b, float c) {
 
 MIPNERF_HOST_DEVICE double fma_rn(double a, double b, double c) {
     return fma(a, b, c);
+}
+
+// 1 / x where x and the result are normal numbers, within a unit in the last place.
+MIPNERF_HOST_DEVICE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+    // Without the slow path that the division keeps for subnormal numbers.
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return fmaf(y, fmaf(-x, y, 1.0f), y);
+#else
+    return 1.0f / x;
+#endif
+}
+
+MIPNERF_HOST_DEVICE double reciprocal(double x) {
+    return 1.0 / x;
 }
 
 // ---- pairs: the unevaluated sum hi + lo, |lo| at most half a unit in the last place of hi
