@@ -53,10 +53,34 @@ class Expectation:
     must_not: tuple[str, ...] = ()
 
 
-LOCAL_MEMORY = ("LDL", "STL")
-LOAD_128, STORE_128, ATOMIC = r"LDG\.E\.128", r"STG\.E\.128", r"(?:RED|REDG|ATOM|ATOMG)\.E"
+# What no kernel may contain: accesses to local memory, and double arithmetic, which consumer GPUs have 1/64 of.
+NEVER = {"LDL": "local memory", "STL": "local memory", "D(?:ADD|MUL|FMA|SETP|MNMX)": "double arithmetic"}
+LOAD_128, STORE_128 = r"LDG\.E\.128", r"STG\.E\.128"
+LOAD_64, STORE_64 = r"LDG\.E\.64", r"STG\.E\.64"
+EXP2 = r"MUFU\.EX2"
 # Every kernel must match at least one row of its operation; all rows that match apply.
-EXPECTED: dict[str, tuple[Expectation, ...]] = {}
+EXPECTED: dict[str, tuple[Expectation, ...]] = {
+    # <number type, whole packs of aligned rows[, ...]>: a lane owns four samples, so four floats make 128 bits and
+    # four 16-bit numbers 64; what is float whatever the number type (weights) goes 128 bits at a time.
+    "composite": (
+        Expectation(r"^composite_(forward|resample)_kernel<float, true>", (LOAD_128, STORE_128)),
+        Expectation(r"^composite_(forward|resample)_kernel<(Half|Bfloat16), true>", (LOAD_64, STORE_128)),
+        Expectation(r"^composite_backward_kernel<float, true, ", (LOAD_128, STORE_128)),
+        Expectation(r"^composite_backward_kernel<(Half|Bfloat16), true, ", (LOAD_128, LOAD_64, STORE_64)),
+        Expectation(r"^composite_(forward|resample|backward)_kernel<\w+, false"),
+    ),
+    # Features leave 128 bits at a time whatever their number type; the backward reads their gradients so.
+    "frustum_ipe": (
+        Expectation(r"^frustum_ipe::frustum_ipe_forward_", (STORE_128,)),
+        Expectation(r"^frustum_ipe::frustum_ipe_forward_kernel<\w+, true>", (EXP2,)),
+        Expectation(r"^frustum_ipe::frustum_ipe_backward_kernel<\w+, true>", (LOAD_128, EXP2)),
+        Expectation(r"^frustum_ipe::frustum_ipe_backward_kernel<\w+, false>", (EXP2,)),
+    ),
+    "resample": (
+        Expectation(r"^resample_kernel<true>", (LOAD_128,)),
+        Expectation(r"^resample_kernel<false>"),
+    ),
+}
 
 
 @dataclass
@@ -142,9 +166,9 @@ def judge(kernel: Kernel, expected: Sequence[Expectation]) -> list[str]:
     if not kernel.instructions:
         wrong.append("is not in the disassembly")
         return wrong
-    for opcode in LOCAL_MEMORY:
+    for opcode, what in NEVER.items():
         if number := count(kernel.instructions, opcode):
-            wrong.append(f"has {number} {opcode} (local memory)")
+            wrong.append(f"has {number} {opcode} ({what})")
     rows = [row for row in expected if re.search(row.kernel, kernel.name)]
     if not rows:
         wrong.append("matches no row of EXPECTED in benchmarks/cuda_check.py")
@@ -309,6 +333,15 @@ def global_accesses(instructions: dict[str, int]) -> str:
     return ", ".join(shown)
 
 
+def summarise(kernels: Iterable[Kernel]) -> list[str]:
+    """Each failure once, with the architectures that it is true of."""
+    found: dict[str, list[str]] = {}
+    for kernel in kernels:
+        for failure in kernel.failures:
+            found.setdefault(failure, []).append(kernel.architecture)
+    return [f"{failure} ({', '.join(architectures)})" for failure, architectures in found.items()]
+
+
 def table(kernels: Iterable[Kernel]) -> str:
     """One row per kernel; a cell per architecture with the registers, and whatever is not as it should be."""
     rows: dict[tuple[str, str], dict[str, Kernel]] = {}
@@ -331,8 +364,7 @@ def table(kernels: Iterable[Kernel]) -> str:
     lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(architectures) + 1)} --- | --- |"]
     for (_, name), row in rows.items():
         newest = row[max(row, key=architectures.index)]
-        failures = [f"{architecture} {failure}" for architecture, k in row.items() for failure in k.failures]
-        verdict = "; ".join(failures).replace("|", "\\|") or "pass"
+        verdict = "; ".join(summarise(row.values())).replace("|", "\\|") or "pass"
         cells = [name, *(cell(row.get(architecture)) for architecture in architectures)]
         cells += [str(count(newest.instructions, "MUFU")), global_accesses(newest.instructions)]
         lines.append(f"| {' | '.join(cells)} | {verdict} |")
@@ -408,9 +440,9 @@ def check(options: argparse.Namespace) -> int:
     for kernel in kernels:
         kernel.failures = judge(kernel, EXPECTED.get(kernel.operation, ()))
     report(kernels, nvcc.release, setup.source_revision(), options.out)
-    for kernel in kernels:
-        for failure in kernel.failures:
-            print(f"cuda-check: {kernel.name} for {kernel.architecture} {failure}", file=sys.stderr)
+    for name in dict.fromkeys(kernel.name for kernel in kernels):
+        for sentence in summarise(kernel for kernel in kernels if kernel.name == name):
+            print(f"cuda-check: {name} {sentence}", file=sys.stderr)
     return 1 if any(kernel.failures for kernel in kernels) else 0
 
 

@@ -129,6 +129,7 @@ def test_a_good_kernel_passes() -> None:
         ({"instructions": {"LDG.E.128": 1, "STG.E.128": 1, "STL.64": 1}}, "1 STL"),
         ({"instructions": {"LDG.E": 4, "STG.E.128": 1}}, "has no LDG"),
         ({"instructions": {"LDG.E.128": 1, "STG.E.128": 1, "BAR.SYNC.DEFER_BLOCKING": 1}}, "has BAR"),
+        ({"instructions": {"LDG.E.128": 1, "STG.E.128": 1, "DFMA.RN": 1}}, "double arithmetic"),
         ({"name": "op_backward_kernel"}, "matches no row"),
     ],
 )
@@ -232,6 +233,6 @@ def test_tables_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "| kernel | 8.0 | 9.0a | MUFU | global accesses (count x bits) | verdict |" in text
     assert "| op_forward_kernel<float> | 20 | 24 | 0 | load 2x128, store 1x128 | pass |" in text
     assert (
-        "| op_bad_kernel | 20 (stack 8, spilled 12) |  | 0 | load 2x128, store 1x128 | 8.0 spills |" in text
+        "| op_bad_kernel | 20 (stack 8, spilled 12) |  | 0 | load 2x128, store 1x128 | spills (8.0) |" in text
     )
     assert "1 failed" in capsys.readouterr().out

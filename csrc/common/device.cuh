@@ -5,9 +5,8 @@
 // MIPNERF_CUDA_EMULATION defined) for the tests that run every kernel on the CPU under sanitizers. What makes
 // this work:
 //
-// - <op>_kernels.cuh holds kernels and launchers with raw pointers; the torch-free <op>_launch.cu
-// instantiates
-//   all that <op>_cuda.cu calls, and is what `make cuda-check` compiles for every architecture.
+// - <op>_kernels.cuh holds kernels and launchers with raw pointers. The torch-free <op>_launch.cu
+//   instantiates what <op>_cuda.cu calls; `make cuda-check` compiles it for every architecture.
 //
 // - Kernels are `__global__ void`, use threadIdx, blockIdx, blockDim and gridDim; MIPNERF_LAUNCH starts them.
 //
