@@ -191,6 +191,7 @@ __global__ void __launch_bounds__(kThreads)
 
     // Every lane starts at a degree of its own: rows are often a multiple of the banks apart.
     int l = lane % in.degrees;
+#pragma unroll 1
     for (int count = 0; count < in.degrees; ++count) {
         const float scale = degree_scale(in.min_deg + l);
 #pragma unroll
@@ -263,7 +264,7 @@ MIPNERF_DEVICE void write_ray(const FrustumIpeInputs& in, const FrustumIpeGradie
 // of the interval that it opens (the gradient of the interval that it closes comes from the lane below), the
 // last by the last interval's lane. kFull: 16 degrees and grad_features aligned to 16 bytes.
 template <typename Out, bool kFull>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     frustum_ipe_backward_kernel(FrustumIpeInputs in, const Out* grad_features, FrustumIpeGradients out) {
     const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kWarps + warp_index();
     if (number >= in.rays) return;  // the whole warp
@@ -333,10 +334,12 @@ __global__ void __launch_bounds__(kThreads)
             }
         } else {
             Out* tile = shared_memory<Out>(warp_index() * kGeneralTileBytes<Out>);
+#pragma unroll 1
             for (int i = lane; i < rows * width; i += kWarpSize)
                 tile[i] = load_pack<1>(warp_grads + i).value[0];
             warp_sync();
             int l = lane % in.degrees;
+#pragma unroll 1
             for (int count = 0; count < in.degrees && lane < rows; ++count) {
                 const float scale = degree_scale(in.min_deg + l);
 #pragma unroll
