@@ -12,8 +12,7 @@ namespace mipnerf {
 
 constexpr int kCompositeWarps = 4;  // rays of a block
 
-// ---- a tile
-// ---------------------------------------------------------------------------------------------------
+// ---- a tile -------------------------------------------------------------------------------------
 
 // The samples of a lane in one tile. Beyond the end of the ray: intervals of length zero, so weights of zero.
 struct LaneSamples {
@@ -55,16 +54,21 @@ MIPNERF_DEVICE LaneSamples load_samples(const CompositeArguments<S>& in, const S
     return samples;
 }
 
-MIPNERF_DEVICE void activate_colours(const CompositeOptions<float>& options, Floats<3 * kPerLane>& rgb) {
-    if (options.rgb_activation == RgbActivation::kSigmoid) {
-#pragma unroll
-        for (int i = 0; i < 3 * kPerLane; ++i)
-            rgb.value[i] = activate_rgb(rgb.value[i], RgbActivation::kSigmoid, options.rgb_padding);
-    }
-}
+// Sample i of a run of colours, activated.
+struct Colour {
+    float red, green, blue;
 
-// ---- forward
-// --------------------------------------------------------------------------------------------------
+    MIPNERF_DEVICE Colour(const CompositeOptions<float>& options, const Floats<3 * kPerLane>& raw, int i)
+        : red(raw.value[3 * i]), green(raw.value[3 * i + 1]), blue(raw.value[3 * i + 2]) {
+        if (options.rgb_activation == RgbActivation::kSigmoid) {
+            red = activate_rgb(red, RgbActivation::kSigmoid, options.rgb_padding);
+            green = activate_rgb(green, RgbActivation::kSigmoid, options.rgb_padding);
+            blue = activate_rgb(blue, RgbActivation::kSigmoid, options.rgb_padding);
+        }
+    }
+};
+
+// ---- forward ------------------------------------------------------------------------------------
 
 // The whole of one ray. `keep(first, weights)` is handed the weights of each run as they come.
 template <bool kAligned, typename S, typename Keep>
@@ -76,34 +80,35 @@ MIPNERF_DEVICE void composite_ray(const CompositeArguments<S>& in, const Composi
     const S* density_row = in.density + ray * n;
     const float* t_row = in.t_vals + ray * (n + 1);
     const float norm = direction_norm(in.directions + 3 * ray);
-    float colour[3] = {0, 0, 0};
-    float acc = 0, sum_middle = 0, sum_before_tile = 0;
+    float red = 0, green = 0, blue = 0, acc = 0, sum_middle = 0, sum_before_tile = 0;
     for (int tile = 0; tile < n; tile += kTile) {
         const int first = tile + kPerLane * lane;
-        Floats<3 * kPerLane> rgb = load_run<kAligned, 3 * kPerLane>(rgb_row, 3 * first, 3 * n);
+        const Floats<3 * kPerLane> rgb = load_run<kAligned, 3 * kPerLane>(rgb_row, 3 * first, 3 * n);
         const LaneSamples samples =
             load_samples<kAligned>(in, density_row, t_row, first, norm, sum_before_tile);
         sum_before_tile += samples.tile_sum;
-        activate_colours(in.options, rgb);
         Floats<kPerLane> weights;
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) {
             const float w = transmittance(samples.before[i]) * opacity(samples.depth[i]);
             weights.value[i] = w;
-#pragma unroll
-            for (int k = 0; k < 3; ++k) colour[k] += w * rgb.value[3 * i + k];
+            const Colour colour(in.options, rgb, i);
+            red += w * colour.red;
+            green += w * colour.green;
+            blue += w * colour.blue;
             acc += w;
             sum_middle += w * interval_middle(samples.t[i], samples.t[i + 1]);
         }
         store_run<kAligned>(out.weights + ray * n, first, n, weights);
         keep(first, weights);
     }
-#pragma unroll
-    for (int k = 0; k < 3; ++k) colour[k] = warp_sum(colour[k]);
+    red = warp_sum(red);
+    green = warp_sum(green);
+    blue = warp_sum(blue);
     acc = warp_sum(acc);
     sum_middle = warp_sum(sum_middle);
     if (lane < 3) {
-        const float mine = lane == 0 ? colour[0] : (lane == 1 ? colour[1] : colour[2]);
+        const float mine = lane == 0 ? red : (lane == 1 ? green : blue);
         out.rgb[3 * ray + lane] = mine + in.options.background * (1.0f - acc);
     } else if (lane == 3) {
         out.distance[ray] = expected_distance(sum_middle, acc, t_row[0], t_row[n]).value;
@@ -137,8 +142,7 @@ __global__ void composite_resample_kernel(CompositeArguments<S> in, CompositeRes
     resample_ray_of_warp<true, true>(settings, shared, shared.cdf, u, new_t_vals, ray);
 }
 
-// ---- backward
-// -------------------------------------------------------------------------------------------------
+// ---- backward -----------------------------------------------------------------------------------
 
 // dL/dw of a ray as a function of the sample, but for the distance.
 template <typename S>
@@ -159,7 +163,7 @@ MIPNERF_DEVICE WeightCotangent<float> load_cotangent(const CompositeCotangents<S
 // that of tile j) and the distance. Of the fenceposts a lane writes the right ends of its intervals, lane 0
 // of the first tile also t_0.
 template <typename S, bool kAligned, bool kGeometry>
-__global__ void __launch_bounds__(kCompositeWarps* kWarpSize)
+__global__ void __launch_bounds__(kCompositeWarps* kWarpSize, kAligned ? 5 : 4)
     composite_backward_kernel(CompositeArguments<S> in, CompositeCotangents<S> grads) {
     const std::int64_t ray = static_cast<std::int64_t>(blockIdx.x) * kCompositeWarps + warp_index();
     if (ray >= in.rays) return;
@@ -205,13 +209,13 @@ __global__ void __launch_bounds__(kCompositeWarps* kWarpSize)
         const Floats<3 * kPerLane> raw_rgb = load_run<kAligned, 3 * kPerLane>(rgb_row, 3 * first, 3 * n);
         const LaneSamples samples = load_samples<kAligned>(in, density_row, t_row, first, norm,
                                                            warp_shuffle(sum_before_my_tile, tile));
-        Floats<3 * kPerLane> rgb = raw_rgb;
-        activate_colours(in.options, rgb);
         float grad_weight[kPerLane];
 #pragma unroll
-        for (int i = 0; i < kPerLane; ++i)
-            grad_weight[i] = cotangent(rgb.value[3 * i], rgb.value[3 * i + 1], rgb.value[3 * i + 2],
+        for (int i = 0; i < kPerLane; ++i) {
+            const Colour colour(in.options, raw_rgb, i);
+            grad_weight[i] = cotangent(colour.red, colour.green, colour.blue,
                                        interval_middle(samples.t[i], samples.t[i + 1]));
+        }
         if (grads.weights != nullptr) {
             const Floats<kPerLane> extra = load_run<kAligned, kPerLane>(grads.weights + ray * n, first, n);
 #pragma unroll
@@ -292,8 +296,7 @@ __global__ void __launch_bounds__(kCompositeWarps* kWarpSize)
     }
 }
 
-// ---- launches
-// -------------------------------------------------------------------------------------------------
+// ---- launches -----------------------------------------------------------------------------------
 
 // Whether every run of four samples of every row can be moved by one instruction.
 template <typename S>

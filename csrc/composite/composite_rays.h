@@ -79,8 +79,7 @@ struct CompositeGradients {
     T* grad_directions;  // null: not wanted
 };
 
-// ---- rows
-// -----------------------------------------------------------------------------------------------------
+// ---- rows ---------------------------------------------------------------------------------------
 
 // The activated row: `raw` itself where there is nothing to do, otherwise written to `room`.
 template <typename T, typename S>
@@ -154,8 +153,7 @@ MIPNERF_INLINE void sums_after(const T* value, int64_t samples, T* after) {
     }
 }
 
-// ---- forward
-// --------------------------------------------------------------------------------------------------
+// ---- forward ------------------------------------------------------------------------------------
 
 // Room for the rows of one ray, kept from ray to ray.
 template <typename T>
@@ -213,8 +211,7 @@ MIPNERF_INLINE void composite_forward_ray(const CompositeInputs<T, S>& in, const
     out.distance[ray] = expected_distance(sum_middle, acc, t[0], t[n]).value;
 }
 
-// ---- backward
-// -------------------------------------------------------------------------------------------------
+// ---- backward -----------------------------------------------------------------------------------
 
 // dL/dw as a function of the sample; needs the weights only for the distance.
 template <typename T>

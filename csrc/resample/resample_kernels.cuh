@@ -12,8 +12,7 @@ namespace mipnerf {
 constexpr int kPerLane = 4;
 constexpr int kTile = kPerLane * kWarpSize;
 
-// ---- runs: numbers in a row of one lane
-// -------------------------------------------------------------------------
+// ---- runs: numbers in a row of one lane ---------------------------------------------------------
 
 // row[first .. first + kCount - 1], zero from `end` on. Aligned: `end` and `first` are multiples of four, and
 // so is the row's address, in numbers.
@@ -54,8 +53,7 @@ MIPNERF_DEVICE void store_run(T* row, int first, int end, const Floats<kCount>& 
     }
 }
 
-// ---- what a warp keeps in shared memory
-// ---------------------------------------------------------------------------
+// ---- what a warp keeps in shared memory ---------------------------------------------------------
 
 struct ResampleShared {
     float* cdf;         // [N] rounded up to four: weights, then blurred weights, then cdf_1 .. cdf_N
@@ -92,8 +90,7 @@ struct ResampleSettings {
     }
 };
 
-// ---- one ray
-// ------------------------------------------------------------------------------------------------------
+// ---- one ray ------------------------------------------------------------------------------------
 
 // Blurred and padded weights into shared.cdf; returns their sum. The source may be shared.cdf itself: a lane
 // reads its own slots and the one after them, whose owner writes it a tile later.
@@ -224,8 +221,7 @@ __global__ void resample_kernel(std::int64_t rays, ResampleSettings settings, co
                                           ray);
 }
 
-// ---- launch
-// ---------------------------------------------------------------------------------------------------
+// ---- launch -------------------------------------------------------------------------------------
 
 // Rays of a block: four, fewer where their shared memory would pass what a block gets without asking.
 inline int resample_warps(int samples) {
