@@ -267,7 +267,7 @@ MIPNERF_HOST_DEVICE void encode_degrees(const EncodedCoordinate<T>& coordinate, 
     Phase<T> phase = phase_at(coordinate, scale);
     T factor = negate_if_odd(gaussian_factor<kIntegrated>(coordinate, scale), phase.shifted);
     features[0] = {factor * phase.value.sin, factor * phase.value.cos};
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
     for (int l = 1; l < kDegrees; ++l) {
