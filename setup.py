@@ -30,7 +30,8 @@ OLDEST_TORCH = (2, 11)
 # The stable interface of the oldest torch served: the same binary then loads in every later release.
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # -fopenmp-simd honours `#pragma omp simd` without linking a second OpenMP runtime beside torch's. No -std
-# (torch picks the one its headers need), no -march (the code dispatches at run time), no fast-math.
+# (torch picks the one its headers need), no -march (the code dispatches at run time), no fast-math: without errno
+# and traps, loops with comparisons vectorise; and no product is fused into a sum unless the source says so.
 CXX_FLAGS = [
     "-O3",
     "-g0",
@@ -39,6 +40,9 @@ CXX_FLAGS = [
     "-Wno-unused-parameter",
     "-fvisibility=hidden",
     "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
     TARGET_VERSION,
 ]
 NVCC_FLAGS = ["-O3", "-Xcompiler=-Wall,-fvisibility=hidden", "-DUSE_CUDA", TARGET_VERSION]
