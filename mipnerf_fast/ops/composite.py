@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _native, reference
 from ..reference import Composite
 from .arguments import check_float, check_like, check_shape, require
+from .finite import reports_non_finite
 from .implementations import takes_kernel
 from .resample import check_resample, resample
 
@@ -17,6 +18,7 @@ from .resample import check_resample, resample
 MAX_CUDA_SAMPLES = 4096
 
 
+@reports_non_finite("composite", "level")
 def composite(
     rgb: Tensor,
     density: Tensor,
@@ -80,6 +82,7 @@ def composite(
     )
 
 
+@reports_non_finite("composite_resample", "level", "t_vals")
 def composite_resample(
     rgb: Tensor,
     density: Tensor,
