@@ -49,6 +49,8 @@ MIPNERF_INLINE void narrow(float x, HalfStorage& y) {
     y.bits = to_half_bits(x);
 }
 
+constexpr int64_t kSumBlock = 64;
+
 template <typename T, typename S>
 struct CompositeInputs {
     int64_t samples;
@@ -192,23 +194,34 @@ MIPNERF_INLINE void composite_forward_ray(const CompositeInputs<T, S>& in, const
     const T* depth = room.depth;
     const T* before = room.through;
     T* weights = out.weights + ray * n;
-    T red = 0, green = 0, blue = 0, acc = 0, sum_middle = 0;
-#pragma omp simd reduction(+ : red, green, blue, acc, sum_middle)
-    for (int64_t i = 0; i < n; ++i) {
-        const T w = transmittance(before[i]) * opacity(depth[i]);
-        weights[i] = w;
-        red += w * rgb[3 * i];
-        green += w * rgb[3 * i + 1];
-        blue += w * rgb[3 * i + 2];
-        acc += w;
-        sum_middle += w * interval_middle(t[i], t[i + 1]);
+    // Sums of sums: the rounding of a sum over all samples of a long ray would grow with N.
+    double sum_red = 0, sum_green = 0, sum_blue = 0, sum_weights = 0, sum_middles = 0;
+    for (int64_t begin = 0; begin < n; begin += kSumBlock) {
+        const int64_t end = begin + kSumBlock < n ? begin + kSumBlock : n;
+        T red = 0, green = 0, blue = 0, acc = 0, middles = 0;
+#pragma omp simd reduction(+ : red, green, blue, acc, middles)
+        for (int64_t i = begin; i < end; ++i) {
+            const T w = transmittance(before[i]) * opacity(depth[i]);
+            weights[i] = w;
+            red += w * rgb[3 * i];
+            green += w * rgb[3 * i + 1];
+            blue += w * rgb[3 * i + 2];
+            acc += w;
+            middles += w * interval_middle(t[i], t[i + 1]);
+        }
+        sum_red += red;
+        sum_green += green;
+        sum_blue += blue;
+        sum_weights += acc;
+        sum_middles += middles;
     }
+    const T acc = static_cast<T>(sum_weights);
     const T left = in.options.background * (T(1) - acc);
-    out.rgb[3 * ray] = red + left;
-    out.rgb[3 * ray + 1] = green + left;
-    out.rgb[3 * ray + 2] = blue + left;
+    out.rgb[3 * ray] = static_cast<T>(sum_red) + left;
+    out.rgb[3 * ray + 1] = static_cast<T>(sum_green) + left;
+    out.rgb[3 * ray + 2] = static_cast<T>(sum_blue) + left;
     out.acc[ray] = acc;
-    out.distance[ray] = expected_distance(sum_middle, acc, t[0], t[n]).value;
+    out.distance[ray] = expected_distance(static_cast<T>(sum_middles), acc, t[0], t[n]).value;
 }
 
 // ---- backward -----------------------------------------------------------------------------------
@@ -225,13 +238,14 @@ MIPNERF_INLINE WeightCotangent<T> weight_cotangent(const T* grad_rgb, const T* g
     }
     if (grad_acc != nullptr) cotangent.constant += grad_acc[ray];
     if (grad_distance != nullptr) {
-        T acc = 0, sum_middle = 0;
-#pragma omp simd reduction(+ : acc, sum_middle)
+        double sum_weights = 0, sum_middles = 0;
+#pragma omp simd reduction(+ : sum_weights, sum_middles)
         for (int64_t i = 0; i < n; ++i) {
-            acc += weights[i];
-            sum_middle += weights[i] * interval_middle(t[i], t[i + 1]);
+            sum_weights += weights[i];
+            sum_middles += weights[i] * interval_middle(t[i], t[i + 1]);
         }
-        const Distance<T> distance = expected_distance(sum_middle, acc, t[0], t[n]);
+        const T acc = static_cast<T>(sum_weights);
+        const Distance<T> distance = expected_distance(static_cast<T>(sum_middles), acc, t[0], t[n]);
         cotangent.distance = distance.value;
         if (distance.is_inside) cotangent.towards_distance = grad_distance[ray] / acc;
     }
@@ -295,7 +309,7 @@ template <typename T>
 MIPNERF_INLINE T store_grad_t_vals(const T* grad_depth, const T* density, const T* weights, const T* t,
                                    T norm, T towards_distance, int64_t n, T* room, T* grad_t) {
     T* const grad_length = room;
-    T grad_norm = 0;
+    double grad_norm = 0;
 #pragma omp simd reduction(+ : grad_norm)
     for (int64_t i = 0; i < n; ++i) {
         grad_length[i] = grad_depth[i] * optical_depth_by_length(density[i]);
@@ -307,7 +321,7 @@ MIPNERF_INLINE T store_grad_t_vals(const T* grad_depth, const T* density, const 
     for (int64_t i = 1; i < n; ++i)
         grad_t[i] = half * (weights[i - 1] + weights[i]) + (grad_length[i - 1] - grad_length[i]) * norm;
     grad_t[n] = half * weights[n - 1] + grad_length[n - 1] * norm;
-    return grad_norm;
+    return static_cast<T>(grad_norm);
 }
 
 template <typename T, typename S>
