@@ -440,7 +440,7 @@ def test_the_distance_is_clipped_without_gradient(device: torch.device) -> None:
 
 
 def raw_inputs(rays: int = 4, samples: int = 6, device: torch.device | str = "cpu") -> tuple[Any, ...]:
-    return (*make_inputs(rays, samples, True, device=device), True, "softplus", -1.0, "sigmoid", 0.001)
+    return (*make_inputs(rays, samples, True, device=device), True, 1, -1.0, 1, 0.001)
 
 
 @pytest.mark.parametrize("activations", list(ACTIVATIONS))
@@ -554,7 +554,7 @@ def test_bad_arguments_of_the_raw_operators(device: torch.device) -> None:
         (0, good[0][:, :-1], r"composite_forward: rgb must be of shape \[4, 6, 3\] .*got \[4, 5, 3\]"),
         (1, good[1].half(), "density must be float32 as rgb, got float16"),
         (2, good[2].half(), "t_vals must be float32.*got float16"),
-        (5, "elu", "density_activation must be none, softplus or relu, got elu"),
+        (5, 3, r"density_activation must be 0 \(none\), 1 \(softplus\) or 2 \(relu\), got 3"),
     ):
         with pytest.raises(RuntimeError, match=message):
             forward(*good[:index], bad, *good[index + 1 :])

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <string>
 
 #include "../common/checks.h"
 #include "composite_math.h"
@@ -18,22 +17,15 @@ struct CompositeSizes {
 };
 
 inline CompositeOptions<double> composite_options(const Checker& check, bool white_background,
-                                                  const std::string& density_activation, double density_bias,
-                                                  const std::string& rgb_activation, double rgb_padding) {
-    CompositeOptions<double> options{white_background ? 1.0 : 0.0, density_bias, rgb_padding,
-                                     DensityActivation::kNone, RgbActivation::kNone};
-    if (density_activation == "softplus")
-        options.density_activation = DensityActivation::kSoftplus;
-    else if (density_activation == "relu")
-        options.density_activation = DensityActivation::kRelu;
-    else
-        check.that(density_activation == "none", "density_activation", "none, softplus or relu",
-                   density_activation);
-    if (rgb_activation == "sigmoid")
-        options.rgb_activation = RgbActivation::kSigmoid;
-    else
-        check.that(rgb_activation == "none", "rgb_activation", "none or sigmoid", rgb_activation);
-    return options;
+                                                  int64_t density_activation, double density_bias,
+                                                  int64_t rgb_activation, double rgb_padding) {
+    check.that(
+        density_activation >= 0 && density_activation <= static_cast<int64_t>(DensityActivation::kRelu),
+        "density_activation", "0 (none), 1 (softplus) or 2 (relu)", density_activation);
+    check.that(rgb_activation >= 0 && rgb_activation <= static_cast<int64_t>(RgbActivation::kSigmoid),
+               "rgb_activation", "0 (none) or 1 (sigmoid)", rgb_activation);
+    return {white_background ? 1.0 : 0.0, density_bias, rgb_padding,
+            static_cast<DensityActivation>(density_activation), static_cast<RgbActivation>(rgb_activation)};
 }
 
 // Shapes, devices, dtypes. Messages are put together only where something is wrong: a call on a few rays

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 #include <type_traits>
 
@@ -96,9 +95,11 @@ CompositeOutputs<T> outputs_of(const CompositeTensors& out) {
             mutable_data<T>(out.weights)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cpu(
-    Tensor rgb, Tensor density, Tensor t_vals, Tensor directions, bool white_background,
-    std::string density_activation, double density_bias, std::string rgb_activation, double rgb_padding) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cpu(Tensor rgb, Tensor density, Tensor t_vals,
+                                                                 Tensor directions, bool white_background,
+                                                                 int64_t density_activation,
+                                                                 double density_bias, int64_t rgb_activation,
+                                                                 double rgb_padding) {
     const Checker check{"composite_forward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);
     const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
@@ -117,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cpu(
 std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cpu(
     std::optional<Tensor> grad_rgb, std::optional<Tensor> grad_distance, std::optional<Tensor> grad_acc,
     std::optional<Tensor> grad_weights, Tensor rgb, Tensor density, Tensor t_vals, Tensor directions,
-    bool white_background, std::string density_activation, double density_bias, std::string rgb_activation,
+    bool white_background, int64_t density_activation, double density_bias, int64_t rgb_activation,
     double rgb_padding, bool geometry) {
     const Checker check{"composite_backward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);
@@ -150,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cpu(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_resample_forward_cpu(
     Tensor rgb, Tensor density, Tensor t_vals, Tensor directions, bool white_background,
-    std::string density_activation, double density_bias, std::string rgb_activation, double rgb_padding,
+    int64_t density_activation, double density_bias, int64_t rgb_activation, double rgb_padding,
     int64_t num_samples, std::optional<Tensor> u, double padding) {
     const Checker check{"composite_resample_forward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);
