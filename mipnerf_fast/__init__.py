@@ -1,6 +1,5 @@
 """mip-NeRF, exact and anti-aliased, at the speed the hardware allows."""
 
-# ruff: noqa: E402
 import os
 import sys
 
