@@ -28,8 +28,7 @@ inline CompositeOptions<double> composite_options(const Checker& check, bool whi
             static_cast<DensityActivation>(density_activation), static_cast<RgbActivation>(rgb_activation)};
 }
 
-// Shapes, devices, dtypes. Messages are put together only where something is wrong: a call on a few rays
-// takes as long as a handful of strings.
+// Shapes, devices, dtypes.
 inline CompositeSizes check_composite(const Checker& check, const torch::stable::Tensor& rgb,
                                       const torch::stable::Tensor& density,
                                       const torch::stable::Tensor& t_vals,
@@ -38,7 +37,8 @@ inline CompositeSizes check_composite(const Checker& check, const torch::stable:
     check.dims("t_vals", t_vals, 2, "[B, N+1]");
     const int64_t rays = t_vals.size(0);
     const int64_t samples = t_vals.size(1) - 1;
-    check.that(samples >= 1, "t_vals", "of shape [B, N+1] with N at least 1", sizes_text(t_vals.sizes()));
+    if (samples < 1)
+        check.that(false, "t_vals", "of shape [B, N+1] with N at least 1", sizes_text(t_vals.sizes()));
     check.shape("rgb", rgb, {rays, samples, 3}, "[B, N, 3]");
     if (density.dim() == 2)
         check.shape("density", density, {rays, samples}, "[B, N]");
@@ -71,7 +71,7 @@ class OutputGradient {
         check.shape(name, *grad, shape, meaning);
         check.same_device(name, *grad, "t_vals", t_vals);
         check.same_dtype(name, *grad, "t_vals", t_vals);
-        contiguous_ = torch::stable::contiguous(*grad);
+        contiguous_ = grad->is_contiguous() ? *grad : torch::stable::contiguous(*grad);
     }
 
     template <typename T>
@@ -100,7 +100,9 @@ inline ContiguousInputs contiguous_inputs(const torch::stable::Tensor& rgb,
                                           const torch::stable::Tensor& density,
                                           const torch::stable::Tensor& t_vals,
                                           const torch::stable::Tensor& directions) {
-    using torch::stable::contiguous;
+    const auto contiguous = [](const torch::stable::Tensor& tensor) {
+        return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    };
     return {contiguous(rgb), contiguous(density), contiguous(t_vals), contiguous(directions)};
 }
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -54,10 +55,10 @@ struct ForwardAndResample {
         const CompositeRoom<T> room(in.samples);
         const Positions<T> positions(resample.num_fenceposts);
         const ResampleRoom<T> resample_room(resample, positions);
-        for (int64_t ray = begin; ray < end; ++ray) {
-            composite_forward_ray(in, out, room, ray);
-            resample_ray(resample, positions, resample_room, ray, out.weights + ray * in.samples,
-                         new_t_vals + ray * resample.num_fenceposts);
+        for (int64_t first = begin; first < end; first += kResampleRays) {
+            const int64_t last = std::min(first + kResampleRays, end);
+            for (int64_t ray = first; ray < last; ++ray) composite_forward_ray(in, out, room, ray);
+            resample_block(resample, positions, resample_room, first, last, out.weights, new_t_vals);
         }
     }
 };
