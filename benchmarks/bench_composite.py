@@ -113,9 +113,9 @@ def case(
         rgb, density, t_vals, directions = tensors
         return official_composite(rgb.to(t_vals.dtype), density.to(t_vals.dtype), t_vals, directions, raw)
 
-    def native(*tensors: Tensor) -> Any:
+    def native(rgb: Tensor, density: Tensor, t_vals: Tensor, directions: Tensor) -> Any:
         with use_backend("native"):
-            return ops.composite(*tensors, **options)
+            return ops.composite(rgb, density, t_vals, directions, **options)
 
     size = torch.empty((), dtype=dtype).element_size()
     per_sample = 4 * size + 4 + 4 + (8 * size + 4 if backward else 0)
@@ -149,17 +149,23 @@ def coarse_case(rays: int, samples: int, graph: bool = False) -> Case:
 
         return call
 
-    def official(*tensors: Tensor) -> tuple[Level, Tensor]:
-        level = official_composite(*tensors[:4], raw=True)
-        return level, official_resample(tensors[2], level[3], tensors[4])
+    def official(
+        rgb: Tensor, density: Tensor, t_vals: Tensor, directions: Tensor, u: Tensor
+    ) -> tuple[Level, Tensor]:
+        level = official_composite(rgb, density, t_vals, directions, True)
+        return level, official_resample(t_vals, level[3], u)
 
-    def native(*tensors: Tensor) -> tuple[Any, Tensor]:
+    def native(
+        rgb: Tensor, density: Tensor, t_vals: Tensor, directions: Tensor, u: Tensor
+    ) -> tuple[Any, Tensor]:
         with use_backend("native"):
-            return ops.composite_resample(*tensors[:4], **RAW, u=tensors[4])
+            return ops.composite_resample(rgb, density, t_vals, directions, **RAW, u=u)
 
-    def truth(*tensors: Tensor) -> tuple[Any, Tensor]:
-        level = reference.composite(*tensors[:4], **RAW)
-        return level, reference.resample(tensors[2], level.weights, u=tensors[4])
+    def truth(
+        rgb: Tensor, density: Tensor, t_vals: Tensor, directions: Tensor, u: Tensor
+    ) -> tuple[Any, Tensor]:
+        level = reference.composite(rgb, density, t_vals, directions, **RAW)
+        return level, reference.resample(t_vals, level.weights, u=u)
 
     return Case(
         name=f"coarse level, {rays} x {samples}, raw float32",
