@@ -26,8 +26,8 @@ def test_links_and_pictures_exist() -> None:
 
 
 def test_a_block_is_replaced_and_a_missing_file_named(tmp_path: Path) -> None:
-    text = "a\n<!-- results: speed -->\nold\n<!-- end -->\nb\n"
-    with pytest.raises(FileNotFoundError, match=r"'speed' has no file speed.md"):
+    text = "a\n<!-- results: table -->\nold\n<!-- end -->\nb\n"
+    with pytest.raises(FileNotFoundError, match=r"'table' has no file table.md"):
         filled(text, tmp_path)
-    (tmp_path / "speed.md").write_text("| new |\n")
-    assert filled(text, tmp_path) == "a\n<!-- results: speed -->\n| new |\n<!-- end -->\nb\n"
+    (tmp_path / "table.md").write_text("| new |\n")
+    assert filled(text, tmp_path) == "a\n<!-- results: table -->\n| new |\n<!-- end -->\nb\n"
