@@ -11,8 +11,17 @@ from .composite import (
 )
 from .frustum import frustum_gaussians
 from .frustum_ipe import frustum_ipe
+from .hash_encode import HashGrid, attenuation, density_inputs, hash_encode, hash_grid, scale_inputs
 from .ipe import integrated_pos_enc, pos_enc
 from .mlp import mip_mlp, mip_mlp_shapes
+from .occupancy import (
+    occupancy_layout,
+    occupancy_masks,
+    occupancy_threshold,
+    occupancy_words,
+    pack_masks,
+    unpack_masks,
+)
 from .resample import blur_weights, resample, sample_piecewise_constant, sample_t_vals
 
 __all__ = [
