@@ -42,56 +42,67 @@ MIPNERF_INLINE bool attenuate_tile(const EncodeOptions& options, int32_t resolut
     return largest > 0.0f;
 }
 
-// Indices and attenuated weights of the corners; position holds rows x, y, z.
+template <bool kDense>
 MIPNERF_INLINE void corners_of_tile(const HashLevel& level, const float* position, const float* a, int columns,
                                     CornerTile& corners) {
-    const int32_t n = level.resolution;
+    const int32_t n = level.resolution, highest = n - 1;
     const float scale = static_cast<float>(n);
     const uint32_t m = static_cast<uint32_t>(n) + 1u, offset = level.offset, mask = level.mask;
-    const bool is_dense = level.is_dense;
+    const float *px = position, *py = position + kTile, *pz = position + 2 * kTile;
+    uint32_t(*const index)[kTile] = corners.index;
+    float(*const weight)[kTile] = corners.weight;
 #pragma omp simd
     for (int i = 0; i < columns; ++i) {
-        const float x = position[i] * scale, y = position[kTile + i] * scale, z = position[2 * kTile + i] * scale;
+        const float x = px[i] * scale, y = py[i] * scale, z = pz[i] * scale;
         int32_t cx = static_cast<int32_t>(x), cy = static_cast<int32_t>(y), cz = static_cast<int32_t>(z);
-        cx = cx < n ? cx : n - 1;
-        cy = cy < n ? cy : n - 1;
-        cz = cz < n ? cz : n - 1;
+        cx = cx < highest ? cx : highest;
+        cy = cy < highest ? cy : highest;
+        cz = cz < highest ? cz : highest;
         const float fx = x - static_cast<float>(cx), fy = y - static_cast<float>(cy),
                     fz = z - static_cast<float>(cz);
         const float gx = 1.0f - fx, gy = 1.0f - fy, hz = fz * a[i], gz = (1.0f - fz) * a[i];
         const float yz00 = gy * gz, yz10 = fy * gz, yz01 = gy * hz, yz11 = fy * hz;
-        corners.weight[0][i] = gx * yz00;
-        corners.weight[1][i] = fx * yz00;
-        corners.weight[2][i] = gx * yz10;
-        corners.weight[3][i] = fx * yz10;
-        corners.weight[4][i] = gx * yz01;
-        corners.weight[5][i] = fx * yz01;
-        corners.weight[6][i] = gx * yz11;
-        corners.weight[7][i] = fx * yz11;
+        weight[0][i] = gx * yz00;
+        weight[1][i] = fx * yz00;
+        weight[2][i] = gx * yz10;
+        weight[3][i] = fx * yz10;
+        weight[4][i] = gx * yz01;
+        weight[5][i] = fx * yz01;
+        weight[6][i] = gx * yz11;
+        weight[7][i] = fx * yz11;
         const uint32_t ux = static_cast<uint32_t>(cx), uy = static_cast<uint32_t>(cy),
                        uz = static_cast<uint32_t>(cz);
-        if (is_dense) {
+        if constexpr (kDense) {
             const uint32_t first = offset + ux + m * (uy + m * uz);
-            corners.index[0][i] = first;
-            corners.index[1][i] = first + 1u;
-            corners.index[2][i] = first + m;
-            corners.index[3][i] = first + m + 1u;
-            corners.index[4][i] = first + m * m;
-            corners.index[5][i] = first + m * m + 1u;
-            corners.index[6][i] = first + m * m + m;
-            corners.index[7][i] = first + m * m + m + 1u;
+            index[0][i] = first;
+            index[1][i] = first + 1u;
+            index[2][i] = first + m;
+            index[3][i] = first + m + 1u;
+            index[4][i] = first + m * m;
+            index[5][i] = first + m * m + 1u;
+            index[6][i] = first + m * m + m;
+            index[7][i] = first + m * m + m + 1u;
         } else {
             const uint32_t y0 = uy * kHashY, y1 = y0 + kHashY, z0 = uz * kHashZ, z1 = z0 + kHashZ;
-            corners.index[0][i] = offset + ((ux ^ y0 ^ z0) & mask);
-            corners.index[1][i] = offset + (((ux + 1u) ^ y0 ^ z0) & mask);
-            corners.index[2][i] = offset + ((ux ^ y1 ^ z0) & mask);
-            corners.index[3][i] = offset + (((ux + 1u) ^ y1 ^ z0) & mask);
-            corners.index[4][i] = offset + ((ux ^ y0 ^ z1) & mask);
-            corners.index[5][i] = offset + (((ux + 1u) ^ y0 ^ z1) & mask);
-            corners.index[6][i] = offset + ((ux ^ y1 ^ z1) & mask);
-            corners.index[7][i] = offset + (((ux + 1u) ^ y1 ^ z1) & mask);
+            index[0][i] = offset + ((ux ^ y0 ^ z0) & mask);
+            index[1][i] = offset + (((ux + 1u) ^ y0 ^ z0) & mask);
+            index[2][i] = offset + ((ux ^ y1 ^ z0) & mask);
+            index[3][i] = offset + (((ux + 1u) ^ y1 ^ z0) & mask);
+            index[4][i] = offset + ((ux ^ y0 ^ z1) & mask);
+            index[5][i] = offset + (((ux + 1u) ^ y0 ^ z1) & mask);
+            index[6][i] = offset + ((ux ^ y1 ^ z1) & mask);
+            index[7][i] = offset + (((ux + 1u) ^ y1 ^ z1) & mask);
         }
     }
+}
+
+// Indices and attenuated weights of the corners; position holds rows x, y, z.
+MIPNERF_INLINE void corners_of_tile(const HashLevel& level, const float* position, const float* a, int columns,
+                                    CornerTile& corners) {
+    if (level.is_dense)
+        corners_of_tile<true>(level, position, a, columns, corners);
+    else
+        corners_of_tile<false>(level, position, a, columns, corners);
 }
 
 // How many samples ahead the entries are asked for: about the latency of the second-level cache.

@@ -60,12 +60,12 @@ MIPNERF_HOST_DEVICE MarchRay<T> march_begin(const T* origin, const T* direction,
         enter = first > enter ? first : enter;
         exit = last < exit ? last : exit;
     }
-    // radius = pixel width / sqrt(3): see cameras.py
+    // radius = pixel width / square_root(3): see cameras.py
     const T pixel = radius * T(1.7320508075688772);
     ray.step_per_t = static_cast<T>(options.step_scale) * pixel;
     ray.min_step = static_cast<T>(options.min_step);
     ray.max_step = static_cast<T>(options.max_step);
-    ray.norm = sqrt(direction[0] * direction[0] + direction[1] * direction[1] + direction[2] * direction[2]);
+    ray.norm = square_root(direction[0] * direction[0] + direction[1] * direction[1] + direction[2] * direction[2]);
     ray.radius = radius * inverse;
     ray.t = enter + phase * march_step(ray, enter);
     ray.end = exit;
@@ -137,7 +137,7 @@ MIPNERF_HOST_DEVICE MarchSample<T> march_sample(const MarchRay<T>& ray, T t0, T 
         const T x = ray.origin[k] + moments.mean.hi * ray.direction[k];
         sample.mean[k] = x < T(0) ? T(0) : x > T(1) ? T(1) : x;
     }
-    sample.scale = ray.radius * sqrt(moments.across);
+    sample.scale = ray.radius * square_root(moments.across);
     return sample;
 }
 

@@ -21,21 +21,33 @@ struct Update {
     int64_t count;
     float *values, *gradient, *moment1, *moment2;
 
+    // `length` is a constant for all blocks but the last.
+    MIPNERF_INLINE void block(int64_t first, int64_t length) const {
+        float* const p = values + first;
+        float* const g = gradient + first;
+        float* const m = moment1 + first;
+        float* const v = moment2 + first;
+        uint32_t any = 0;
+#pragma omp simd reduction(| : any)
+        for (int64_t i = 0; i < length; ++i) any |= float_bits(g[i]) << 1;  // -0 is zero too
+        if (any == 0) return;
+        const AdamOptions local = options;
+#pragma omp simd
+        for (int64_t i = 0; i < length; ++i) {
+            const AdamEntry<float> entry = adam_update(g[i], local, p[i], m[i], v[i]);
+            p[i] = entry.value;
+            m[i] = entry.moment1;
+            v[i] = entry.moment2;
+            g[i] = 0.0f;
+        }
+    }
+
     template <int W>
     MIPNERF_INLINE void operator()(int64_t task, int64_t) const {
         const int64_t end = std::min(count, (task + 1) * kPerTask);
-        for (int64_t first = task * kPerTask; first < end; first += kPerBlock) {
-            const int64_t last = std::min(end, first + kPerBlock);
-            uint32_t any = 0;
-#pragma omp simd reduction(| : any)
-            for (int64_t i = first; i < last; ++i) any |= float_bits(gradient[i]) << 1;  // -0 is zero too
-            if (any == 0) continue;
-#pragma omp simd
-            for (int64_t i = first; i < last; ++i) {
-                adam_update(gradient[i], options, values[i], moment1[i], moment2[i]);
-                gradient[i] = 0.0f;
-            }
-        }
+        int64_t first = task * kPerTask;
+        for (; first + kPerBlock <= end; first += kPerBlock) block(first, kPerBlock);
+        if (first < end) block(first, end - first);
     }
 };
 

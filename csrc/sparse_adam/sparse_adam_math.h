@@ -22,17 +22,21 @@ inline AdamOptions adam_options(double learning_rate, double beta1, double beta2
 }
 
 template <typename T>
-MIPNERF_HOST_DEVICE void adam_update(T gradient, const AdamOptions& options, T& value, T& moment1, T& moment2) {
+struct AdamEntry {
+    T value, moment1, moment2;
+};
+
+template <typename T>
+MIPNERF_HOST_DEVICE AdamEntry<T> adam_update(T gradient, const AdamOptions& options, T value, T moment1,
+                                             T moment2) {
     const T beta1 = static_cast<T>(options.beta1), beta2 = static_cast<T>(options.beta2);
     const T m = beta1 * moment1 + (T(1) - beta1) * gradient;
     const T v = beta2 * moment2 + (T(1) - beta2) * gradient * gradient;
-    const T denominator = sqrt(v * static_cast<T>(options.inverse_correction2)) + static_cast<T>(options.eps);
-    const T updated = value - static_cast<T>(options.step_size) * m / denominator;
+    const T root = square_root(v * static_cast<T>(options.inverse_correction2));
+    const T updated = value - static_cast<T>(options.step_size) * m / (root + static_cast<T>(options.eps));
     // Selected, not branched over, so that loops vectorise.
     const bool is_touched = gradient != T(0);
-    value = is_touched ? updated : value;
-    moment1 = is_touched ? m : moment1;
-    moment2 = is_touched ? v : moment2;
+    return {is_touched ? updated : value, is_touched ? m : moment1, is_touched ? v : moment2};
 }
 
 }  // namespace mipnerf
