@@ -178,9 +178,7 @@ class FastConfig:
         if self.log2_table_size and not 3 <= self.log2_table_size <= 26:
             raise InputError(f"FastConfig.log2_table_size: must be 3 to 26, got {self.log2_table_size}")
         if self.net_width % 8 or self.net_width > 256:
-            raise InputError(
-                f"FastConfig.net_width: must be a multiple of 8 up to 256, got {self.net_width}"
-            )
+            raise InputError(f"FastConfig.net_width: must be a multiple of 8 up to 256, got {self.net_width}")
         if self.occupancy_resolution % 32 or self.occupancy_resolution > 512:
             raise InputError(
                 "FastConfig.occupancy_resolution: must be a multiple of 32 up to 512, "
@@ -202,9 +200,7 @@ class FastConfig:
 
     def for_images(self, width: int) -> FastConfig:
         """The same with every field that is 0 chosen for images of this width (the widest, of several scales)."""
-        for widest, *chosen in _FAST_SIZES:
-            if width <= widest:
-                break
+        chosen = next(sizes for widest, *sizes in _FAST_SIZES if width <= widest)
         names = ("levels", "finest_resolution", "log2_table_size", "occupancy_resolution")
         return dataclasses.replace(
             self, **{n: getattr(self, n) or value for n, value in zip(names, chosen, strict=True)}

@@ -85,7 +85,13 @@ class FastModel(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the parameters anew from torch's global generator: tables uniform, networks as He et al. 2015."""
         nn.init.uniform_(self.tables, -_TABLE_INIT, _TABLE_INIT)
-        for weight in (self.density_in, self.density_out, self.colour_in, self.colour_hidden, self.colour_out):
+        for weight in (
+            self.density_in,
+            self.density_out,
+            self.colour_in,
+            self.colour_hidden,
+            self.colour_out,
+        ):
             if weight is not None:
                 bound = math.sqrt(6.0 / weight.shape[1])
                 nn.init.uniform_(weight, -bound, bound)
@@ -130,9 +136,7 @@ class FastModel(nn.Module):
         """
         flat = rays.flatten()
         background = torch.full_like(flat.origins, 1.0 if white_background else 0.0)
-        marched = MarchRays(
-            flat.origins, flat.directions, flat.radii, flat.near, flat.far, None, background
-        )
+        marched = MarchRays(flat.origins, flat.directions, flat.radii, flat.near, flat.far, None, background)
         with torch.no_grad():
             if current_backend() == "reference":
                 rendered = reference.fast_render(*marched, self.fields())

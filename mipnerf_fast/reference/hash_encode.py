@@ -1,7 +1,8 @@
-"""The scale-aware hash encoding: a multiresolution grid whose levels fade where a Gaussian is wider than their cells."""
+"""The scale-aware hash encoding: the levels of a grid fade where a Gaussian is wider than their cells."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,17 +27,22 @@ class HashGrid(NamedTuple):
 
 
 def hash_grid(levels: int, coarsest: int, finest: int, table_size: int) -> HashGrid:
-    """The layout of a grid whose resolutions grow in geometric progression (Mueller et al. 2022, equation 2).
+    """The layout of a grid whose resolutions grow in geometric progression (Mueller et al. 2022, equation 2)."""
+    steps = max(1, levels - 1)
+    return hash_grid_of(
+        [round(coarsest * (finest / coarsest) ** (level / steps)) for level in range(levels)], table_size
+    )
+
+
+def hash_grid_of(resolutions: Sequence[int], table_size: int) -> HashGrid:
+    """The layout of a grid with these resolutions.
 
     A level is dense where its (n + 1)^3 vertices fit into table_size; it then takes that many entries, rounded up to
     a multiple of 8.
     """
-    resolutions, offsets, is_dense, entries = [], [], [], 0
-    for level in range(levels):
-        fraction = level / (levels - 1) if levels > 1 else 0.0
-        n = round(coarsest * (finest / coarsest) ** fraction)
+    offsets, is_dense, entries = [], [], 0
+    for n in resolutions:
         vertices = (n + 1) ** 3
-        resolutions.append(n)
         offsets.append(entries)
         is_dense.append(vertices <= table_size)
         entries += (vertices + 7) // 8 * 8 if vertices <= table_size else table_size
