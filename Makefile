@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+# Of cuda-build: an environment of its own, and a torch whose index entry comes with CUDA.
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.11.*
 # More for pytest, such as ARGS="-k composite".
 ARGS ?=
 
@@ -27,7 +30,7 @@ NATIVE_STAMP := build/native.stamp
 BUILT_FOR := $(shell cat $(NATIVE_STAMP) 2>/dev/null)
 BUILT := $(wildcard mipnerf_fast/_C*.so)
 
-.PHONY: help setup demo test lint format clean check-machine always
+.PHONY: help setup demo test lint format clean cuda-check cuda-build check-machine always
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -36,6 +39,8 @@ help:
 	@echo 'make test    every test (ARGS="-k name" for some)'
 	@echo 'make lint    ruff, mypy, clang-format: what CI checks'
 	@echo 'make format  let ruff and clang-format rewrite the sources'
+	@echo 'make cuda-check  compile every CUDA kernel for every architecture; registers, spills, instructions (nvcc, no GPU)'
+	@echo 'make cuda-build  the library with its kernels for a torch with CUDA, in build/cuda (nvcc, no GPU; gigabytes)'
 	@echo 'make setup   only the set-up: virtual environment, torch, the package, the native library'
 	@echo 'make clean   remove what was built (the virtual environment stays)'
 	@echo
@@ -99,6 +104,14 @@ format: setup
 	$(PYTHON_RUN) -m ruff check --fix --exit-zero $(PYTHON_SOURCES)
 	$(PYTHON_RUN) -m ruff format $(PYTHON_SOURCES)
 	$(CLANG_FORMAT) -i $(CLANG_SOURCES)
+
+cuda-check: $(INSTALLED)
+	$(PYTHON_RUN) benchmarks/cuda_check.py $(ARGS)
+
+# A copy of the sources and an environment of its own: a library with kernels does not load into a torch without CUDA,
+# so it must not take the place of the one that `make setup` builds.
+cuda-build: | check-machine
+	$(PYTHON) benchmarks/cuda_build.py --venv '$(CUDA_VENV)' --torch '$(CUDA_TORCH)'
 
 clean:
 	rm -rf build dist *.egg-info mipnerf_fast/_C*.so .mypy_cache .ruff_cache .pytest_cache

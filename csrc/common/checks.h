@@ -13,11 +13,11 @@
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 
 namespace mipnerf {
@@ -66,7 +66,10 @@ struct Checker {
 
     template <typename Got>
     void that(bool holds, const char* argument, const std::string& wanted, const Got& got) const {
-        STD_TORCH_CHECK(holds, op, ": ", argument, " must be ", wanted, ", got ", got);
+        if (holds) return;
+        std::ostringstream message;  // torch's own macro would put the path of this file in front
+        message << op << ": " << argument << " must be " << wanted << ", got " << got;
+        throw std::runtime_error(message.str());
     }
 
     void dims(const char* argument, const Tensor& tensor, int64_t wanted, const char* meaning) const {

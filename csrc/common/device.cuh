@@ -5,6 +5,9 @@
 // MIPNERF_CUDA_EMULATION defined) for the tests that run every kernel on the CPU under sanitizers. What makes
 // this work:
 //
+// - <op>_kernels.cuh holds kernels and launchers with raw pointers. The torch-free <op>_launch.cu
+//   instantiates what <op>_cuda.cu calls; `make cuda-check` compiles it for every architecture.
+//
 // - Kernels are `__global__ void`, use threadIdx, blockIdx, blockDim and gridDim; MIPNERF_LAUNCH starts them.
 //
 // - All shared memory comes from shared_memory<T>(byte_offset); there are no __shared__ variables.
@@ -85,6 +88,8 @@
 #error "device.cuh is compiled by nvcc, or by g++ with -DMIPNERF_CUDA_EMULATION -I tests/cuda_emulation"
 #endif
 
+#include "portable_math.h"
+
 namespace mipnerf {
 
 constexpr int kWarpSize = 32;
@@ -120,13 +125,6 @@ MIPNERF_HOST_DEVICE To bit_copy(const From& from) {
     To to;
     memcpy(&to, &from, sizeof(To));
     return to;
-}
-
-// Round to nearest even in integer arithmetic; a NaN keeps its sign and becomes quiet.
-MIPNERF_HOST_DEVICE std::uint16_t bfloat16_bits(float x) {
-    const auto u = bit_copy<std::uint32_t>(x);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((u >> 16) | 0x40u);
-    return static_cast<std::uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
 }  // namespace detail
@@ -309,7 +307,7 @@ MIPNERF_DEVICE Bfloat16 from_float<Bfloat16>(float x) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
     return y;
 #else
-    return Bfloat16{detail::bfloat16_bits(x)};
+    return Bfloat16{to_bfloat16_bits(x)};
 #endif
 }
 template <>
@@ -328,7 +326,7 @@ MIPNERF_DEVICE unsigned pair_bits(float low, float high, Bfloat16) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 #else
-    return bfloat16_bits(low) | (static_cast<unsigned>(bfloat16_bits(high)) << 16);
+    return to_bfloat16_bits(low) | (static_cast<unsigned>(to_bfloat16_bits(high)) << 16);
 #endif
 }
 MIPNERF_DEVICE unsigned pair_bits(float low, float high, Half) {

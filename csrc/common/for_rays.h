@@ -13,6 +13,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <string>
 
 #define MIPNERF_INLINE inline __attribute__((always_inline))
 
@@ -24,7 +26,11 @@ inline VectorUnit vector_unit() {
 #if defined(__x86_64__)
     static const VectorUnit unit = [] {
         __builtin_cpu_init();
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        // torch's own variable, which limits torch's own kernels in the same way: default, avx2 or avx512.
+        const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+        const std::string at_most = limit == nullptr ? "" : limit;
+        if (at_most == "default") return VectorUnit::kBaseline;
+        if (at_most != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
             return VectorUnit::kAvx512;
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return VectorUnit::kAvx2;

@@ -7,12 +7,12 @@
 //
 //   bits            float_bits, bits_float, double_bits, bits_double,
 //                   to_bfloat16_bits, from_bfloat16_bits, to_half_bits, from_half_bits
-//   rounded         add_rn, sub_rn, mul_rn, fma_rn
+//   rounded         add_rn, sub_rn, mul_rn, fma_rn; reciprocal
 //   pairs           Pair<T>{hi, lo}, two_sum, two_difference, two_product, pair_times
 //   integers        rounding_shift, nearest_integer, negate_if_odd
 //   roots           square_root
 //   exponentials    exp2_nonpositive, exp_nonpositive, one_minus_exp_negative
-//   activations     softplus, sigmoid
+//   activations     reciprocal_near_one, softplus, sigmoid
 //   sine and cosine sincospi_half: |r| <= 0.502, in units of pi
 //
 // NaN goes through every function unchanged.
@@ -158,6 +158,22 @@ MIPNERF_HOST_DEVICE float fma_rn(float a, float b, float c) {
 
 MIPNERF_HOST_DEVICE double fma_rn(double a, double b, double c) {
     return fma(a, b, c);
+}
+
+// 1 / x where x and the result are normal numbers, within a unit in the last place.
+MIPNERF_HOST_DEVICE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+    // Without the slow path that the division keeps for subnormal numbers.
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return fmaf(y, fmaf(-x, y, 1.0f), y);
+#else
+    return 1.0f / x;
+#endif
+}
+
+MIPNERF_HOST_DEVICE double reciprocal(double x) {
+    return 1.0 / x;
 }
 
 // ---- pairs: the unevaluated sum hi + lo, |lo| at most half a unit in the last place of hi
@@ -326,9 +342,25 @@ MIPNERF_HOST_DEVICE double one_minus_exp_negative(double x) {
 // ---- activations
 // ----------------------------------------------------------------------------------------------
 
+// 1 / x for 1 <= x <= 4, to one unit in the last place: on the device without the slow path that a division carries along
+// for arguments that do not occur here.
+MIPNERF_HOST_DEVICE float reciprocal_near_one(float x) {
+#if defined(__CUDA_ARCH__)
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return 1.0f / x;
+#endif
+}
+
+MIPNERF_HOST_DEVICE double reciprocal_near_one(double x) {
+    return 1.0 / x;
+}
+
 // log(1 + z) for 0 <= z <= 1 as 2 artanh(z / (2 + z)).
 MIPNERF_HOST_DEVICE float log1p_unit(float z) {
-    const float s = z / (2.0f + z);
+    const float s = z * reciprocal_near_one(2.0f + z);
     const float s2 = s * s;
     float p = 2.430536300e-1f;
     p = fma_rn(p, s2, 2.142657638e-1f);
@@ -355,7 +387,7 @@ template <typename T>
 MIPNERF_HOST_DEVICE T sigmoid(T x) {
     const T magnitude = x < T(0) ? -x : x;
     const T e = exp_nonpositive(-magnitude);
-    const T inverse = T(1) / (T(1) + e);
+    const T inverse = reciprocal_near_one(T(1) + e);
     return x < T(0) ? e * inverse : inverse;
 }
 

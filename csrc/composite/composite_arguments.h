@@ -17,11 +17,11 @@ struct CompositeSizes {
     int64_t samples;
 };
 
-inline CompositeOptions composite_options(const Checker& check, bool white_background,
-                                          const std::string& density_activation, double density_bias,
-                                          const std::string& rgb_activation, double rgb_padding) {
-    CompositeOptions options{white_background ? 1.0f : 0.0f, DensityActivation::kNone, RgbActivation::kNone,
-                             density_bias, rgb_padding};
+inline CompositeOptions<double> composite_options(const Checker& check, bool white_background,
+                                                  const std::string& density_activation, double density_bias,
+                                                  const std::string& rgb_activation, double rgb_padding) {
+    CompositeOptions<double> options{white_background ? 1.0 : 0.0, density_bias, rgb_padding,
+                                     DensityActivation::kNone, RgbActivation::kNone};
     if (density_activation == "softplus")
         options.density_activation = DensityActivation::kSoftplus;
     else if (density_activation == "relu")
@@ -89,6 +89,53 @@ class OutputGradient {
 
   private:
     std::optional<torch::stable::Tensor> contiguous_;
+};
+
+template <typename T>
+const T* data(const torch::stable::Tensor& tensor) {
+    return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <typename T>
+T* mutable_data(const torch::stable::Tensor& tensor) {
+    return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+struct ContiguousInputs {
+    torch::stable::Tensor rgb, density, t_vals, directions;
+};
+
+inline ContiguousInputs contiguous_inputs(const torch::stable::Tensor& rgb,
+                                          const torch::stable::Tensor& density,
+                                          const torch::stable::Tensor& t_vals,
+                                          const torch::stable::Tensor& directions) {
+    using torch::stable::contiguous;
+    return {contiguous(rgb), contiguous(density), contiguous(t_vals), contiguous(directions)};
+}
+
+// The outputs, of the dtype of t_vals.
+struct CompositeTensors {
+    torch::stable::Tensor rgb, distance, acc, weights;
+
+    CompositeTensors(const torch::stable::Tensor& t_vals, const CompositeSizes& sizes)
+        : rgb(torch::stable::new_empty(t_vals, {sizes.rays, 3})),
+          distance(torch::stable::new_empty(t_vals, {sizes.rays})),
+          acc(torch::stable::new_empty(t_vals, {sizes.rays})),
+          weights(torch::stable::new_empty(t_vals, {sizes.rays, sizes.samples})) {}
+};
+
+// The gradients of the inputs; those of the geometry have no rows where they are not wanted. Explicit sizes:
+// empty_like would keep the strides of a view that counts as contiguous.
+struct InputGradients {
+    torch::stable::Tensor rgb, density, t_vals, directions;
+
+    InputGradients(const torch::stable::Tensor& like_rgb, const torch::stable::Tensor& like_density,
+                   const torch::stable::Tensor& like_t_vals, const CompositeSizes& sizes, bool geometry)
+        : rgb(torch::stable::new_empty(like_rgb, {sizes.rays, sizes.samples, 3})),
+          density(like_density.dim() == 2
+                      ? torch::stable::new_empty(like_density, {sizes.rays, sizes.samples})
+                      : torch::stable::new_empty(like_density, {sizes.rays, sizes.samples, 1})),
+          t_vals(torch::stable::new_empty(like_t_vals, {geometry ? sizes.rays : 0, sizes.samples + 1})),
+          directions(torch::stable::new_empty(like_t_vals, {geometry ? sizes.rays : 0, 3})) {}
 };
 
 }  // namespace mipnerf

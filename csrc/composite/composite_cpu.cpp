@@ -79,60 +79,37 @@ void with_dtypes(const Tensor& t_vals, const Tensor& rgb, const Run& run) {
     }
 }
 
+template <typename T, typename S>
+CompositeInputs<T, S> inputs_of(const ContiguousInputs& inputs, int64_t samples,
+                                const CompositeOptions<double>& options) {
+    return {samples,
+            data<S>(inputs.rgb),
+            data<S>(inputs.density),
+            data<T>(inputs.t_vals),
+            data<T>(inputs.directions),
+            options.as<T>()};
+}
+
 template <typename T>
-const T* data(const Tensor& tensor) {
-    return static_cast<const T*>(tensor.const_data_ptr());
+CompositeOutputs<T> outputs_of(const CompositeTensors& out) {
+    return {mutable_data<T>(out.rgb), mutable_data<T>(out.distance), mutable_data<T>(out.acc),
+            mutable_data<T>(out.weights)};
 }
-template <typename T>
-T* mutable_data(const Tensor& tensor) {
-    return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-struct ContiguousInputs {
-    Tensor rgb, density, t_vals, directions;
-
-    template <typename T, typename S>
-    CompositeInputs<T, S> of(int64_t samples, const CompositeOptions& options) const {
-        return {samples, data<S>(rgb), data<S>(density), data<T>(t_vals), data<T>(directions), options};
-    }
-};
-
-ContiguousInputs contiguous_inputs(const Tensor& rgb, const Tensor& density, const Tensor& t_vals,
-                                   const Tensor& directions) {
-    using torch::stable::contiguous;
-    return {contiguous(rgb), contiguous(density), contiguous(t_vals), contiguous(directions)};
-}
-
-struct Outputs {
-    Tensor rgb, distance, acc, weights;
-
-    Outputs(const Tensor& t_vals, const CompositeSizes& sizes)
-        : rgb(torch::stable::new_empty(t_vals, {sizes.rays, 3})),
-          distance(torch::stable::new_empty(t_vals, {sizes.rays})),
-          acc(torch::stable::new_empty(t_vals, {sizes.rays})),
-          weights(torch::stable::new_empty(t_vals, {sizes.rays, sizes.samples})) {}
-
-    template <typename T>
-    CompositeOutputs<T> of() const {
-        return {mutable_data<T>(rgb), mutable_data<T>(distance), mutable_data<T>(acc),
-                mutable_data<T>(weights)};
-    }
-};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cpu(
     Tensor rgb, Tensor density, Tensor t_vals, Tensor directions, bool white_background,
     std::string density_activation, double density_bias, std::string rgb_activation, double rgb_padding) {
     const Checker check{"composite_forward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);
-    const CompositeOptions options = composite_options(check, white_background, density_activation,
-                                                       density_bias, rgb_activation, rgb_padding);
+    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
+                                                               density_bias, rgb_activation, rgb_padding);
     const ContiguousInputs inputs = contiguous_inputs(rgb, density, t_vals, directions);
-    const Outputs out(t_vals, sizes);
+    const CompositeTensors out(t_vals, sizes);
     with_dtypes(t_vals, rgb, [&](auto* geometry, auto* samples) {
         using T = std::remove_pointer_t<decltype(geometry)>;
         using S = std::remove_pointer_t<decltype(samples)>;
         for_rays(sizes.rays, sizes.samples,
-                 Forward<T, S>{inputs.of<T, S>(sizes.samples, options), out.of<T>()});
+                 Forward<T, S>{inputs_of<T, S>(inputs, sizes.samples, options), outputs_of<T>(out)});
     });
     return {out.rgb, out.distance, out.acc, out.weights};
 }
@@ -144,8 +121,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cpu(
     double rgb_padding, bool geometry) {
     const Checker check{"composite_backward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);
-    const CompositeOptions options = composite_options(check, white_background, density_activation,
-                                                       density_bias, rgb_activation, rgb_padding);
+    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
+                                                               density_bias, rgb_activation, rgb_padding);
     const OutputGradient cotangent_rgb(check, "grad_rgb", grad_rgb, {sizes.rays, 3}, "[B, 3]", t_vals);
     const OutputGradient cotangent_distance(check, "grad_distance", grad_distance, {sizes.rays}, "[B]",
                                             t_vals);
@@ -153,13 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cpu(
     const OutputGradient cotangent_weights(check, "grad_weights", grad_weights, {sizes.rays, sizes.samples},
                                            "[B, N]", t_vals);
     const ContiguousInputs inputs = contiguous_inputs(rgb, density, t_vals, directions);
-    // Explicit sizes: empty_like would keep the strides of a view that counts as contiguous.
-    const Tensor to_rgb = torch::stable::new_empty(rgb, {sizes.rays, sizes.samples, 3});
-    const Tensor to_density = density.dim() == 2
-                                  ? torch::stable::new_empty(rgb, {sizes.rays, sizes.samples})
-                                  : torch::stable::new_empty(rgb, {sizes.rays, sizes.samples, 1});
-    const Tensor to_t_vals = torch::stable::new_empty(t_vals, {geometry ? sizes.rays : 0, sizes.samples + 1});
-    const Tensor to_directions = torch::stable::new_empty(t_vals, {geometry ? sizes.rays : 0, 3});
+    const InputGradients to(rgb, density, t_vals, sizes, geometry);
     with_dtypes(t_vals, rgb, [&](auto* geometry_type, auto* samples_type) {
         using T = std::remove_pointer_t<decltype(geometry_type)>;
         using S = std::remove_pointer_t<decltype(samples_type)>;
@@ -167,13 +138,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cpu(
                                              cotangent_distance.data<T>(),
                                              cotangent_acc.data<T>(),
                                              cotangent_weights.data<T>(),
-                                             mutable_data<S>(to_rgb),
-                                             mutable_data<S>(to_density),
-                                             geometry ? mutable_data<T>(to_t_vals) : nullptr,
-                                             geometry ? mutable_data<T>(to_directions) : nullptr};
-        for_rays(sizes.rays, sizes.samples, Backward<T, S>{inputs.of<T, S>(sizes.samples, options), grads});
+                                             mutable_data<S>(to.rgb),
+                                             mutable_data<S>(to.density),
+                                             geometry ? mutable_data<T>(to.t_vals) : nullptr,
+                                             geometry ? mutable_data<T>(to.directions) : nullptr};
+        for_rays(sizes.rays, sizes.samples,
+                 Backward<T, S>{inputs_of<T, S>(inputs, sizes.samples, options), grads});
     });
-    return {to_rgb, to_density, to_t_vals, to_directions};
+    return {to.rgb, to.density, to.t_vals, to.directions};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_resample_forward_cpu(
@@ -183,20 +155,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_resample_forward_cp
     const Checker check{"composite_resample_forward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);
     const ResampleSizes resample_sizes = check_positions(check, t_vals, num_samples, u);
-    const CompositeOptions options = composite_options(check, white_background, density_activation,
-                                                       density_bias, rgb_activation, rgb_padding);
+    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
+                                                               density_bias, rgb_activation, rgb_padding);
     const ContiguousInputs inputs = contiguous_inputs(rgb, density, t_vals, directions);
     if (u.has_value()) u = torch::stable::contiguous(*u);
-    const Outputs out(t_vals, sizes);
+    const CompositeTensors out(t_vals, sizes);
     const Tensor new_t_vals = torch::stable::new_empty(t_vals, {sizes.rays, resample_sizes.num_fenceposts});
     with_dtypes(t_vals, rgb, [&](auto* geometry, auto* samples) {
         using T = std::remove_pointer_t<decltype(geometry)>;
         using S = std::remove_pointer_t<decltype(samples)>;
-        const CompositeInputs<T, S> in = inputs.of<T, S>(sizes.samples, options);
+        const CompositeInputs<T, S> in = inputs_of<T, S>(inputs, sizes.samples, options);
         const ResampleInputs<T> resample{sizes.samples, resample_sizes.num_fenceposts, in.t_vals,
                                          u.has_value() ? data<T>(*u) : nullptr, padding};
         for_rays(sizes.rays, sizes.samples + resample_sizes.num_fenceposts,
-                 ForwardAndResample<T, S>{in, out.of<T>(), resample, mutable_data<T>(new_t_vals)});
+                 ForwardAndResample<T, S>{in, outputs_of<T>(out), resample, mutable_data<T>(new_t_vals)});
     });
     return {out.rgb, out.distance, out.acc, out.weights, new_t_vals};
 }

@@ -23,12 +23,19 @@ namespace mipnerf {
 enum class DensityActivation : int32_t { kNone, kSoftplus, kRelu };
 enum class RgbActivation : int32_t { kNone, kSigmoid };
 
+template <typename T>
 struct CompositeOptions {
-    float background;  // 1 white, 0 black
+    T background;  // 1 white, 0 black
+    T density_bias;
+    T rgb_padding;
     DensityActivation density_activation;
     RgbActivation rgb_activation;
-    double density_bias;
-    double rgb_padding;
+
+    template <typename U>
+    CompositeOptions<U> as() const {
+        return {static_cast<U>(background), static_cast<U>(density_bias), static_cast<U>(rgb_padding),
+                density_activation, rgb_activation};
+    }
 };
 
 template <typename T>
@@ -42,8 +49,7 @@ struct Largest<double> {
     static constexpr double kFinite = 1.7976931348623157e308;
 };
 
-// ---- activations
-// ----------------------------------------------------------------------------------------------
+// ---- activations --------------------------------------------------------------------------------
 
 template <typename T>
 MIPNERF_HOST_DEVICE T relu(T x) {
@@ -74,15 +80,15 @@ MIPNERF_HOST_DEVICE T activate_rgb(T raw, RgbActivation activation, T padding) {
 template <typename T>
 MIPNERF_HOST_DEVICE T activate_rgb_derivative(T raw, RgbActivation activation, T padding) {
     if (activation == RgbActivation::kSigmoid) {
-        const T s = sigmoid(raw);
-        // 1 - s = sigmoid(-raw), without the cancellation of the subtraction
-        return s * sigmoid(-raw) * (T(1) + T(2) * padding);
+        // s (1 - s) = e / (1 + e)^2 with e = exp(-|raw|): no cancellation where s is near one
+        const T e = exp_nonpositive(raw < T(0) ? raw : -raw);
+        const T inverse = reciprocal_near_one(T(1) + e);
+        return e * inverse * inverse * (T(1) + T(2) * padding);
     }
     return T(1);
 }
 
-// ---- one interval
-// ---------------------------------------------------------------------------------------------
+// ---- one interval -------------------------------------------------------------------------------
 
 template <typename T>
 MIPNERF_HOST_DEVICE T interval_length(T t0, T t1, T direction_norm) {
@@ -116,8 +122,7 @@ MIPNERF_HOST_DEVICE T transmittance(T depth_before) {
     return exp_nonpositive(-depth_before);
 }
 
-// ---- one ray
-// --------------------------------------------------------------------------------------------------
+// ---- one ray ------------------------------------------------------------------------------------
 
 template <typename T>
 MIPNERF_HOST_DEVICE T direction_norm(const T* direction) {

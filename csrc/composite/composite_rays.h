@@ -56,7 +56,7 @@ struct CompositeInputs {
     const S* density;     // [B, N]
     const T* t_vals;      // [B, N+1]
     const T* directions;  // [B, 3]
-    CompositeOptions options;
+    CompositeOptions<T> options;
 };
 
 template <typename T>
@@ -79,13 +79,13 @@ struct CompositeGradients {
     T* grad_directions;  // null: not wanted
 };
 
-// ---- rows
-// -----------------------------------------------------------------------------------------------------
+// ---- rows ---------------------------------------------------------------------------------------
 
 // The activated row: `raw` itself where there is nothing to do, otherwise written to `room`.
 template <typename T, typename S>
-MIPNERF_INLINE const T* density_row(const S* raw, int64_t samples, const CompositeOptions& options, T* room) {
-    const T bias = static_cast<T>(options.density_bias);
+MIPNERF_INLINE const T* density_row(const S* raw, int64_t samples, const CompositeOptions<T>& options,
+                                    T* room) {
+    const T bias = options.density_bias;
     switch (options.density_activation) {
         case DensityActivation::kNone:
             if constexpr (std::is_same_v<T, S>) return raw;
@@ -107,9 +107,9 @@ MIPNERF_INLINE const T* density_row(const S* raw, int64_t samples, const Composi
 }
 
 template <typename T, typename S>
-MIPNERF_INLINE const T* rgb_row(const S* raw, int64_t samples, const CompositeOptions& options, T* room) {
+MIPNERF_INLINE const T* rgb_row(const S* raw, int64_t samples, const CompositeOptions<T>& options, T* room) {
     if (options.rgb_activation == RgbActivation::kSigmoid) {
-        const T padding = static_cast<T>(options.rgb_padding);
+        const T padding = options.rgb_padding;
 #pragma omp simd
         for (int64_t i = 0; i < 3 * samples; ++i)
             room[i] = activate_rgb<T>(widen(raw[i]), RgbActivation::kSigmoid, padding);
@@ -153,8 +153,7 @@ MIPNERF_INLINE void sums_after(const T* value, int64_t samples, T* after) {
     }
 }
 
-// ---- forward
-// --------------------------------------------------------------------------------------------------
+// ---- forward ------------------------------------------------------------------------------------
 
 // Room for the rows of one ray, kept from ray to ray.
 template <typename T>
@@ -204,7 +203,7 @@ MIPNERF_INLINE void composite_forward_ray(const CompositeInputs<T, S>& in, const
         acc += w;
         sum_middle += w * interval_middle(t[i], t[i + 1]);
     }
-    const T left = static_cast<T>(in.options.background) * (T(1) - acc);
+    const T left = in.options.background * (T(1) - acc);
     out.rgb[3 * ray] = red + left;
     out.rgb[3 * ray + 1] = green + left;
     out.rgb[3 * ray + 2] = blue + left;
@@ -212,8 +211,7 @@ MIPNERF_INLINE void composite_forward_ray(const CompositeInputs<T, S>& in, const
     out.distance[ray] = expected_distance(sum_middle, acc, t[0], t[n]).value;
 }
 
-// ---- backward
-// -------------------------------------------------------------------------------------------------
+// ---- backward -----------------------------------------------------------------------------------
 
 // dL/dw as a function of the sample; needs the weights only for the distance.
 template <typename T>
@@ -242,7 +240,7 @@ MIPNERF_INLINE WeightCotangent<T> weight_cotangent(const T* grad_rgb, const T* g
 
 template <typename T, typename S>
 MIPNERF_INLINE void store_grad_rgb(const T* weights, const WeightCotangent<T>& cotangent, const S* raw,
-                                   const CompositeOptions& options, int64_t n, T* room, S* grad) {
+                                   const CompositeOptions<T>& options, int64_t n, T* room, S* grad) {
     const T red = cotangent.rgb[0], green = cotangent.rgb[1], blue = cotangent.rgb[2];
     T* target = room;
     if constexpr (std::is_same_v<T, S>) target = grad;
@@ -253,7 +251,7 @@ MIPNERF_INLINE void store_grad_rgb(const T* weights, const WeightCotangent<T>& c
         target[3 * i + 2] = weights[i] * blue;
     }
     if (options.rgb_activation == RgbActivation::kSigmoid) {
-        const T padding = static_cast<T>(options.rgb_padding);
+        const T padding = options.rgb_padding;
 #pragma omp simd
         for (int64_t i = 0; i < 3 * n; ++i)
             narrow(target[i] * activate_rgb_derivative<T>(widen(raw[i]), RgbActivation::kSigmoid, padding),
@@ -266,8 +264,8 @@ MIPNERF_INLINE void store_grad_rgb(const T* weights, const WeightCotangent<T>& c
 
 template <typename T, typename S>
 MIPNERF_INLINE void store_grad_density(const T* grad_depth, const T* density, const T* t, T norm,
-                                       const S* raw, const CompositeOptions& options, int64_t n, S* grad) {
-    const T bias = static_cast<T>(options.density_bias);
+                                       const S* raw, const CompositeOptions<T>& options, int64_t n, S* grad) {
+    const T bias = options.density_bias;
     if (options.density_activation == DensityActivation::kSoftplus) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i)
@@ -333,8 +331,8 @@ MIPNERF_INLINE void composite_backward_ray(const CompositeInputs<T, S>& in,
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) weights[i] = through[i] * opacity(depth[i]);
 
-    const WeightCotangent<T> cotangent = weight_cotangent(
-        grads.rgb, grads.distance, grads.acc, ray, static_cast<T>(in.options.background), weights, t, n);
+    const WeightCotangent<T> cotangent =
+        weight_cotangent(grads.rgb, grads.distance, grads.acc, ray, in.options.background, weights, t, n);
     const T* rgb = rgb_row(in.rgb + ray * 3 * n, n, in.options, room.rgb);
     T* const grad_weight = depth;
 #pragma omp simd

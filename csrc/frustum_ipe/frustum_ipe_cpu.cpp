@@ -393,9 +393,9 @@ Tensor frustum_ipe_forward_cpu(Tensor t_vals, Tensor origins, Tensor directions,
                                int64_t min_deg, int64_t max_deg, bool cylinder, bool integrated,
                                ScalarType out_dtype) {
     const Checker check{"frustum_ipe_forward"};
+    check_dtypes(check, "out_dtype", out_dtype, t_vals);
     const FrustumIpeSizes sizes =
         check_frustum_ipe(check, t_vals, origins, directions, radii, min_deg, max_deg);
-    check_dtypes(check, "out_dtype", out_dtype, t_vals);
     t_vals = torch::stable::contiguous(t_vals);
     origins = torch::stable::contiguous(origins);
     directions = torch::stable::contiguous(directions);
@@ -424,10 +424,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> frustum_ipe_backward_cpu(Tensor grad_
                                                                     int64_t max_deg, bool cylinder,
                                                                     bool integrated) {
     const Checker check{"frustum_ipe_backward"};
+    check_dtypes(check, "grad_features", grad_features.scalar_type(), t_vals);
     const FrustumIpeSizes sizes =
         check_frustum_ipe(check, t_vals, origins, directions, radii, min_deg, max_deg);
     check_frustum_ipe_grad(check, grad_features, t_vals, sizes);
-    check_dtypes(check, "grad_features", grad_features.scalar_type(), t_vals);
     grad_features = torch::stable::contiguous(grad_features);
     t_vals = torch::stable::contiguous(t_vals);
     origins = torch::stable::contiguous(origins);

@@ -40,12 +40,14 @@ MIPNERF_HOST_DEVICE T missing_weight(T sum, int64_t samples) {
 template <typename T>
 struct Positions {
     T count;     // M
+    T inverse;   // 1/M
     T last;      // 1 - eps
     T stratum;   // 1/M - eps, what u spans
     T even_gap;  // (1 - eps) / (M - 1)
 
     explicit Positions(int64_t num_fenceposts)
         : count(static_cast<T>(num_fenceposts)),
+          inverse(T(1) / count),
           last(static_cast<T>(1.0 - kPositionEpsilon)),
           stratum(static_cast<T>(1.0 / static_cast<double>(num_fenceposts) - kPositionEpsilon)),
           even_gap(num_fenceposts > 1 ? last / static_cast<T>(num_fenceposts - 1) : T(0)) {}
@@ -56,9 +58,20 @@ struct Positions {
         return T(k) < from_end ? T(k) * even_gap : last - from_end * even_gap;
     }
 
+    // k / M. On the device the product with 1 / M and what it misses, which is the same number for every M up
+    // to 4097 and comes without the slow path of a division.
+    MIPNERF_HOST_DEVICE T stratum_start(int32_t k) const {
+#if defined(__CUDA_ARCH__)
+        const T quotient = T(k) * inverse;
+        return fma_rn(fma_rn(-quotient, count, T(k)), inverse, quotient);
+#else
+        return T(k) / count;
+#endif
+    }
+
     MIPNERF_HOST_DEVICE T stratified(int32_t k, T u) const {
-        const T lower = T(k) / count;
-        const T upper = T(k + 1) / count;
+        const T lower = stratum_start(k);
+        const T upper = stratum_start(k + 1);
         T p = lower + u * stratum;
         p = p > upper ? upper : p;  // by a rounding, or where u is not below 1
         p = p > lower ? p : lower;  // where u is negative or NaN

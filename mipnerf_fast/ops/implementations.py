@@ -5,14 +5,26 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import _native
 from ..backend import current_backend
 
 OPERATIONS = ("frustum_ipe", "composite", "resample", "mlp")
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 # Per operation: the device types that have a native kernel and the dtypes it takes there.
-_KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {name: {} for name in OPERATIONS}
+_KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "frustum_ipe": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
+    "composite": {"cpu": (*_FLOATS, torch.float64), "cuda": _FLOATS},
+    "resample": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
+    "mlp": {},
+}
+
+# Decided when the package is imported: torch.compile can read module globals but not look for a library.
+_WHY_NO_LIBRARY = _native.why_missing()
+_WHY_NO_CUDA = "" if _native.build_info().get("cuda") else "the native library was built without CUDA kernels"
 
 
 class Implementation(NamedTuple):
@@ -41,21 +53,42 @@ def implementations(
     return [_implementation(name, torch.device(device).type, dtype) for name in OPERATIONS]
 
 
+def takes_kernel(operation: str, tensor: Tensor, unsupported: str = "") -> bool:
+    """Whether an operator runs its native kernel on tensors like this one, under the backend in force.
+
+    `unsupported` says what about this call the kernel does not do; empty where it does everything.
+
+    Errors: RuntimeError, saying why, where the backend "native" is forced and the kernel cannot run.
+    """
+    backend = current_backend()
+    if backend == "reference" or not _KERNELS[operation]:
+        return False
+    missing = unsupported or _why_no_kernel(operation, tensor.device.type, tensor.dtype)
+    if missing and backend == "native":
+        raise RuntimeError(f"{operation}: the backend is set to native, but {missing}")
+    return not missing
+
+
+def _why_no_kernel(operation: str, device_type: str, dtype: torch.dtype) -> str:
+    kernels = _KERNELS[operation]
+    if device_type not in kernels:
+        return f"there is no native kernel for {device_type}, only for {' and '.join(kernels)}"
+    if dtype not in kernels[device_type]:
+        return f"the native kernel for {device_type} does not take {dtype}"
+    if _WHY_NO_LIBRARY:
+        return _WHY_NO_LIBRARY
+    return _WHY_NO_CUDA if device_type == "cuda" else ""
+
+
 def _implementation(operation: str, device_type: str, dtype: torch.dtype) -> Implementation:
     backend = current_backend()
     if backend == "reference":
         return Implementation(operation, "reference", "the backend is set to reference")
-    kernels = _KERNELS[operation]
-    if not kernels:
+    if not _KERNELS[operation]:
         # Also when "native" is forced: it takes the kernel wherever one is implemented.
         return Implementation(operation, "reference", "no native kernel is implemented yet")
-    if device_type not in kernels:
-        missing = f"no native kernel for {device_type}, only for {' and '.join(kernels)}"
-    elif dtype not in kernels[device_type]:
-        missing = f"the native kernel for {device_type} does not take {dtype}"
-    elif not _native.available():
-        missing = _native.why_missing()
-    else:
+    missing = _why_no_kernel(operation, device_type, dtype)
+    if not missing:
         return Implementation(operation, "native", f"kernel for {device_type}, {dtype}")
     return Implementation(operation, "unavailable" if backend == "native" else "reference", missing)
 

@@ -281,36 +281,6 @@ void store_pack_streaming(T* address, const Pack<T, N>& pack) {
 // ------------------------------------------------------------------------------------------------------------
 // numbers
 
-namespace detail {
-
-// IEEE binary16, round to nearest even, in integer arithmetic.
-inline std::uint16_t half_bits(float x) {
-    const auto u = bit_copy<std::uint32_t>(x);
-    const std::uint32_t sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7fffu);
-    if (magnitude >= 0x477ff000u)
-        return static_cast<std::uint16_t>(sign | 0x7c00u);  // rounds to 2^16 or is larger
-    if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal, rounded, in the low bits
-        const float shifted = bit_copy<float>(magnitude) + 0.5f;
-        return static_cast<std::uint16_t>(sign | (bit_copy<std::uint32_t>(shifted) - 0x3f000000u));
-    }
-    const std::uint32_t rounded = magnitude + 0x0fffu + ((magnitude >> 13) & 1u);
-    return static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
-}
-
-inline float half_value(std::uint16_t bits) {
-    const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16,
-                        exponent = (bits >> 10) & 31u, fraction = bits & 0x3ffu;
-    if (exponent == 0) {
-        const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
-        return bit_copy<float>(bit_copy<std::uint32_t>(magnitude) | sign);
-    }
-    const std::uint32_t wide = exponent == 31 ? 255u : exponent + 112u;
-    return bit_copy<float>(sign | (wide << 23) | (fraction << 13));
-}
-
-}  // namespace detail
-
 MIPNERF_DEVICE float to_float(float x) {
     return x;
 }
@@ -318,10 +288,10 @@ MIPNERF_DEVICE double to_float(double x) {
     return x;
 }
 MIPNERF_DEVICE float to_float(Bfloat16 x) {
-    return detail::bit_copy<float>(static_cast<std::uint32_t>(x.bits) << 16);
+    return from_bfloat16_bits(x.bits);
 }
 MIPNERF_DEVICE float to_float(Half x) {
-    return detail::half_value(x.bits);
+    return from_half_bits(x.bits);
 }
 
 template <typename T>
@@ -330,11 +300,11 @@ MIPNERF_DEVICE T from_float(float x) {
 }
 template <>
 MIPNERF_DEVICE Bfloat16 from_float<Bfloat16>(float x) {
-    return Bfloat16{detail::bfloat16_bits(x)};
+    return Bfloat16{to_bfloat16_bits(x)};
 }
 template <>
 MIPNERF_DEVICE Half from_float<Half>(float x) {
-    return Half{detail::half_bits(x)};
+    return Half{to_half_bits(x)};
 }
 
 namespace detail {

@@ -36,7 +36,15 @@ COMMON_FLAGS = [
     "-Wno-unknown-pragmas",
     "-Wno-unused-parameter",
 ]
-COMMON_FLAGS += ["-DMIPNERF_CUDA_EMULATION", f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-no-pie", "-fno-pie"]
+# The float pairs of portable_math.h are exact only where no product is fused into a sum.
+COMMON_FLAGS += [
+    "-ffp-contract=off",
+    "-DMIPNERF_CUDA_EMULATION",
+    f"-I{HERE}",
+    f"-I{ROOT / 'csrc'}",
+    "-no-pie",
+    "-fno-pie",
+]
 ADDRESS_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 RACE_FLAGS = ["-DMIPNERF_EMULATION_RACES"]
 # Only the program itself is instrumented for races; what -fsanitize=thread calls is in races.cpp.

@@ -1,0 +1,450 @@
+"""Compiles every CUDA kernel for every architecture, without a GPU, and fails on what would make it slow.
+
+``make cuda-check``. Each operation's ``csrc/<op>/<op>_launch.cu`` (free of torch, it instantiates all that the
+extension launches) goes through nvcc to a cubin per architecture. From ptxas come registers, shared memory, stack
+and spills; from the disassembly the instructions. A kernel fails that spills, that keeps anything in local memory,
+or whose instructions are not what ``EXPECTED`` says. Results: ``benchmarks/results/cuda_check.{md,json}``.
+
+The disassembler comes from the CUDA toolkit where it has one and otherwise from inside the triton wheel, which is
+fetched once into ``.cache/cuda_tools`` (286 MB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+SELF_TEST = ROOT / "tests" / "cuda_check"
+TOOLS = ROOT / ".cache" / "cuda_tools"
+# nvcc 13.0 leaves host code out of a cubin, so -Xcompiler and the like have nothing to say here.
+NVCC_FLAGS = ["-O3", "-Xptxas=-v", "-cubin", f"-I{CSRC}"]
+
+
+class CheckError(Exception):
+    """Why the check cannot be made at all, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the instructions of the kernels whose readable name matches `kernel` must and must not contain.
+
+    Instructions are regular expressions, matched at the start of an opcode with its modifiers.
+    """
+
+    kernel: str
+    must: tuple[str, ...] = ()
+    must_not: tuple[str, ...] = ()
+
+
+# What no kernel may contain: accesses to local memory, and double arithmetic, which consumer GPUs have 1/64 of.
+NEVER = {"LDL": "local memory", "STL": "local memory", "D(?:ADD|MUL|FMA|SETP|MNMX)": "double arithmetic"}
+LOAD_128, STORE_128 = r"LDG\.E\.128", r"STG\.E\.128"
+LOAD_64, STORE_64 = r"LDG\.E\.64", r"STG\.E\.64"
+EXP2 = r"MUFU\.EX2"
+# Every kernel must match at least one row of its operation; all rows that match apply.
+EXPECTED: dict[str, tuple[Expectation, ...]] = {
+    # <number type, whole packs of aligned rows[, ...]>: a lane owns four samples, so four floats make 128 bits and
+    # four 16-bit numbers 64; what is float whatever the number type (weights) goes 128 bits at a time.
+    "composite": (
+        Expectation(r"^composite_(forward|resample)_kernel<float, true>", (LOAD_128, STORE_128)),
+        Expectation(r"^composite_(forward|resample)_kernel<(Half|Bfloat16), true>", (LOAD_64, STORE_128)),
+        Expectation(r"^composite_backward_kernel<float, true, ", (LOAD_128, STORE_128)),
+        Expectation(r"^composite_backward_kernel<(Half|Bfloat16), true, ", (LOAD_128, LOAD_64, STORE_64)),
+        Expectation(r"^composite_(forward|resample|backward)_kernel<\w+, false"),
+    ),
+    # Features leave 128 bits at a time whatever their number type; the backward reads their gradients so.
+    "frustum_ipe": (
+        Expectation(r"^frustum_ipe::frustum_ipe_forward_", (STORE_128,)),
+        Expectation(r"^frustum_ipe::frustum_ipe_forward_kernel<\w+, true>", (EXP2,)),
+        Expectation(r"^frustum_ipe::frustum_ipe_backward_kernel<\w+, true>", (LOAD_128, EXP2)),
+        Expectation(r"^frustum_ipe::frustum_ipe_backward_kernel<\w+, false>", (EXP2,)),
+    ),
+    "resample": (
+        Expectation(r"^resample_kernel<true>", (LOAD_128,)),
+        Expectation(r"^resample_kernel<false>"),
+    ),
+}
+
+
+@dataclass
+class Kernel:
+    """One kernel compiled for one architecture."""
+
+    operation: str
+    architecture: str
+    symbol: str
+    name: str = ""
+    registers: int = 0
+    shared_bytes: int = 0
+    stack_bytes: int = 0
+    spill_store_bytes: int = 0
+    spill_load_bytes: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+
+def parse_ptxas(text: str) -> list[Kernel]:
+    """The kernels that `ptxas -v` reports on, in its order; functions that are no kernels are left out."""
+    kernels: dict[str, Kernel] = {}
+    of_properties: Kernel | None = None
+    latest: Kernel | None = None
+    for line in text.splitlines():
+        if found := re.search(r"Compiling entry function '(\S+)' for '(?:sm_)?(\S+)'", line):
+            latest = kernels.setdefault(found[1], Kernel("", architecture_of(found[2]), found[1]))
+        elif found := re.search(r"Function properties for (\S+)", line):
+            of_properties = kernels.get(found[1])
+        elif found := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
+            if of_properties is not None:
+                of_properties.stack_bytes = int(found[1])
+                of_properties.spill_store_bytes = int(found[2])
+                of_properties.spill_load_bytes = int(found[3])
+            elif latest is not None and any(int(number) for number in found.groups()):
+                # A function that was not inlined: its stack is its caller's burden, and its kernel is at fault.
+                latest.stack_bytes += int(found[1])
+                latest.spill_store_bytes += int(found[2])
+                latest.spill_load_bytes += int(found[3])
+        elif (found := re.search(r"Used (\d+) registers", line)) and latest is not None:
+            latest.registers = int(found[1])
+            shared = re.search(r"(\d+) bytes smem", line)
+            latest.shared_bytes = int(shared[1]) if shared else 0
+    return list(kernels.values())
+
+
+def architecture_of(code: str) -> str:
+    """sm_90a, written as in TORCH_CUDA_ARCH_LIST: 90a -> 9.0a, 120 -> 12.0."""
+    digits = re.match(r"\d+", code)
+    assert digits is not None, code
+    return f"{digits[0][:-1]}.{digits[0][-1]}{code[digits.end() :]}"
+
+
+def parse_sass(text: str) -> dict[str, Counter[str]]:
+    """For each function of a `cuobjdump --dump-sass` listing, how often each opcode stands there."""
+    functions: dict[str, Counter[str]] = {}
+    current: Counter[str] | None = None
+    for line in text.splitlines():
+        if found := re.search(r"Function : (\S+)", line):
+            current = functions.setdefault(found[1], Counter())
+        elif current is not None and (
+            found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)", line)
+        ):
+            current[found[1]] += 1
+    return functions
+
+
+def count(instructions: dict[str, int] | Counter[str], pattern: str) -> int:
+    return sum(
+        number for opcode, number in instructions.items() if re.match(rf"(?:{pattern})(?![A-Z0-9])", opcode)
+    )
+
+
+def judge(kernel: Kernel, expected: Sequence[Expectation]) -> list[str]:
+    """What is wrong with a kernel, each in a few words."""
+    wrong = []
+    if kernel.spill_store_bytes or kernel.spill_load_bytes:
+        wrong.append(f"spills {kernel.spill_store_bytes} bytes out and {kernel.spill_load_bytes} in")
+    if kernel.stack_bytes:
+        wrong.append(f"has a stack frame of {kernel.stack_bytes} bytes in local memory")
+    if not kernel.instructions:
+        wrong.append("is not in the disassembly")
+        return wrong
+    for opcode, what in NEVER.items():
+        if number := count(kernel.instructions, opcode):
+            wrong.append(f"has {number} {opcode} ({what})")
+    rows = [row for row in expected if re.search(row.kernel, kernel.name)]
+    if not rows:
+        wrong.append("matches no row of EXPECTED in benchmarks/cuda_check.py")
+    for row in rows:
+        wrong += [f"has no {opcode}" for opcode in row.must if not count(kernel.instructions, opcode)]
+        wrong += [f"has {opcode}" for opcode in row.must_not if count(kernel.instructions, opcode)]
+    return wrong
+
+
+# -------------------------------------------------------------------------------------------------- the tools
+
+
+def load_setup() -> ModuleType:
+    """setup.py, which knows nvcc and the architectures that are built."""
+    spec = importlib.util.spec_from_file_location("mipnerf_fast_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def find_disassembler(nvcc_home: str) -> Path:
+    """cuobjdump from the toolkit, from PATH, from an installed triton, or out of triton's wheel."""
+    installed = importlib.util.find_spec("triton")
+    folders = [Path(nvcc_home) / "bin", TOOLS]
+    if installed is not None and installed.origin:
+        folders.insert(1, Path(installed.origin).parent / "backends" / "nvidia" / "bin")
+    on_path = shutil.which("cuobjdump")
+    candidates = [Path(on_path)] if on_path else []
+    candidates += [folder / "cuobjdump" for folder in folders]
+    for path in candidates:
+        if os.access(path, os.X_OK):
+            return path
+    return fetch_disassembler()
+
+
+def fetch_disassembler() -> Path:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            folder,
+            "triton",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = sorted(Path(folder).glob("triton-*.whl"))
+        if done.returncode != 0 or not wheels:
+            last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise CheckError(
+                "no cuobjdump was found in the CUDA toolkit or on PATH, and the triton wheel, which holds one, "
+                f"could not be downloaded: {last}"
+            )
+        TOOLS.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for name in ("nvdisasm", "cuobjdump"):
+                member = f"triton/backends/nvidia/bin/{name}"
+                if member not in wheel.namelist():
+                    raise CheckError(f"{wheels[0].name} holds no {member}")
+                partial = TOOLS / f"{name}.partial"
+                partial.write_bytes(wheel.read(member))
+                partial.chmod(0o755)
+                partial.replace(TOOLS / name)
+    return TOOLS / "cuobjdump"
+
+
+def demangle(symbols: Sequence[str]) -> dict[str, str]:
+    """Readable names without argument lists; the symbols themselves where there is no c++filt."""
+    if not symbols or shutil.which("c++filt") is None:
+        return dict(zip(symbols, symbols, strict=True))
+    done = subprocess.run(["c++filt", "--no-params", *symbols], capture_output=True, text=True, check=True)
+    return dict(zip(symbols, done.stdout.splitlines(), strict=True))
+
+
+def compile_for(source: Path, architecture: str, nvcc: str, cuobjdump: Path) -> list[Kernel]:
+    """The kernels of one source on one architecture, measured but not judged."""
+    number = architecture.replace(".", "")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        command = [
+            nvcc,
+            *NVCC_FLAGS,
+            f"-gencode=arch=compute_{number},code=sm_{number}",
+            str(source),
+            "-o",
+            str(cubin),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise CheckError(
+                f"{source.relative_to(ROOT)} does not compile for {architecture}:\n{done.stderr.strip()}"
+            )
+        kernels = parse_ptxas(done.stdout + done.stderr)
+        environment = {**os.environ, "PATH": f"{cuobjdump.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        listing = subprocess.run(
+            [str(cuobjdump), "--dump-sass", str(cubin)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+        if listing.returncode != 0:
+            raise CheckError(f"{cuobjdump} cannot read code for {architecture}: {listing.stderr.strip()}")
+    if not kernels:
+        raise CheckError(f"{source.relative_to(ROOT)} instantiates no kernel")
+    instructions = parse_sass(listing.stdout)
+    names = demangle([kernel.symbol for kernel in kernels])
+    for kernel in kernels:
+        kernel.operation = source.parent.name
+        kernel.name = re.sub(r"\bmipnerf::|\(anonymous namespace\)::|^void ", "", names[kernel.symbol])
+        kernel.instructions = dict(instructions.get(kernel.symbol, {}))
+    return kernels
+
+
+# ------------------------------------------------------------------------------------------------- the check
+
+
+def find_sources() -> list[Path]:
+    """One `<op>_launch.cu` for each `<op>_kernels.cuh`."""
+    headers = sorted(CSRC.glob("*/*_kernels.cuh"))
+    if not headers:
+        raise CheckError("there are no kernels: csrc/*/*_kernels.cuh matches nothing")
+    sources = []
+    for header in headers:
+        source = header.with_name(header.name.replace("_kernels.cuh", "_launch.cu"))
+        if not source.is_file():
+            raise CheckError(
+                f"{header.relative_to(ROOT)} has no {source.name} beside it that instantiates its kernels"
+            )
+        sources.append(source)
+    return sources
+
+
+def check_the_check(architecture: str, nvcc: str, cuobjdump: Path) -> None:
+    """Two kernels that are written to spill, and to keep an array in local memory, must fail."""
+    expected = {"spilling_kernel": "spills", "local_array_kernel": "stack frame"}
+    kernels = compile_for(SELF_TEST / "faulty_launch.cu", architecture, nvcc, cuobjdump)
+    for name, fault in expected.items():
+        said = [sentence for k in kernels if name in k.name for sentence in judge(k, [Expectation("")])]
+        if not any(fault in sentence for sentence in said) or not any("LDL" in sentence for sentence in said):
+            raise CheckError(f"the check does not work: about {name} in {SELF_TEST.name} it says only {said}")
+
+
+def global_accesses(instructions: dict[str, int]) -> str:
+    """Loads, stores and atomics of global memory, counted by width in bits."""
+    shown = []
+    for label, pattern in (("load", "LDG"), ("store", "STG"), ("atomic", "RED|REDG|ATOM|ATOMG")):
+        widths: Counter[int] = Counter()
+        for opcode, number in instructions.items():
+            if re.match(rf"(?:{pattern})\b", opcode):
+                width = re.search(r"\.[USF]?(8|16|64|128)\b", opcode)
+                widths[int(width[1]) if width else 32] += number
+        if widths:
+            shown.append(
+                f"{label} " + "+".join(f"{widths[width]}x{width}" for width in sorted(widths, reverse=True))
+            )
+    return ", ".join(shown)
+
+
+def summarise(kernels: Iterable[Kernel]) -> list[str]:
+    """Each failure once, with the architectures that it is true of."""
+    found: dict[str, list[str]] = {}
+    for kernel in kernels:
+        for failure in kernel.failures:
+            found.setdefault(failure, []).append(kernel.architecture)
+    return [f"{failure} ({', '.join(architectures)})" for failure, architectures in found.items()]
+
+
+def table(kernels: Iterable[Kernel]) -> str:
+    """One row per kernel; a cell per architecture with the registers, and whatever is not as it should be."""
+    rows: dict[tuple[str, str], dict[str, Kernel]] = {}
+    for kernel in kernels:
+        rows.setdefault((kernel.operation, kernel.name), {})[kernel.architecture] = kernel
+    architectures = list(dict.fromkeys(architecture for row in rows.values() for architecture in row))
+
+    def cell(kernel: Kernel | None) -> str:
+        if kernel is None:
+            return ""
+        sizes = {
+            "shared": kernel.shared_bytes,
+            "stack": kernel.stack_bytes,
+            "spilled": kernel.spill_store_bytes + kernel.spill_load_bytes,
+        }
+        unusual = [f"{name} {size}" for name, size in sizes.items() if size]
+        return str(kernel.registers) + (f" ({', '.join(unusual)})" if unusual else "")
+
+    head = ["kernel", *architectures, "MUFU", "global accesses (count x bits)", "verdict"]
+    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(architectures) + 1)} --- | --- |"]
+    for (_, name), row in rows.items():
+        newest = row[max(row, key=architectures.index)]
+        verdict = "; ".join(summarise(row.values())).replace("|", "\\|") or "pass"
+        cells = [name, *(cell(row.get(architecture)) for architecture in architectures)]
+        cells += [str(count(newest.instructions, "MUFU")), global_accesses(newest.instructions)]
+        lines.append(f"| {' | '.join(cells)} | {verdict} |")
+    return "\n".join(lines)
+
+
+EXPLANATION = """\
+Registers per thread for each architecture. Bytes of static shared memory, of stack in local memory and of spills
+stand beside them where there are any; shared memory asked for at launch is not in the compiled code. Special-function
+instructions (MUFU) and accesses to global memory are counted in the code for the newest architecture."""
+
+
+def report(kernels: list[Kernel], nvcc_release: str, revision: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = sum(bool(kernel.failures) for kernel in kernels)
+    verdict = f"{len(kernels)} compilations of kernels, " + (f"{failed} failed" if failed else "all pass")
+    head = f"# Kernels as compiled\n\nnvcc {nvcc_release}, revision {revision}; compiled, not run: {verdict}."
+    (folder / "cuda_check.md").write_text(f"{head}\n\n{EXPLANATION}\n\n{table(kernels)}\n")
+    facts = json.dumps({"nvcc": nvcc_release, "revision": revision, "verdict": verdict})
+    rows = ",\n".join(json.dumps(asdict(kernel)) for kernel in kernels)  # a line each, to be read in a diff
+    (folder / "cuda_check.json").write_text(f'{facts[:-1]}, "kernels": [\n{rows}\n]}}\n')
+    print(f"{table(kernels)}\n\nnvcc {nvcc_release}: {verdict}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--architectures", help="such as '8.0 9.0a' (default: all that the extension is built for)"
+    )
+    parser.add_argument("--operations", help="such as 'composite resample' (default: all)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the tables"
+    )
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compilers at a time")
+    options = parser.parse_args(arguments)
+    try:
+        return check(options)
+    except CheckError as error:
+        print(f"cuda-check: {error}", file=sys.stderr)
+        return 2
+
+
+def check(options: argparse.Namespace) -> int:
+    setup = load_setup()
+    nvcc: Any = setup.find_nvcc()
+    if nvcc is None:
+        raise CheckError(
+            "nvcc was not found (in CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda); it comes with the CUDA toolkit"
+        )
+    architectures = [name.removesuffix("+PTX") for name in setup.DEFAULT_ARCHITECTURES]
+    if options.architectures:
+        architectures = options.architectures.split()
+    if missing := [name for name in architectures if name.rstrip("af") not in nvcc.capabilities]:
+        raise CheckError(f"nvcc {nvcc.release} at {nvcc.path} cannot compile for {', '.join(missing)}")
+    sources = find_sources()
+    if options.operations:
+        wanted = options.operations.split()
+        sources = [source for source in sources if source.parent.name in wanted]
+        if len(sources) != len(set(wanted)):
+            raise CheckError(f"of the operations {options.operations}, not all have kernels under csrc")
+    cuobjdump = find_disassembler(nvcc.home)
+    check_the_check(architectures[-1], nvcc.path, cuobjdump)
+
+    jobs = [
+        (source, architecture)
+        for source in sources
+        for architecture in architectures
+        if setup.gencode_flags([architecture], source.as_posix())
+    ]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        groups = [pool.submit(compile_for, *job, nvcc.path, cuobjdump) for job in jobs]
+        kernels = [kernel for group in groups for kernel in group.result()]
+    for kernel in kernels:
+        kernel.failures = judge(kernel, EXPECTED.get(kernel.operation, ()))
+    report(kernels, nvcc.release, setup.source_revision(), options.out)
+    for name in dict.fromkeys(kernel.name for kernel in kernels):
+        for sentence in summarise(kernel for kernel in kernels if kernel.name == name):
+            print(f"cuda-check: {name} {sentence}", file=sys.stderr)
+    return 1 if any(kernel.failures for kernel in kernels) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

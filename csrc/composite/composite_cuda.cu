@@ -1,0 +1,151 @@
+// The operators composite_forward, composite_backward and the fused composite_resample_forward on CUDA:
+// checks, allocation, launch on the current stream.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "../common/checks.h"
+#include "../resample/resample_arguments.h"
+#include "../resample/resample_launch.h"
+#include "composite_arguments.h"
+#include "composite_launch.h"
+
+namespace mipnerf {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Stream current_stream(const Tensor& tensor) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    return static_cast<Stream>(stream);
+}
+
+void check_cuda_samples(const Checker& check, int64_t samples) {
+    check.that(samples <= kMaxCudaSamples, "t_vals",
+               "of at most " + std::to_string(kMaxCudaSamples) + " intervals", samples);
+}
+
+// Calls run with a null pointer to the dtype of the samples.
+template <typename Run>
+void with_dtype(const Tensor& rgb, const Run& run) {
+    switch (rgb.scalar_type()) {
+        case ScalarType::BFloat16:
+            return run(static_cast<Bfloat16*>(nullptr));
+        case ScalarType::Half:
+            return run(static_cast<Half*>(nullptr));
+        default:
+            return run(static_cast<float*>(nullptr));
+    }
+}
+
+template <typename S>
+CompositeArguments<S> arguments_of(const ContiguousInputs& inputs, const CompositeSizes& sizes,
+                                   const CompositeOptions<double>& options) {
+    return {sizes.rays,
+            static_cast<int>(sizes.samples),
+            data<S>(inputs.rgb),
+            data<S>(inputs.density),
+            data<float>(inputs.t_vals),
+            data<float>(inputs.directions),
+            options.as<float>()};
+}
+
+CompositeResults results_of(const CompositeTensors& out) {
+    return {mutable_data<float>(out.rgb), mutable_data<float>(out.distance), mutable_data<float>(out.acc),
+            mutable_data<float>(out.weights)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cuda(
+    Tensor rgb, Tensor density, Tensor t_vals, Tensor directions, bool white_background,
+    std::string density_activation, double density_bias, std::string rgb_activation, double rgb_padding) {
+    const Checker check{"composite_forward"};
+    const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, false);
+    check_cuda_samples(check, sizes.samples);
+    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
+                                                               density_bias, rgb_activation, rgb_padding);
+    const torch::stable::accelerator::DeviceGuard guard(t_vals.get_device_index());
+    const ContiguousInputs inputs = contiguous_inputs(rgb, density, t_vals, directions);
+    const CompositeTensors out(t_vals, sizes);
+    with_dtype(rgb, [&](auto* type) {
+        using S = std::remove_pointer_t<decltype(type)>;
+        launch_composite_forward<S>(arguments_of<S>(inputs, sizes, options), results_of(out),
+                                    current_stream(t_vals));
+    });
+    return {out.rgb, out.distance, out.acc, out.weights};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cuda(
+    std::optional<Tensor> grad_rgb, std::optional<Tensor> grad_distance, std::optional<Tensor> grad_acc,
+    std::optional<Tensor> grad_weights, Tensor rgb, Tensor density, Tensor t_vals, Tensor directions,
+    bool white_background, std::string density_activation, double density_bias, std::string rgb_activation,
+    double rgb_padding, bool geometry) {
+    const Checker check{"composite_backward"};
+    const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, false);
+    check_cuda_samples(check, sizes.samples);
+    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
+                                                               density_bias, rgb_activation, rgb_padding);
+    const torch::stable::accelerator::DeviceGuard guard(t_vals.get_device_index());
+    const OutputGradient cotangent_rgb(check, "grad_rgb", grad_rgb, {sizes.rays, 3}, "[B, 3]", t_vals);
+    const OutputGradient cotangent_distance(check, "grad_distance", grad_distance, {sizes.rays}, "[B]",
+                                            t_vals);
+    const OutputGradient cotangent_acc(check, "grad_acc", grad_acc, {sizes.rays}, "[B]", t_vals);
+    const OutputGradient cotangent_weights(check, "grad_weights", grad_weights, {sizes.rays, sizes.samples},
+                                           "[B, N]", t_vals);
+    const ContiguousInputs inputs = contiguous_inputs(rgb, density, t_vals, directions);
+    const InputGradients to(rgb, density, t_vals, sizes, geometry);
+    with_dtype(rgb, [&](auto* type) {
+        using S = std::remove_pointer_t<decltype(type)>;
+        const CompositeCotangents<S> cotangents{cotangent_rgb.data<float>(),
+                                                cotangent_distance.data<float>(),
+                                                cotangent_acc.data<float>(),
+                                                cotangent_weights.data<float>(),
+                                                mutable_data<S>(to.rgb),
+                                                mutable_data<S>(to.density),
+                                                geometry ? mutable_data<float>(to.t_vals) : nullptr,
+                                                geometry ? mutable_data<float>(to.directions) : nullptr};
+        launch_composite_backward<S>(arguments_of<S>(inputs, sizes, options), cotangents,
+                                     current_stream(t_vals));
+    });
+    return {to.rgb, to.density, to.t_vals, to.directions};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_resample_forward_cuda(
+    Tensor rgb, Tensor density, Tensor t_vals, Tensor directions, bool white_background,
+    std::string density_activation, double density_bias, std::string rgb_activation, double rgb_padding,
+    int64_t num_samples, std::optional<Tensor> u, double padding) {
+    const Checker check{"composite_resample_forward"};
+    const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, false);
+    const ResampleSizes resample_sizes = check_positions(check, t_vals, num_samples, u);
+    check_cuda_samples(check, sizes.samples);
+    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
+                                                               density_bias, rgb_activation, rgb_padding);
+    const torch::stable::accelerator::DeviceGuard guard(t_vals.get_device_index());
+    const ContiguousInputs inputs = contiguous_inputs(rgb, density, t_vals, directions);
+    if (u.has_value()) u = torch::stable::contiguous(*u);
+    const CompositeTensors out(t_vals, sizes);
+    const Tensor new_t_vals = torch::stable::new_empty(t_vals, {sizes.rays, resample_sizes.num_fenceposts});
+    with_dtype(rgb, [&](auto* type) {
+        using S = std::remove_pointer_t<decltype(type)>;
+        launch_composite_resample<S>(arguments_of<S>(inputs, sizes, options), results_of(out),
+                                     static_cast<int>(resample_sizes.num_fenceposts),
+                                     static_cast<float>(padding), u.has_value() ? data<float>(*u) : nullptr,
+                                     mutable_data<float>(new_t_vals), current_stream(t_vals));
+    });
+    return {out.rgb, out.distance, out.acc, out.weights, new_t_vals};
+}
+
+}  // namespace
+}  // namespace mipnerf
+
+STABLE_TORCH_LIBRARY_IMPL(mipnerf_fast, CUDA, m) {
+    m.impl("composite_forward", TORCH_BOX(&mipnerf::composite_forward_cuda));
+    m.impl("composite_backward", TORCH_BOX(&mipnerf::composite_backward_cuda));
+    m.impl("composite_resample_forward", TORCH_BOX(&mipnerf::composite_resample_forward_cuda));
+}

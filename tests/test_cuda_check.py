@@ -1,0 +1,238 @@
+"""Reading what ptxas and the disassembler say about kernels, and failing where `make cuda-check` has to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cuda_check
+from benchmarks.cuda_check import CheckError, Expectation, Kernel, judge, parse_ptxas, parse_sass
+
+PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z5probeIN7mipnerf4HalfEEvPKfPT_l' for 'sm_90a'
+ptxas info    : Function properties for _Z5probeIN7mipnerf4HalfEEvPKfPT_l
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 22 registers, used 0 barriers
+ptxas info    : Compile time = 2.848 ms
+ptxas info    : Compiling entry function '_Z15spilling_kernelPKfPf' for 'sm_90a'
+ptxas info    : Function properties for _Z15spilling_kernelPKfPf
+    2616 bytes stack frame, 3232 bytes spill stores, 4156 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 2616 bytes cumulative stack size, 1024 bytes smem, 368 bytes cmem[0]
+"""
+
+CALLING = """\
+ptxas info    : Compiling entry function 'caller' for 'sm_75'
+ptxas info    : Function properties for caller
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Function properties for not_inlined
+    40 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 10 registers, 368 bytes cmem[0]
+"""
+
+SASS = """\
+Fatbin elf code:
+================
+arch = sm_90a
+
+	code for sm_90a
+		Function : _Z5probeIN7mipnerf4HalfEEvPKfPT_l
+	.headerflags	@"EF_CUDA_TEXMODE_UNIFIED EF_CUDA_64BIT_ADDRESS EF_CUDA_SM90"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                     /* 0x00000a00ff017b82 */
+                                                                              /* 0x000fe20000000800 */
+        /*0090*/               @P0 EXIT ;                                     /* 0x000000000000094d */
+        /*00c0*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;  /* 0x0000000402047981 */
+        /*00d0*/                   LDG.E.128.CONSTANT R8, desc[UR4][R2.64+0x10] ;
+        /*00e0*/             @!UP0 UIADD3 UR4, UR4, 0x1, URZ ;
+        /*0110*/                   F2FP.F16.F32.PACK_AB R5, R7, R6 ;
+        /*0120*/              @!P1 STG.E.U16 desc[UR4][R2.64], R4 ;
+		Function : _Z15spilling_kernelPKfPf
+        /*0010*/                   STL [R1+0x8], R4 ;
+        /*0020*/                   LDL.LU R4, [R1+0x8] ;
+        /*0030*/                   LDG.E R4, desc[UR4][R2.64] ;
+"""
+
+
+def test_parse_ptxas() -> None:
+    probe, spilling = parse_ptxas(PTXAS)
+    assert probe == Kernel("", "9.0a", "_Z5probeIN7mipnerf4HalfEEvPKfPT_l", registers=22)
+    assert spilling.symbol == "_Z15spilling_kernelPKfPf"
+    assert (spilling.registers, spilling.shared_bytes, spilling.stack_bytes) == (32, 1024, 2616)
+    assert (spilling.spill_store_bytes, spilling.spill_load_bytes) == (3232, 4156)
+
+
+def test_a_function_that_was_not_inlined_counts_against_its_kernel() -> None:
+    (kernel,) = parse_ptxas(CALLING)
+    assert (kernel.architecture, kernel.registers) == ("7.5", 10)
+    assert (kernel.stack_bytes, kernel.spill_store_bytes, kernel.spill_load_bytes) == (40, 8, 12)
+
+
+@pytest.mark.parametrize(
+    ("code", "name"), [("75", "7.5"), ("90a", "9.0a"), ("100", "10.0"), ("120", "12.0"), ("103f", "10.3f")]
+)
+def test_architecture_names(code: str, name: str) -> None:
+    assert cuda_check.architecture_of(code) == name
+
+
+def test_parse_sass() -> None:
+    functions = parse_sass(SASS)
+    assert functions["_Z5probeIN7mipnerf4HalfEEvPKfPT_l"] == {
+        "LDC": 1,
+        "EXIT": 1,
+        "LDG.E.128.CONSTANT": 2,
+        "UIADD3": 1,
+        "F2FP.F16.F32.PACK_AB": 1,
+        "STG.E.U16": 1,
+    }
+    assert functions["_Z15spilling_kernelPKfPf"] == {"STL": 1, "LDL.LU": 1, "LDG.E": 1}
+
+
+def test_accesses_by_width() -> None:
+    accesses = {
+        "LDG.E.128.CONSTANT": 2,
+        "LDG.E": 3,
+        "LDG.E.U8": 1,
+        "STG.E.64": 4,
+        "REDG.E.ADD.F64.RN": 1,
+        "LDS": 9,
+    }
+    said = cuda_check.global_accesses(accesses)
+    assert said == "load 2x128+3x32+1x8, store 4x64, atomic 1x64"
+
+
+def compiled(**changes: object) -> Kernel:
+    kernel = Kernel("op", "8.0", "symbol", "op_forward_kernel<float>", registers=20)
+    kernel.instructions = {"LDG.E.128": 2, "STG.E.128": 1, "EXIT": 1}
+    for name, value in changes.items():
+        setattr(kernel, name, value)
+    return kernel
+
+
+ROW = Expectation(
+    "^op_forward_kernel<", must=(r"LDG\.E\.128", r"STG\.E\.128"), must_not=(r"LDG\.E\.64", "BAR")
+)
+
+
+def test_a_good_kernel_passes() -> None:
+    assert judge(compiled(), [ROW]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"spill_store_bytes": 8, "spill_load_bytes": 12}, "spills 8 bytes out and 12 in"),
+        ({"stack_bytes": 16}, "stack frame of 16 bytes"),
+        ({"instructions": {}}, "not in the disassembly"),
+        ({"instructions": {"LDG.E.128": 1, "STG.E.128": 1, "LDL.LU": 3}}, "3 LDL"),
+        ({"instructions": {"LDG.E.128": 1, "STG.E.128": 1, "STL.64": 1}}, "1 STL"),
+        ({"instructions": {"LDG.E": 4, "STG.E.128": 1}}, "has no LDG"),
+        ({"instructions": {"LDG.E.128": 1, "STG.E.128": 1, "BAR.SYNC.DEFER_BLOCKING": 1}}, "has BAR"),
+        ({"instructions": {"LDG.E.128": 1, "STG.E.128": 1, "DFMA.RN": 1}}, "double arithmetic"),
+        ({"name": "op_backward_kernel"}, "matches no row"),
+    ],
+)
+def test_a_bad_kernel_is_told_why(changes: dict[str, object], said: str) -> None:
+    (sentence,) = judge(compiled(**changes), [ROW])
+    assert said in sentence
+
+
+def test_an_opcode_is_matched_as_a_whole_word() -> None:
+    assert cuda_check.count({"LDGSTS.E.128": 1, "LDG.E": 2}, "LDG") == 2
+    assert cuda_check.count({"LDG.E.128.CONSTANT": 1}, r"LDG\.E\.128") == 1
+
+
+def test_every_operation_with_kernels_has_expectations() -> None:
+    operations = {path.parent.name for path in cuda_check.CSRC.glob("*/*_kernels.cuh")}
+    assert operations == set(cuda_check.EXPECTED)
+
+
+def test_kernels_that_nothing_instantiates_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_check, "CSRC", tmp_path)
+    monkeypatch.setattr(cuda_check, "ROOT", tmp_path)
+    with pytest.raises(CheckError, match="there are no kernels"):
+        cuda_check.find_sources()
+    (tmp_path / "op").mkdir()
+    (tmp_path / "op" / "op_kernels.cuh").touch()
+    with pytest.raises(CheckError, match=r"op_kernels\.cuh has no op_launch\.cu beside it"):
+        cuda_check.find_sources()
+    (tmp_path / "op" / "op_launch.cu").touch()
+    assert cuda_check.find_sources() == [tmp_path / "op" / "op_launch.cu"]
+
+
+def test_without_nvcc_one_sentence_and_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup = cuda_check.load_setup()
+    monkeypatch.setattr(setup, "find_nvcc", lambda: None)
+    monkeypatch.setattr(cuda_check, "load_setup", lambda: setup)
+    assert cuda_check.main([]) == 2
+    assert capsys.readouterr().err.startswith("cuda-check: nvcc was not found")
+
+
+def fake_tools(folder: Path, ptxas: str, sass: str) -> tuple[str, Path]:
+    """An nvcc and a cuobjdump that say what they are told to."""
+    for name, text in (("nvcc", ptxas), ("cuobjdump", sass)):
+        (folder / f"{name}.txt").write_text(text)
+        (folder / name).write_text(f"#!/bin/sh\ncat '{folder / name}.txt'\n")
+        (folder / name).chmod(0o755)
+    return str(folder / "nvcc"), folder / "cuobjdump"
+
+
+FAULTY_PTXAS = """\
+ptxas info    : Compiling entry function 'spilling_kernel' for 'sm_80'
+ptxas info    : Function properties for spilling_kernel
+    2616 bytes stack frame, 3232 bytes spill stores, 4156 bytes spill loads
+ptxas info    : Used 32 registers
+ptxas info    : Compiling entry function 'local_array_kernel' for 'sm_80'
+ptxas info    : Function properties for local_array_kernel
+    256 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 26 registers
+"""
+FAULTY_SASS = """\
+\t\tFunction : spilling_kernel
+        /*0010*/                   LDL R4, [R1+0x8] ;
+\t\tFunction : local_array_kernel
+        /*0010*/                   LDL.64 R4, [R1+0x8] ;
+"""
+
+
+def test_the_check_is_satisfied_with_itself(tmp_path: Path) -> None:
+    cuda_check.check_the_check("8.0", *fake_tools(tmp_path, FAULTY_PTXAS, FAULTY_SASS))
+
+
+@pytest.mark.parametrize(
+    ("unseen", "instead"),
+    [
+        ("3232 bytes spill stores, 4156", "0 bytes spill stores, 0"),
+        ("256 bytes stack", "0 bytes stack"),
+        ("LDL R4", "NOP"),
+        ("LDL.64", "LD.64"),
+        ("local_array_kernel", "another_kernel"),
+    ],
+)
+def test_the_check_notices_that_it_is_blind(tmp_path: Path, unseen: str, instead: str) -> None:
+    ptxas, sass = FAULTY_PTXAS.replace(unseen, instead), FAULTY_SASS.replace(unseen, instead)
+    assert (ptxas, sass) != (FAULTY_PTXAS, FAULTY_SASS)
+    with pytest.raises(CheckError, match="the check does not work"):
+        cuda_check.check_the_check("8.0", *fake_tools(tmp_path, ptxas, sass))
+
+
+def test_tables_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, newer = compiled(), compiled(architecture="9.0a", registers=24)
+    bad = compiled(name="op_bad_kernel", stack_bytes=8, spill_load_bytes=12, failures=["spills"])
+    cuda_check.report([good, newer, bad], "13.0", "abc", tmp_path)
+    data = json.loads((tmp_path / "cuda_check.json").read_text())
+    assert data["verdict"] == "3 compilations of kernels, 1 failed"
+    assert [kernel["registers"] for kernel in data["kernels"]] == [20, 24, 20]
+    assert data["kernels"][0]["instructions"]["LDG.E.128"] == 2
+    text = (tmp_path / "cuda_check.md").read_text()
+    assert "| kernel | 8.0 | 9.0a | MUFU | global accesses (count x bits) | verdict |" in text
+    assert "| op_forward_kernel<float> | 20 | 24 | 0 | load 2x128, store 1x128 | pass |" in text
+    assert (
+        "| op_bad_kernel | 20 (stack 8, spilled 12) |  | 0 | load 2x128, store 1x128 | spills (8.0) |" in text
+    )
+    assert "1 failed" in capsys.readouterr().out
