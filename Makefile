@@ -22,8 +22,8 @@ PYTHON_SOURCES := $(wildcard mipnerf_fast tests benchmarks setup.py train.py)
 CLANG_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CLANG_FORMAT = $(PYTHON_RUN) -c 'import clang_format; clang_format.clang_format()'
 
-# Stamps. The first is named after what was asked of torch, so that another TORCH installs another torch. The last
-# holds the interpreter it was built for; another interpreter, or a library that is gone, makes it out of date.
+# Stamps. The first is named after what was asked of torch, so that another TORCH installs another torch. The
+# last holds the interpreter it was built for; another one, or a library that is gone, makes it out of date.
 TORCH_STAMP := $(VENV)/.torch-$(firstword $(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum))
 INSTALL_STAMP := $(VENV)/.installed
 NATIVE_STAMP := build/native.stamp
@@ -65,7 +65,7 @@ INSTALLED := check-machine
 else
 INSTALLED := $(INSTALL_STAMP)
 
-# torch first and by itself: everything after it then finds its need of torch met, and no other release is fetched.
+# torch first and by itself: what comes after it finds its need of torch met, and fetches no other release.
 $(TORCH_STAMP): | check-machine
 	test -x $(PYTHON_RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') '$(TORCH)'

@@ -26,7 +26,7 @@ from matplotlib.patches import Ellipse, Polygon
 from mipnerf_fast import reference
 
 INK, SOFT, BLUE, ORANGE, GREEN = "#22303c", "#9aa5b1", "#2f6db5", "#e07b39", "#3a8f5c"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",

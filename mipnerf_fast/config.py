@@ -264,7 +264,7 @@ class TrainConfig:
     test_every: int = 5000
     """Steps between test renders, each of one test view in turn; 0: none."""
     print_every: int = 100
-    """Steps between rows of metrics.csv and updates of the progress line."""
+    """Steps between rows of metrics.csv; checkpoints and test renders have rows too."""
     chunk_rays: int = 0
     """Rays per forward and backward pass; 0: chosen from free memory. Only rounding depends on it."""
 
@@ -300,12 +300,15 @@ def _one_of(config: Any, name: str, *allowed: str | int) -> None:
 
 _PAPER = TrainConfig()
 _NO_MISC = MipNerfConfig(density_activation="relu", density_bias=0.0, rgb_padding=0.0)
+# Measured on lego at 1/8 resolution, two CPU cores. Octaves above 12 are attenuated to nothing there, and at 1/2 of the
+# resolution still; for the same number of rays, 1,000 steps of 512 end 1.2 dB above 500 of 1,024; and after 300 steps
+# the rate 8e-3 is 1.0 dB ahead of 4e-3.
 _SMALL = TrainConfig(
-    model=MipNerfConfig(num_samples=32, net_depth=3, net_width=64, net_width_condition=64),
-    batch_size=1024,
+    model=MipNerfConfig(num_samples=32, max_deg_point=12, net_depth=3, net_width=64, net_width_condition=64),
+    batch_size=512,
     max_steps=20_000,
-    lr_init=4e-3,
-    lr_final=2e-4,
+    lr_init=8e-3,
+    lr_final=4e-4,
     lr_delay_steps=100,
     lr_delay_mult=0.1,
     save_every=1000,
@@ -339,7 +342,7 @@ PRESETS: dict[str, TrainConfig] = {
     "no-misc": dataclasses.replace(_PAPER, model=_NO_MISC),
     "separate-mlps": dataclasses.replace(_PAPER, model=MipNerfConfig(separate_mlps=True)),
     "small": _SMALL,
-    "demo": dataclasses.replace(_SMALL, max_steps=1500, save_every=500, test_every=0),
+    "demo": dataclasses.replace(_SMALL, max_steps=2500, save_every=500, test_every=0),
     "fast": _FAST,
 }
 PRESET_NOTES: dict[str, str] = {

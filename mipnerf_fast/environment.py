@@ -42,7 +42,8 @@ def device_name(device: torch.device) -> str:
     """The device in words: the GPU, or the processor and the threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{cpu_name()}, {count} thread{'s' if count > 1 else ''}"
 
 
 @functools.cache

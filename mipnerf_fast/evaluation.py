@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from . import metrics, ops
+from .durable_files import write_durably
 from .environment import device_name, revision
 from .model import MipNerf
 from .nerf import Nerf
-from .pictures import to_uint8, write_atomically, write_png
+from .pictures import to_uint8, write_png
 from .progress import Progress
 from .rendering import render_image
 
@@ -290,6 +291,7 @@ def write_reports(evaluation: Evaluation, folder: Path) -> list[Path]:
         "metrics.csv": _csv(scale_head, scales),
         "views.csv": _csv(("name", "scale", "height", "width", "psnr", "ssim", "lpips"), views),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     for name, data in contents.items():
-        write_atomically(folder / name, data)
+        write_durably(folder / name, data)
     return [folder / name for name in contents]

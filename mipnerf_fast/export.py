@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .camera_paths import Surroundings
+from .cameras import Rays
+from .durable_files import write_durably
 from .errors import InputError
 from .model import MipNerf
 from .nerf import Nerf
-from .pictures import to_uint8, write_atomically
+from .pictures import to_uint8
 from .progress import Progress
+from .rendering import render_image
 
 FORMATS = ("ply", "glb", "npz")
 CHUNK_POINTS = 2**15
 
-# A surface has to be half opaque within this share of the box; fainter things are fog, not solids.
-_SOLID_SHARE = 0.1
-# Densities below this are one kind of nothing; without a floor Otsu's method would split the empty space.
-_LOG_FLOOR = 1e-2
+# Densities are judged by the opacity of this share of the box's longest side.
+_PROBE_SHARE = 0.1
 # The standard deviation of a uniform distribution over one voxel, in voxels.
 _VOXEL_DEVIATION = 1 / math.sqrt(12)
 
@@ -142,64 +142,88 @@ def density_grid(
 def choose_threshold(grid: DensityGrid, given: float | None = None) -> Threshold:
     """The density at which to draw the surface: as given, or from the data.
 
-    From the data: Otsu's split of log(density) into two classes, but no less than ln 2 / (a tenth of the box's
-    longest side), at which a tenth of the box is half opaque.
+    From the data: Otsu's split into two classes of the opacity 1 - exp(-density l) that a piece of length l, a tenth
+    of the box's longest side, would have. Densities span many decades, and opacity is what can be seen of them.
 
-    Errors: InputError for a threshold that is not positive, or an empty surface: no density of the grid, or every
-    one, is above the threshold. It names the range found.
+    Errors: InputError for a threshold that is not positive, or an empty surface: the threshold is outside the
+    densities found, or, where none is given, not even the largest makes such a piece half opaque. It names the range
+    found.
     """
+    density = np.nan_to_num(grid.density.astype(np.float64))
+    low, high = float(density.min()), float(density.max())
+    where = f"in the box {np.round(grid.low, 3).tolist()} to {np.round(grid.high, 3).tolist()}"
+    found = f"the densities {where} range from {low:.4g} to {high:.4g} per world unit"
     if given is not None:
         if not (math.isfinite(given) and given > 0):
             raise InputError(f"--threshold: must be positive, got {given}")
         threshold = Threshold(given, "given")
     else:
+        length = _PROBE_SHARE * float((grid.high - grid.low).max())
+        solid = math.log(2.0) / length
+        if not low < high or high < solid:
+            raise InputError(
+                f"export: there is nothing solid to draw a surface of (that takes a density of {solid:.4g}, half "
+                f"opaque across a tenth of the box, beside something fainter): {found}"
+            )
         filters = _optional("skimage.filters", "scikit-image")
-        logs = np.log(np.maximum(np.nan_to_num(grid.density), _LOG_FLOOR))
-        otsu = math.exp(filters.threshold_otsu(logs)) if logs.min() < logs.max() else 0.0
-        solid = math.log(2.0) / (_SOLID_SHARE * float((grid.high - grid.low).max()))
-        if otsu >= solid:
-            threshold = Threshold(otsu, "Otsu's method on the logarithm of the density")
-        else:
-            threshold = Threshold(solid, "a tenth of the box is half opaque")
-    low, high = float(grid.density.min()), float(grid.density.max())
+        split = float(filters.threshold_otsu(1 - np.exp(-density * length)))
+        value = -math.log1p(-split) / length
+        threshold = Threshold(value, "Otsu's method on the opacity of a tenth of the box")
     if not low < threshold.value < high:
         raise InputError(
-            f"export: there is no surface at the density {threshold.value:.4g} ({threshold.rule}): the densities "
-            f"in the box {np.round(grid.low, 3).tolist()} to {np.round(grid.high, 3).tolist()} range from "
-            f"{low:.4g} to {high:.4g} per world unit"
+            f"export: there is no surface at the density {threshold.value:.4g} ({threshold.rule}): {found}"
         )
     return threshold
 
 
-@torch.no_grad()
 def extract_mesh(
-    model: MipNerf | Nerf, grid: DensityGrid, threshold: Threshold, chunk_points: int = CHUNK_POINTS
+    model: MipNerf | Nerf, grid: DensityGrid, threshold: Threshold, chunk_rays: int | None = None
 ) -> Mesh:
     """The surface of a grid by marching cubes, coloured by the model.
 
-    A vertex has the colour that the network gives there, seen against its normal.
+    A vertex has the colour that a camera sees which looks at it against its normal, with a pixel as wide as a voxel:
+    the composite of what lies within a tenth of the box behind a voxel before the vertex. (The network's colour at
+    the vertex itself is that of the faint rim of the solid, which hardly shows in any picture and is badly trained.)
+
+    Args:
+        model: a trained model.
+        grid: its density.
+        threshold: of the surface.
+        chunk_rays: see `render_image`.
 
     Errors: InputError where scikit-image is missing.
     """
     measure = _optional("skimage.measure", "scikit-image")
     spacing = grid.spacing
-    # Density falls outwards ("descent"), so faces and normals point out of the solid.
-    vertices, faces, normals, _ = measure.marching_cubes(
-        np.nan_to_num(grid.density), threshold.value, spacing=tuple(spacing), gradient_direction="descent"
+    # skimage calls "ascent" what winds the faces outwards where the inside has the larger values.
+    vertices, faces, _, _ = measure.marching_cubes(
+        np.nan_to_num(grid.density), threshold.value, spacing=tuple(spacing), gradient_direction="ascent"
     )
     vertices = vertices.astype(np.float64) + grid.low
     normals = _face_normals(vertices, faces)
-    like = next(model.parameters())
-    colours = np.empty((len(vertices), 3), np.uint8)
+    rays = _rays_against(normals, vertices, grid)
     with Progress("vertex colours", len(vertices), "vertices") as progress:
-        for start in range(0, len(vertices), chunk_points):
-            part = slice(start, start + chunk_points)
-            points = torch.from_numpy(vertices[part]).to(like)
-            against = torch.from_numpy(-normals[part]).to(like)
-            rgb: Tensor = model.query(points, against, float(spacing.max()) * _VOXEL_DEVIATION)[0]
-            colours[part] = to_uint8(rgb)
-            progress(len(points))
-    return Mesh(vertices, faces.astype(np.int64), normals, colours)
+        seen = render_image(model, rays, False, chunk_rays, progress)
+    # On black, colours are those of what is there times its opacity.
+    colours = seen.rgb / seen.acc.clamp(min=1e-6)[..., None]
+    return Mesh(vertices, faces.astype(np.int64), normals, to_uint8(colours))
+
+
+def _rays_against(normals: NDArray[np.float64], vertices: NDArray[np.float64], grid: DensityGrid) -> Rays:
+    """Rays towards vertices against their normals, from a box's length away, cut to just before and behind them."""
+    longest, voxel = float((grid.high - grid.low).max()), float(grid.spacing.max())
+    outward = torch.from_numpy(normals).float()
+    column = torch.ones(len(vertices), 1)
+    return Rays(
+        origins=torch.from_numpy(vertices).float() + longest * outward,
+        directions=-outward,
+        viewdirs=-outward,
+        # A cone's radius is 2/sqrt(12) pixel widths.
+        radii=column * (2 * _VOXEL_DEVIATION * voxel / longest),
+        near=column * (longest - voxel),
+        far=column * (longest * (1 + _PROBE_SHARE)),
+        lossmult=column,
+    )
 
 
 def _face_normals(vertices: NDArray[np.float64], faces: NDArray[Any]) -> NDArray[np.float64]:
@@ -224,7 +248,7 @@ def write_grid(path: Path, grid: DensityGrid, threshold: Threshold) -> None:
         threshold=np.float64(threshold.value),
         threshold_rule=np.str_(threshold.rule),
     )
-    write_atomically(path, data.getvalue())
+    write_durably(path, data.getvalue())
 
 
 def write_mesh(path: Path, mesh: Mesh) -> None:
@@ -244,4 +268,4 @@ def write_mesh(path: Path, mesh: Mesh) -> None:
     result = trimesh.Trimesh(
         vertices, mesh.faces, vertex_normals=normals, vertex_colors=mesh.colours, process=False
     )
-    write_atomically(path, result.export(file_type=kind))
+    write_durably(path, result.export(file_type=kind))

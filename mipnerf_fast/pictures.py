@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .durable_files import write_durably
+
 Picture = NDArray[np.uint8]
 
 
@@ -37,22 +39,12 @@ def colour_map(values: Tensor, name: str = "turbo") -> Tensor:
     return table[(values.detach().float().cpu().nan_to_num(0.0).clamp(0, 1) * 255).round().long()]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there in full or not at all; the folder is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_png(path: Path, picture: Picture) -> None:
-    """Write a picture, [H, W, 3] or [H, W], as PNG, whole or not at all."""
+    """Write a picture, [H, W, 3] or [H, W], as PNG, whole or not at all; the folder is made if need be."""
     import imageio.v3 as imageio
 
-    write_atomically(path, imageio.imwrite("<bytes>", picture, extension=".png"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, imageio.imwrite("<bytes>", picture, extension=".png"))
 
 
 class VideoUnavailableError(RuntimeError):

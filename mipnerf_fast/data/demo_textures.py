@@ -153,7 +153,7 @@ def globe(hue: float, striped: bool) -> Texture:
     return texture
 
 
-IVORY, INK, BRASS = (0.84, 0.77, 0.64), (0.018, 0.030, 0.042), (0.88, 0.58, 0.22)
+IVORY, INK, BRASS = (0.84, 0.77, 0.64), (0.018, 0.030, 0.042), (0.90, 0.52, 0.16)
 
 
 def board(point: Array, normal: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from mipnerf_fast.errors import InputError
 class Frame:
     """One posed image before its pixels are read.
 
-    name: unique within the split; where: what errors call it.
+    name: the image's, without suffix; where: what errors call it.
     c2w: float64 [4, 4]; focal in pixels; height, width in pixels; channels 3 or 4.
     read: returns its pixels, uint8 [height, width, channels].
     label: log2 of how many times smaller it is than the scene's full resolution.
@@ -46,18 +46,21 @@ def worker_count() -> int:
 
 
 def run_all(tasks: Sequence[Callable[[], None]], done: Callable[[], None] | None = None) -> None:
-    """Run tasks in threads; `done` is called after each; the first error (or Ctrl-C) drops those not yet begun."""
+    """Run tasks in threads; `done` is called here after each; an error or Ctrl-C drops those not yet begun."""
     pool = ThreadPoolExecutor(worker_count())
     try:
-        futures = [pool.submit(task) for task in tasks]
-        for future in futures:
-            if done is not None:
-                future.add_done_callback(lambda f: None if f.cancelled() or f.exception() else done())
-        finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in finished:
+        for future in as_completed([pool.submit(task) for task in tasks]):
             future.result()
+            if done is not None:
+                done()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def unique_names(frames: Sequence[Frame]) -> list[str]:
+    """The frames' names; with their numbers in front where two share one (images of several folders)."""
+    names = [frame.name for frame in frames]
+    return names if len(set(names)) == len(names) else [f"{i:03d}_{name}" for i, name in enumerate(names)]
 
 
 def check_divisible(frames: Sequence[Frame], factor: int, why: str) -> None:
@@ -82,13 +85,20 @@ def check_channels(frames: Sequence[Frame]) -> int:
     return first.channels
 
 
-def assemble(frames: Sequence[Frame], split: str, background: str, downscale: int = 1) -> Dataset:
+def assemble(
+    frames: Sequence[Frame],
+    split: str,
+    background: str,
+    downscale: int = 1,
+    done: Callable[[], None] | None = None,
+) -> Dataset:
     """Read all frames, in threads, straight into the one pixel buffer of a data set.
 
     Args:
         frames: at least one.
         split, background: as in `Dataset`.
         downscale: a power of two; images are made so many times smaller by `pyramid`, focal lengths divided by it.
+        done: called after each image.
 
     Returns:
         The data set; its `scale` is 2^label for frames that have one, else the downscale factor.
@@ -116,7 +126,7 @@ def assemble(frames: Sequence[Frame], split: str, background: str, downscale: in
         far=column([frame.far for frame in frames]),
         lossmult=column([frame.lossmult for frame in frames]),
         scale=torch.tensor([2**frame.label if multiscale else downscale for frame in frames]),
-        names=[frame.name for frame in frames],
+        names=unique_names(frames),
         split=split,
         background=background,
     )
@@ -128,5 +138,5 @@ def assemble(frames: Sequence[Frame], split: str, background: str, downscale: in
 
         return read
 
-    run_all([reader(frame, image) for frame, image in zip(frames, dataset.images, strict=True)])
+    run_all([reader(frame, image) for frame, image in zip(frames, dataset.images, strict=True)], done)
     return dataset

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mipnerf_fast.data import blender, procedural
 from mipnerf_fast.data.dataset import Dataset
-from mipnerf_fast.data.frames import Frame, assemble, check_channels, check_divisible, run_all
+from mipnerf_fast.data.frames import Frame, assemble, check_channels, check_divisible, run_all, unique_names
 from mipnerf_fast.data.pyramid import downsample2, level_of, pyramid
 from mipnerf_fast.data.scene_files import (
     SPLITS,
@@ -168,7 +168,7 @@ def convert(
     first = level_of(downscale, "downscale")
     if not isinstance(levels, int) or levels < 1:
         raise InputError(f"levels is {levels!r}; expected a whole number of at least 1")
-    target = Path(out)
+    target = Path(os.path.abspath(out))
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"{target} exists and is {'a file' if target.is_file() else 'not empty'}")
     scene = _source_frames(source)
@@ -271,9 +271,7 @@ def _blender_tasks(
     documents: dict[str, Any] = {}
     for split, frames in scene.items():
         (folder / split).mkdir()
-        names = [frame.name for frame in frames]
-        if len(set(names)) < len(names):
-            names = [f"r_{i}" for i in range(len(names))]
+        names = unique_names(frames)
         angles = [2 * math.atan(0.5 * frame.width / frame.focal) for frame in frames]
         entries: list[dict[str, Any]] = []
         for frame, name, angle in zip(frames, names, angles, strict=True):

@@ -14,6 +14,7 @@ from mipnerf_fast.data.demo_world import sun_directions, trace
 from mipnerf_fast.data.frames import Frame, assemble
 from mipnerf_fast.data.scene_files import SPLITS
 from mipnerf_fast.errors import InputError
+from mipnerf_fast.progress import Progress
 
 CAMERA_ANGLE_X = 0.66  # horizontal field of view, radians
 RADIUS = 4.0  # distance of the cameras from the origin
@@ -156,7 +157,9 @@ def demo_scene(
 @lru_cache(maxsize=len(SPLITS))
 def _rendered(split: str) -> tuple[NDArray[np.uint8], ...]:
     """The views of a split at their default size, ray traced once per process (10 MB for training)."""
-    return tuple(image.numpy() for image in demo_scene(split).images)
+    frames = demo_frames(split)
+    with Progress(f"ray tracing the built-in scene ({split})", total=len(frames), unit="views") as bar:
+        return tuple(image.numpy() for image in assemble(frames, split, "white", done=bar).images)
 
 
 def load(split: str, background: str, downscale: int) -> Dataset:

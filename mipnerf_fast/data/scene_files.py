@@ -19,7 +19,15 @@ SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 _CHANNELS = {"RGB": 3, "RGBA": 4}
 # everything Pillow's decoders are known to raise for damaged files
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error)
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    zlib.error,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -67,14 +75,18 @@ def number(value: object, where: str, above: float = -math.inf, below: float = m
     """A finite JSON number strictly between two bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(f"{where} is {_kind(value)}; expected a number")
-    if not math.isfinite(value) or not above < value < below:
+    try:
+        result = float(value)
+    except OverflowError:  # JSON puts no limit on whole numbers
+        result = math.inf
+    if not math.isfinite(result) or not above < result < below:
         expected = "a finite number"
         if math.isfinite(above) and math.isfinite(below):
             expected = f"a number between {above:.6g} and {below:.6g}"
         elif math.isfinite(above):
             expected = f"a finite number above {above:.6g}"
-        raise InputError(f"{where} is {value}; expected {expected}")
-    return float(value)
+        raise InputError(f"{where} is {result}; expected {expected}")
+    return result
 
 
 def integer(value: object, where: str, at_least: int) -> int:
@@ -90,7 +102,7 @@ def matrix(value: object, rows: int, columns: int, where: str) -> NDArray[np.flo
     shape = f"{rows} x {columns}"
     try:
         result = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{where} is not a {shape} matrix of numbers") from None
     if result.shape != (rows, columns):
         raise InputError(f"{where} has shape {list(result.shape)}; expected a {shape} matrix")

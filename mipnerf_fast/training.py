@@ -1,0 +1,640 @@
+"""Training: the optimisation step, the run around it, and the command behind `mipnerf-fast train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__, _native
+from .backend import BACKENDS, configure_backend, current_backend
+from .cameras import Rays
+from .checkpoint import (
+    FOLDER,
+    MOMENTS,
+    Checkpoint,
+    CheckpointInfo,
+    check_fresh,
+    checkpoint_path,
+    latest_checkpoint,
+    list_checkpoints,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from .config import MipNerfConfig, TrainConfig
+from .counter_rng import CounterRandom
+from .cpu_setup import cpu_setup, free_memory
+from .data import Dataset, RayBatches, blender, load_dataset, multiscale
+from .data.scene_files import read_json
+from .durable_files import remove_partial_files
+from .environment import choose_device, device_name, revision
+from .errors import InputError
+from .losses import weighted_loss
+from .metrics import mse_to_psnr
+from .model import build_model
+from .rendering import render_image
+from .run_folder import (
+    RunConfig,
+    check_resumable,
+    check_same_config,
+    check_same_run,
+    check_writable,
+    fingerprint,
+)
+from .schedules import log_lerp, warm_up
+from .training_reports import ProgressLine, Reports
+
+_BETAS = (0.9, 0.999)
+# Test pixels whose PSNR says which checkpoint is the best: the same ones every time.
+_TEST_SAMPLE, _TEST_SEED = 4096, 0
+# Share of the free memory that one pass may take.
+_MEMORY_SHARE = 0.5
+
+
+class DivergedError(InputError):
+    """The loss or the gradient of a step is not finite; the weights are those from before it."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one optimiser step: the loss, and the mean squared error of the finest level."""
+
+    loss: float
+    mse: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    step: steps done. seconds: of training alone. psnr: of the training batches since the last report before the
+    end, test_psnr: of the fixed sample of test pixels, dB, or None. checkpoint: the last one. interrupted: whether
+    a signal ended the run early.
+    """
+
+    step: int
+    seconds: float
+    psnr: float | None
+    test_psnr: float | None
+    checkpoint: Path
+    interrupted: bool
+
+
+def bytes_per_ray(config: TrainConfig) -> int:
+    """About what the graph of one ray takes in a training pass of the plain-PyTorch model, an upper estimate.
+
+    Per sample in float32: the encoding with its temporaries (4 times the features), every layer's output before and
+    after its ReLU, the concatenated inputs, and as much as the largest of these again for the backward pass.
+    """
+    model = config.model
+    if isinstance(model, MipNerfConfig):
+        samples = model.num_samples * model.num_levels
+        features = 6 * (model.max_deg_point - model.min_deg_point)
+        view_layers = model.net_depth_condition
+    else:
+        samples = 2 * model.num_coarse + model.num_fine
+        features = 3 + 6 * model.max_deg_point
+        view_layers = 1
+    skips = (model.net_depth - 1) // model.skip_layer
+    layers = 2 * model.net_depth * model.net_width + 2 * view_layers * model.net_width_condition
+    inputs = skips * (model.net_width + features) + 2 * model.net_width + 3 + 6 * model.deg_view
+    backward = 2 * (model.net_width + features)
+    return 4 * samples * (4 * features + layers + inputs + backward + 32)
+
+
+def choose_chunk(config: TrainConfig, device: torch.device) -> int:
+    """Rays per pass: as configured, or as many of the batch as half of the free memory holds.
+
+    Where the batch does not fit it is cut into equal parts.
+    """
+    if config.chunk_rays:
+        return min(config.chunk_rays, config.batch_size)
+    fitting = max(1, int(_MEMORY_SHARE * free_memory(device) / bytes_per_ray(config)))
+    parts = math.ceil(config.batch_size / fitting)
+    return math.ceil(config.batch_size / parts)
+
+
+def clip_gradients(gradients: list[Tensor], max_value: float, max_norm: float) -> Tensor:
+    """Clip gradients in place, by value and then by norm; return the norm in between.
+
+    g <- clip(g, -max_value, max_value), then g <- g min(1, max_norm / (1e-7 + ||g||)) with the norm over all of
+    them. A limit of 0 does nothing.
+
+    Source: algorithm 1.8.
+    """
+    if max_value > 0:
+        for gradient in gradients:
+            gradient.clamp_(-max_value, max_value)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    if max_norm > 0:
+        factor = torch.clamp(max_norm / (1e-7 + norm), max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor)
+    return norm
+
+
+class Trainer:
+    """A model, its optimiser and its batches: everything that a step needs and a checkpoint holds.
+
+    Random numbers depend on (seed, step, ray) alone, so a trainer built from a checkpoint goes on exactly as the one
+    that wrote it would have, bit by bit on the CPU with as many threads (and without a time limit: that makes the
+    learning rate depend on the clock).
+
+    Args:
+        config: of the run.
+        dataset: training views.
+        device: to train on.
+        max_seconds: of training; the learning rate follows max(step / max_steps, seconds / max_seconds).
+        checkpoint: to go on from, or None. Its configuration must describe the same model.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        device: torch.device | str = "cpu",
+        max_seconds: float = math.inf,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.config, self.device, self.max_seconds = config, torch.device(device), max_seconds
+        self.white_background = dataset.white_background
+        self.batches = RayBatches(dataset, self.device, config.batching)
+        self.rows = torch.arange(config.batch_size, device=self.device)
+        # The same weights on every device, and the caller's global random numbers left alone.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = build_model(config.model)
+        if checkpoint is not None:
+            model.load_state_dict(checkpoint.weights())
+        self.model = model.to(self.device)
+        self.step = checkpoint.info.step if checkpoint else 0
+        self.seconds = checkpoint.info.seconds if checkpoint else 0.0
+        remembered = checkpoint.info.chunk_rays if checkpoint and not config.chunk_rays else 0
+        self.chunk_rays = remembered or choose_chunk(config, self.device)
+        self.names = [name for name, _ in self.model.named_parameters()]
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.Adam(
+            self.parameters, config.lr_init, betas=_BETAS, eps=config.adam_eps, fused=True
+        )
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            moments = {
+                moment: torch.zeros_like(parameter)
+                if checkpoint is None
+                else checkpoint.moments(moment)[name].to(self.device)
+                for moment in MOMENTS
+            }
+            steps_done = torch.tensor(float(self.step), device=self.device)
+            self.optimizer.state[parameter] = {"step": steps_done, **moments}
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the steps or the time are used up."""
+        return self.step >= self.config.max_steps or self.seconds >= self.max_seconds
+
+    def learning_rate(self) -> float:
+        """Of the next step; steps count from 1."""
+        config, step = self.config, self.step + 1
+        progress = max(step / config.max_steps, self.seconds / self.max_seconds)
+        rate = log_lerp(progress, config.lr_init, config.lr_final)
+        return float(rate * warm_up(step, config.lr_delay_steps, config.lr_delay_mult))
+
+    def train_step(self) -> StepResult:
+        """Do one step; it is timed.
+
+        Errors: DivergedError where the loss or the gradient is not finite; nothing has changed then.
+        """
+        start = time.perf_counter()
+        step = self.step + 1
+        rays, target = self.batches.draw(self.config.seed, step, self.config.batch_size)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, mse = self.accumulate_gradients(step, rays, target)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = clip_gradients(gradients, self.config.grad_max_value, self.config.grad_max_norm)
+        # One transfer for all three: on a GPU every one waits for the device.
+        loss_value, mse_value, norm_value = torch.stack([loss, mse, norm]).tolist()
+        if not math.isfinite(loss_value + norm_value):
+            raise DivergedError(
+                f"step {step}: the loss is {loss_value}, the norm of its gradient {norm_value}"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+        self.step = step
+        self.seconds += time.perf_counter() - start
+        return StepResult(loss_value, mse_value)
+
+    def accumulate_gradients(self, step: int, rays: Rays, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the gradient of a batch's loss to the parameters' .grad, chunk by chunk.
+
+        loss = coarse_loss_mult * (levels but the last) + last level + weight_decay_mult * mean(parameter^2), every
+        level normalised by the lossmult of the whole batch.
+
+        Args:
+            step: of the optimiser, for the random numbers.
+            rays, target: a batch, [B, .] and [B, 3].
+
+        Returns:
+            The loss and the mean squared error of the finest level, without gradient.
+
+        Source: algorithm 1.8.
+        """
+        config, count = self.config, target.shape[0]
+        lossmult = torch.ones_like(rays.lossmult) if config.disable_multiscale_loss else rays.lossmult
+        total = lossmult.sum()
+        loss_sum, squares = torch.zeros_like(total), torch.zeros_like(total)
+        for start in range(0, count, self.chunk_rays):
+            part = slice(start, min(start + self.chunk_rays, count))
+            levels = self.model(
+                Rays(*(field[part] for field in rays)),
+                randomized=True,
+                white_background=self.white_background,
+                generator=CounterRandom(config.seed, step, self.rows[part]),
+            )
+            losses = [
+                weighted_loss(level.rgb, target[part], lossmult[part], config.loss, config.loss_beta, total)
+                for level in levels
+            ]
+            loss = config.coarse_loss_mult * sum(losses[:-1]) + losses[-1]
+            loss.backward()
+            loss_sum += loss.detach()
+            squares += ((levels[-1].rgb.detach() - target[part]) ** 2).sum()
+        if config.weight_decay_mult > 0:
+            size = sum(parameter.numel() for parameter in self.parameters)
+            decay = config.weight_decay_mult / size * sum((p * p).sum() for p in self.parameters)
+            assert isinstance(decay, Tensor)
+            decay.backward()
+            loss_sum += decay.detach()
+        return loss_sum, squares / (3 * count)
+
+    def save(self, path: Path, test_psnr: float | None) -> None:
+        """Write a checkpoint."""
+        info = CheckpointInfo(
+            step=self.step,
+            seconds=self.seconds,
+            config=self.config,
+            chunk_rays=self.chunk_rays,
+            test_psnr=test_psnr,
+            package=__version__,
+            revision=revision(),
+            torch=torch.__version__,
+        )
+        states = [self.optimizer.state[parameter] for parameter in self.parameters]
+        moments = {
+            moment: {name: state[moment] for name, state in zip(self.names, states, strict=True)}
+            for moment in MOMENTS
+        }
+        save_checkpoint(path, info, self.model, moments)
+
+
+class StopSignals:
+    """While in the context, SIGINT and SIGTERM only set a flag; a second SIGINT interrupts at once.
+
+    In another thread than the main one Python allows no handlers: then the flag is never set.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class _StopRenderingError(Exception):
+    """Leaves a preview unfinished because a signal asked to stop."""
+
+
+class _Tester:
+    """Measures a trainer's model on test views, outside the training time."""
+
+    def __init__(self, trainer: Trainer, test: Dataset, stop: StopSignals) -> None:
+        self._trainer, self._test, self._stop = trainer, test, stop
+        sample = min(_TEST_SAMPLE, test.pixels.shape[0])
+        self._rays, self._target = RayBatches(test, trainer.device).draw(_TEST_SEED, 0, sample)
+
+    def sample_psnr(self) -> float:
+        """The PSNR over a fixed random sample of all test pixels: comparable between checkpoints, and cheap."""
+        rgb = render_image(self._trainer.model, self._rays, self._test.white_background).rgb
+        return float(mse_to_psnr(((rgb - self._target) ** 2).mean()))
+
+    def view(self, reports: Reports) -> dict[str, Any]:
+        """Render one test view in turn, write its preview and return its columns of the metrics."""
+
+        def watch(count: int) -> None:
+            if self._stop.requested:
+                raise _StopRenderingError
+
+        trainer, test = self._trainer, self._test
+        index = (trainer.step // trainer.config.test_every - 1) % len(test)
+        try:
+            rgb = render_image(trainer.model, test.rays(index), test.white_background, progress=watch).rgb
+        except _StopRenderingError:
+            return {}
+        target = test.target(index, trainer.device)
+        reports.preview(trainer.step, rgb, target)
+        psnr = float(mse_to_psnr(((rgb - target) ** 2).mean()))
+        return {"test_view": test.names[index], "test_view_psnr": psnr}
+
+
+class _Window:
+    """Means over the steps since the last report."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self.start()
+
+    def start(self) -> None:
+        """Begin again."""
+        self.steps, self._loss, self._mse, self._since = 0, 0.0, 0.0, self._trainer.seconds
+
+    def add(self, result: StepResult) -> None:
+        """Count a step."""
+        self.steps += 1
+        self._loss += result.loss
+        self._mse += result.mse
+
+    @property
+    def psnr(self) -> float:
+        """Of the mean squared error."""
+        mse = self._mse / self.steps
+        return -10 * math.log10(mse) if mse > 0 else math.inf
+
+    @property
+    def rays_per_second(self) -> float:
+        """Of training alone."""
+        rays = self.steps * self._trainer.config.batch_size
+        return rays / max(self._trainer.seconds - self._since, 1e-9)
+
+    def row(self) -> dict[str, Any]:
+        """The columns of the metrics."""
+        trainer = self._trainer
+        return {
+            "step": trainer.step,
+            "seconds": round(trainer.seconds, 3),
+            "loss": self._loss / self.steps,
+            "psnr": self.psnr,
+            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "rays_per_second": round(self.rays_per_second, 1),
+        }
+
+
+class _Run:
+    """A trainer at work in a run folder."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        test: Dataset | None,
+        run_dir: Path,
+        reports: Reports,
+        progress: ProgressLine,
+        stop: StopSignals,
+    ) -> None:
+        self.trainer, self.run_dir = trainer, run_dir
+        self.reports, self.progress, self.stop = reports, progress, stop
+        self.tester = _Tester(trainer, test, stop) if test is not None and len(test) else None
+        self.window = _Window(trainer)
+        self.last_psnr: float | None = None
+        self.test_psnr: float | None = None
+
+    def go(self) -> TrainResult:
+        """Train until done or asked to stop; the end is always saved."""
+        trainer, config = self.trainer, self.trainer.config
+        while not (trainer.is_done or self.stop.requested):
+            try:
+                self.window.add(trainer.train_step())
+            except DivergedError as error:
+                raise InputError(f"{error}; {self._save_before_failure()}") from None
+            self.progress.update(trainer.step, trainer.seconds, self.window.rays_per_second, self.window.psnr)
+            ends = trainer.is_done or self.stop.requested
+            saves = ends or trainer.step % config.save_every == 0
+            tests = bool(config.test_every) and trainer.step % config.test_every == 0
+            if saves or tests or trainer.step % config.print_every == 0:
+                self._report(measures=saves or tests, renders=tests)
+            if saves:
+                self._save()
+        path = checkpoint_path(self.run_dir, trainer.step)
+        if not path.exists():
+            # Asked to stop before the first step of this part.
+            self._save()
+        self.reports.curves(0.0)
+        return TrainResult(
+            trainer.step,
+            trainer.seconds,
+            self.last_psnr,
+            self.test_psnr,
+            path,
+            interrupted=self.stop.requested and not trainer.is_done,
+        )
+
+    def _report(self, measures: bool, renders: bool) -> None:
+        row = self.window.row()
+        self.last_psnr = row["psnr"]
+        if self.tester is not None and measures:
+            row["test_psnr"] = self.test_psnr = self.tester.sample_psnr()
+            if renders:
+                row |= self.tester.view(self.reports)
+        self.reports.row(row)
+        self.window.start()
+
+    def _save(self) -> None:
+        # The metrics first: a resumed run relies on every row up to its checkpoint.
+        self.reports.sync()
+        self.trainer.save(checkpoint_path(self.run_dir, self.trainer.step), self.test_psnr)
+        prune_checkpoints(self.run_dir, self.trainer.config.keep_checkpoints)
+        self.reports.curves()
+
+    def _save_before_failure(self) -> str:
+        """Save the weights from before a step that failed, and say so."""
+        path = checkpoint_path(self.run_dir, self.trainer.step)
+        if not path.exists():
+            if self.window.steps:
+                self._report(measures=True, renders=False)
+            self._save()
+        return f"the weights from before it are in {path}; a smaller lr_init, or grad_max_norm, may keep it finite"
+
+
+def run_training(
+    data: str,
+    config: TrainConfig,
+    preset: str,
+    run_dir: Path,
+    *,
+    downscale: int = 1,
+    background: str = "white",
+    max_minutes: float | None = None,
+    device: str = "auto",
+    backend: str = "auto",
+    resume: bool = False,
+) -> TrainResult:
+    """Train on a scene into a run folder: `mipnerf-fast train`.
+
+    Everything is checked before anything is written.
+
+    Args:
+        data: scene folder or "demo".
+        config: of the run; preset: the name it came from, for the record.
+        run_dir: made if need be. With checkpoints in it, only `resume` goes on there.
+        downscale, background: of the data, see `load_dataset`.
+        max_minutes: of training alone, over all resumed parts; None: no limit.
+        device: "auto", "cpu" or "cuda".
+        backend: "auto", "native" or "reference".
+        resume: go on from the last good checkpoint.
+
+    Returns:
+        TrainResult. A SIGINT or SIGTERM ends the run after the current step, saved; `interrupted` is set then.
+
+    Errors: InputError, or OSError where the disk fails.
+    """
+    run_dir = Path(run_dir)
+    if max_minutes is not None and not 0 < max_minutes < math.inf:
+        raise InputError(f"--max-minutes: must be positive, got {max_minutes}")
+    place = choose_device(device)
+    _check_backend(backend)
+    check_writable(run_dir)
+    old = check_resumable(run_dir) if resume else None
+    if not resume:
+        check_fresh(run_dir)
+    run = RunConfig(
+        preset=preset,
+        data=str(data),
+        downscale=downscale,
+        background=background,
+        dataset={},
+        train=config,
+        max_minutes=max_minutes,
+        device=place.type,
+        backend=backend,
+        torch=torch.__version__,
+        package=__version__,
+        revision=revision(),
+    )
+    with cpu_setup() if place.type == "cpu" else nullcontext([]) as notes:
+        return _load_and_train(run, run_dir, place, old, notes)
+
+
+def _load_and_train(
+    run: RunConfig, run_dir: Path, device: torch.device, old: RunConfig | None, notes: list[str]
+) -> TrainResult:
+    """The rest of the checks, those that need the data, and the run."""
+    train = load_dataset(run.data, "train", run.background, run.downscale)
+    has_test = _has_test_split(run.data)
+    test = load_dataset(run.data, "test", run.background, run.downscale) if has_test else None
+    run = dataclasses.replace(run, dataset=fingerprint(train))
+    checkpoint = None
+    if old is not None:
+        # A run may have been killed before its first checkpoint: then it starts over.
+        checkpoint = latest_checkpoint(run_dir) if list_checkpoints(run_dir) else None
+        check_same_run(old, run, checkpoint.info.step if checkpoint else 0)
+        if checkpoint is not None:
+            # It may have been copied here from another run.
+            check_same_config(checkpoint.info.config, run.train, str(checkpoint.path))
+    return _train_in_folder(run, train, test, run_dir, device, checkpoint, notes)
+
+
+def _train_in_folder(
+    run: RunConfig,
+    train: Dataset,
+    test: Dataset | None,
+    run_dir: Path,
+    device: torch.device,
+    checkpoint: Checkpoint | None,
+    notes: list[str],
+) -> TrainResult:
+    config = run.train
+    configure_backend(run.backend)
+    max_seconds = math.inf if run.max_minutes is None else 60 * run.max_minutes
+    trainer = Trainer(config, train, device, max_seconds, checkpoint)
+    (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+    remove_partial_files(run_dir)
+    remove_partial_files(run_dir / FOLDER)
+    run.write(run_dir)
+    if checkpoint is not None:
+        _move_aside_broken(run_dir, checkpoint)
+    with StopSignals() as stop:
+        progress = ProgressLine(trainer.step, config.max_steps, trainer.seconds, max_seconds)
+        try:
+            with Reports(run_dir, trainer.step, progress) as reports:
+                for note in _opening(run, trainer, train, test, notes):
+                    progress.say(note)
+                result = _Run(trainer, test, run_dir, reports, progress, stop).go()
+            progress.say(_closing(result, run_dir))
+        finally:
+            progress.close()
+    return result
+
+
+def _opening(
+    run: RunConfig, trainer: Trainer, train: Dataset, test: Dataset | None, notes: list[str]
+) -> list[str]:
+    views = f"{len(train)} training views" + (f", {len(test)} test views" if test else ", no test views")
+    limit = f"{run.train.max_steps:,} steps" + (f" or {run.max_minutes:g} min" if run.max_minutes else "")
+    size = sum(parameter.numel() for parameter in trainer.parameters)
+    lines = [
+        f"train: {run.data}, downscale {run.downscale}, {run.background} background: {views}",
+        f"train: preset {run.preset}, {size:,} parameters, {run.train.batch_size:,} rays a step in chunks of "
+        f"{trainer.chunk_rays:,}, for {limit}; backend {current_backend()}, {device_name(trainer.device)}, "
+        f"torch {run.torch}",
+    ]
+    if notes:
+        lines.append(f"train: {'; '.join(notes)}")
+    if trainer.step:
+        lines.append(f"train: resumed at step {trainer.step:,}, after {trainer.seconds:.1f} s")
+    return lines
+
+
+def _closing(result: TrainResult, run_dir: Path) -> str:
+    test = "" if result.test_psnr is None else f", {result.test_psnr:.2f} dB on a sample of test pixels"
+    verb = "interrupted" if result.interrupted else "done"
+    again = f"; go on with --resume --run-dir {run_dir}" if result.interrupted else ""
+    return (
+        f"train: {verb} at step {result.step:,} after {result.seconds:.1f} s of training{test}; "
+        f"saved {result.checkpoint}{again}"
+    )
+
+
+def _check_backend(name: str) -> None:
+    if name not in BACKENDS:
+        raise InputError(f"--backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "native" and not _native.available():
+        raise InputError(f"--backend: native was asked for, but {_native.why_missing()}")
+
+
+def _has_test_split(data: str) -> bool:
+    if data == "demo":
+        return True
+    root = Path(data)
+    if multiscale.metadata_file(root).is_file():
+        return "test" in read_json(multiscale.metadata_file(root))
+    return "test" in blender.splits(root)
+
+
+def _move_aside_broken(run_dir: Path, good: Checkpoint) -> None:
+    """Rename checkpoints newer than the good one: they are broken, and must not count among the last K."""
+    paths = list_checkpoints(run_dir)
+    for path in paths[paths.index(good.path) + 1 :]:
+        path.rename(path.with_suffix(".broken"))

@@ -1,0 +1,449 @@
+"""Training: the step against its formulas, the presets, the reports of a run, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import TINY, same_tensors, tiny, tiny_dataset, write_scene
+
+from mipnerf_fast import InputError, MipNerfConfig, NerfConfig, TrainConfig, metrics, schedules
+from mipnerf_fast import training as training_module
+from mipnerf_fast.checkpoint import load_checkpoint
+from mipnerf_fast.config import PRESETS
+from mipnerf_fast.counter_rng import CounterRandom
+from mipnerf_fast.data import Dataset, load_dataset
+from mipnerf_fast.data.procedural import demo_scene
+from mipnerf_fast.rendering import render_image
+from mipnerf_fast.training import (
+    DivergedError,
+    Trainer,
+    bytes_per_ray,
+    choose_chunk,
+    clip_gradients,
+    run_training,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """This work is too small for more: on a busy machine threads that wait for each other take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return tiny_dataset()
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scene(tmp_path_factory.mktemp("scene"))
+
+
+def gradients(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
+
+
+def batch_gradient(config: TrainConfig, dataset: Dataset) -> tuple[torch.Tensor, float]:
+    trainer = Trainer(config, dataset)
+    rays, target = trainer.batches.draw(config.seed, 1, config.batch_size)
+    # Areas that differ, so that a chunk normalised by its own sum would show.
+    areas = torch.where(torch.arange(config.batch_size)[:, None] % 3 == 0, 16.0, 1.0)
+    loss, _ = trainer.accumulate_gradients(1, rays._replace(lossmult=areas), target)
+    return gradients(trainer), float(loss)
+
+
+@pytest.mark.parametrize("chunk", [5, 63])
+def test_chunks_change_rounding_only(dataset: Dataset, chunk: int) -> None:
+    whole, loss = batch_gradient(tiny(chunk_rays=64), dataset)
+    parts, loss_of_parts = batch_gradient(tiny(chunk_rays=chunk), dataset)
+    # Every gradient element sums terms over 64 rays x 16 samples in float32: reordering a sum of n terms moves it
+    # by at most n ulp of the sum of their sizes; that sum is at most sqrt(n) norms for terms of similar size.
+    n = 64 * 16
+    bound = n * 2.0**-23
+    assert (whole - parts).norm() <= bound * whole.norm()
+    assert abs(loss - loss_of_parts) <= 64 * 2.0**-23 * loss
+    assert whole.norm() > 0
+
+
+def test_the_loss_is_the_formula(dataset: Dataset) -> None:
+    config = tiny(coarse_loss_mult=0.3, weight_decay_mult=0.5)
+    trainer = Trainer(config, dataset)
+    rays, target = trainer.batches.draw(config.seed, 1, config.batch_size)
+    rays = rays._replace(lossmult=torch.linspace(1, 16, 64)[:, None])
+    loss, mse = trainer.accumulate_gradients(1, rays, target)
+    coarse, fine = trainer.model(rays, True, True, CounterRandom(config.seed, 1, torch.arange(64)))
+    area = rays.lossmult
+
+    def level(rgb: torch.Tensor) -> torch.Tensor:
+        return (area * (rgb - target) ** 2).sum() / area.sum()
+
+    weights = torch.cat([p.flatten() for p in trainer.parameters])
+    expected = 0.3 * level(coarse.rgb) + level(fine.rgb) + 0.5 * (weights**2).mean()
+    torch.testing.assert_close(loss, expected.detach(), rtol=64 * 2**-23, atol=0)
+    torch.testing.assert_close(mse, ((fine.rgb - target) ** 2).mean().detach(), rtol=192 * 2**-23, atol=0)
+    found = gradients(trainer)
+    trainer.optimizer.zero_grad()
+    expected.backward()
+    assert (gradients(trainer) - found).norm() <= 1024 * 2**-23 * found.norm()
+
+
+def test_equal_areas_where_the_area_loss_is_disabled(dataset: Dataset) -> None:
+    plain, _ = batch_gradient(tiny(disable_multiscale_loss=True), dataset)
+    trainer = Trainer(tiny(), dataset)
+    rays, target = trainer.batches.draw(TINY.seed, 1, 64)
+    trainer.accumulate_gradients(1, rays._replace(lossmult=torch.ones(64, 1)), target)
+    assert torch.equal(gradients(trainer), plain)
+    weighted, _ = batch_gradient(tiny(), dataset)
+    assert not torch.equal(weighted, plain)
+
+
+@pytest.mark.parametrize(
+    ("kind", "beta"), [("mse", 1.0), ("smooth_l1", 1.0), ("smooth_l1", 0.05), ("charbonnier", 0.1)]
+)
+def test_every_loss_trains(dataset: Dataset, kind: str, beta: float) -> None:
+    trainer = Trainer(tiny(loss=kind, loss_beta=beta, max_steps=30), dataset)
+    losses = [trainer.train_step().loss for _ in range(30)]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_smooth_l1_at_beta_1_is_half_the_squared_error(dataset: Dataset) -> None:
+    squared, loss = batch_gradient(tiny(), dataset)
+    smooth, half = batch_gradient(tiny(loss="smooth_l1", loss_beta=1.0), dataset)
+    assert half == pytest.approx(loss / 2, rel=64 * 2**-23)
+    assert (smooth - squared / 2).norm() <= 1024 * 2**-23 * squared.norm()
+
+
+def test_gradients_are_clipped_by_value_then_by_norm() -> None:
+    def clip(max_value: float, max_norm: float) -> tuple[list[float], float]:
+        parts = [torch.tensor([3.0, -4.0]), torch.tensor([[12.0]])]
+        norm = clip_gradients(parts, max_value, max_norm)
+        return [*parts[0].tolist(), *parts[1].flatten().tolist()], float(norm)
+
+    assert clip(0, 0) == ([3, -4, 12], 13)
+    assert clip(3.5, 0) == ([3, -3.5, 3.5], pytest.approx(math.sqrt(9 + 2 * 3.5**2)))
+    assert clip(0, 20)[0] == [3, -4, 12]
+    scaled, _ = clip(0, 2)
+    assert scaled == pytest.approx([g * 2 / (1e-7 + 13) for g in (3, -4, 12)], rel=1e-6)
+    # By value first: the norm that the second clipping sees is that of what the first left.
+    both, norm = clip(3.5, 2)
+    assert both == pytest.approx([g * 2 / (1e-7 + norm) for g in (3, -3.5, 3.5)], rel=1e-6)
+
+
+def test_a_zero_gradient_survives_clipping() -> None:
+    parts = [torch.zeros(3)]
+    clip_gradients(parts, 1.0, 1.0)
+    assert parts[0].tolist() == [0, 0, 0]
+
+
+def test_adam_takes_the_clipped_gradient(dataset: Dataset) -> None:
+    trainer = Trainer(tiny(grad_max_norm=1e-3, lr_delay_steps=0), dataset)
+    before = [p.detach().clone() for p in trainer.parameters]
+    trainer.train_step()
+    norm = float(gradients(trainer).norm())
+    assert norm == pytest.approx(1e-3, rel=1e-5)
+    # The first step of Adam: -lr g / (|g| + eps), the moments' corrections cancelling.
+    lr = schedules.learning_rate(1, TINY.lr_init, TINY.lr_final, TINY.max_steps)
+    for old, p in zip(before, trainer.parameters, strict=True):
+        assert p.grad is not None
+        expected = old - lr * p.grad / (p.grad.abs() + TINY.adam_eps)
+        # eps enters Adam beside a bias-corrected root of a float32 square: a few ulp of the step and of the weight.
+        torch.testing.assert_close(p.detach(), expected, rtol=2**-21, atol=lr * 2**-18)
+
+
+def test_the_learning_rate_follows_the_steps(dataset: Dataset) -> None:
+    trainer = Trainer(tiny(), dataset)
+    for step in range(1, 6):
+        trainer.train_step()
+        expected = schedules.learning_rate(
+            step, TINY.lr_init, TINY.lr_final, TINY.max_steps, TINY.lr_delay_steps, TINY.lr_delay_mult
+        )
+        assert trainer.optimizer.param_groups[0]["lr"] == expected
+
+
+def test_a_time_limit_stretches_the_schedule(dataset: Dataset) -> None:
+    config = tiny(max_steps=1000, lr_delay_steps=10, lr_delay_mult=0.1)
+    trainer = Trainer(config, dataset, max_seconds=60)
+
+    def expected(progress: float, step: int) -> float:
+        decay = schedules.log_lerp(progress, config.lr_init, config.lr_final)
+        return float(decay * schedules.warm_up(step, 10, 0.1))
+
+    trainer.step, trainer.seconds = 4, 30.0
+    # Half of the time is over: half of the decay, while the warm-up counts steps.
+    assert trainer.learning_rate() == expected(0.5, 5)
+    trainer.step, trainer.seconds = 899, 30.0
+    assert trainer.learning_rate() == expected(0.9, 900)
+    assert not trainer.is_done
+    trainer.seconds = 60.0
+    assert trainer.learning_rate() == expected(1.0, 900)
+    assert trainer.is_done
+    trainer.step, trainer.seconds = 1000, 0.0
+    assert trainer.is_done
+
+
+def test_only_steps_count_as_training_time(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(float(t) for t in range(100))
+    monkeypatch.setattr(training_module.time, "perf_counter", lambda: next(clock))
+    trainer = Trainer(tiny(), dataset)
+    trainer.train_step()
+    for _ in range(10):
+        next(clock)  # an evaluation, say
+    trainer.train_step()
+    assert trainer.seconds == 2.0
+
+
+def test_the_batch_is_cut_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(batch_size=1000)
+    per_ray = bytes_per_ray(config)
+
+    def chunk(rays_that_fit: float, chunk_rays: int = 0) -> int:
+        memory = int(2 * rays_that_fit * per_ray) + 1
+        monkeypatch.setattr(training_module, "free_memory", lambda device: memory)
+        return choose_chunk(dataclasses.replace(config, chunk_rays=chunk_rays), torch.device("cpu"))
+
+    assert chunk(1e6) == 1000
+    assert chunk(999) == 500
+    assert chunk(300) == 250
+    assert chunk(0.1) == 1
+    assert chunk(300, chunk_rays=400) == 400
+    assert chunk(300, chunk_rays=4000) == 1000
+
+
+def graph_bytes(config: TrainConfig, dataset: Dataset) -> int:
+    """What autograd really saves for one batch, each storage once."""
+    trainer = Trainer(config, dataset)
+    rays, target = trainer.batches.draw(0, 1, config.batch_size)
+    saved = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        trainer.accumulate_gradients(1, rays, target)
+    return sum(size for size, _ in saved.values())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        MipNerfConfig(num_samples=16, net_width=64, net_width_condition=32),
+        NerfConfig(num_coarse=8, num_fine=16, net_width=64, net_width_condition=32),
+    ],
+)
+def test_the_memory_estimate_is_above_what_is_saved(
+    dataset: Dataset, model: MipNerfConfig | NerfConfig
+) -> None:
+    config = tiny(model=model, chunk_rays=64)
+    saved = graph_bytes(config, dataset) / 64
+    # Above what the graph holds (there are temporaries besides), but not so far that it would waste a machine.
+    assert saved < bytes_per_ray(config) < 4 * saved
+
+
+def small_network(config: TrainConfig) -> TrainConfig:
+    """A preset with everything that makes it what it is, but a narrow network and few samples and rays."""
+    model = config.model
+    if isinstance(model, NerfConfig):
+        model = dataclasses.replace(model, num_coarse=8, num_fine=8, net_width=16, net_width_condition=8)
+    else:
+        model = dataclasses.replace(model, num_samples=8, net_width=16, net_width_condition=8)
+    return dataclasses.replace(config, model=model, batch_size=32)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_trains(dataset: Dataset, name: str) -> None:
+    trainer = Trainer(small_network(PRESETS[name]), dataset)
+    before = [p.detach().clone() for p in trainer.parameters]
+    results = [trainer.train_step() for _ in range(2)]
+    assert all(math.isfinite(result.loss) for result in results)
+    moved = [not torch.equal(old, new) for old, new in zip(before, trainer.parameters, strict=True)]
+    # no-misc starts with a ReLU on the density that may be dead on so few rays.
+    assert all(moved) or (name in ("no-misc", "nerf") and any(moved))
+
+
+def test_training_reaches_its_psnr() -> None:
+    train = demo_scene("train", size=16, views=12, supersample=2)
+    test = demo_scene("test", size=16, views=4, supersample=2)
+    config = TrainConfig(
+        model=MipNerfConfig(
+            num_samples=16, max_deg_point=5, deg_view=1, net_depth=2, net_width=32, net_width_condition=32
+        ),
+        batch_size=256,
+        max_steps=120,
+        lr_init=1e-2,
+        lr_final=1e-3,
+        lr_delay_steps=20,
+        lr_delay_mult=0.1,
+    )
+    trainer = Trainer(config, train)
+    truth = torch.stack([test.target(i) for i in range(4)])
+    while not trainer.is_done:
+        trainer.train_step()
+    rendered = torch.stack([render_image(trainer.model, test.rays(i)).rgb for i in range(4)])
+    # The best that one colour for everything can do; a scene that has been learnt is far above it.
+    flat = metrics.psnr(truth.mean((0, 1, 2)).expand_as(truth), truth).mean()
+    assert flat < 13
+    assert metrics.psnr(rendered, truth).mean() > 17
+
+
+def test_a_run_leaves_its_reports(scene: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    result = run_training(str(scene), TINY, "tiny", run_dir, device="cpu")
+    assert (result.step, result.interrupted) == (20, False)
+    assert result.checkpoint == run_dir / "checkpoints" / "step_00000020.safetensors"
+    assert result.checkpoint.is_file()
+    with open(run_dir / "metrics.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    # Every 5 steps, and wherever there is a checkpoint (every 4) or a test render (every 10).
+    assert [int(row["step"]) for row in rows] == [4, 5, 8, 10, 12, 15, 16, 20]
+    assert [row["test_view"] for row in rows] == ["", "", "", "r_0", "", "", "", "r_1"]
+    assert [bool(row["test_psnr"]) for row in rows] == [True, False, True, True, True, False, True, True]
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
+    assert float(rows[-1]["test_psnr"]) == result.test_psnr
+    assert float(rows[-1]["psnr"]) == result.psnr
+    previews = sorted(path.name for path in (run_dir / "previews").iterdir())
+    assert previews == ["step_00000010.png", "step_00000020.png"]
+    assert (run_dir / "curves.png").stat().st_size > 10_000
+    assert list((run_dir / "tensorboard").glob("events*"))
+    said = capfd.readouterr().err
+    assert "4 training views, 4 test views" in said
+    assert "malloc keeps its pages" in said or "glibc" not in os.confstr("CS_GNU_LIBC_VERSION")
+    assert str(result.checkpoint) in said
+
+
+def test_the_training_psnr_is_of_the_mean_squared_error(scene: Path, tmp_path: Path) -> None:
+    config = tiny(max_steps=3, print_every=3, save_every=100, test_every=0)
+    run_training(str(scene), config, "tiny", tmp_path / "run", device="cpu")
+    with open(tmp_path / "run" / "metrics.csv", newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    trainer = Trainer(config, load_dataset(str(scene)))
+    results = [trainer.train_step() for _ in range(3)]
+    assert float(row["psnr"]) == pytest.approx(-10 * math.log10(sum(r.mse for r in results) / 3), abs=1e-3)
+    assert float(row["loss"]) == pytest.approx(sum(r.loss for r in results) / 3, rel=1e-4)
+
+
+def test_without_tensorboard_it_is_skipped_and_said(
+    scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    run_training(str(scene), tiny(max_steps=2, test_every=0), "tiny", tmp_path / "run", device="cpu")
+    assert "TensorBoard events skipped" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    assert (tmp_path / "run" / "metrics.csv").is_file()
+
+
+def test_a_scene_without_test_views_trains(tmp_path: Path) -> None:
+    scene = write_scene(tmp_path / "scene", splits=("train",))
+    result = run_training(str(scene), tiny(max_steps=10), "tiny", tmp_path / "run", device="cpu")
+    assert (result.step, result.test_psnr) == (10, None)
+
+
+def test_a_time_limit_ends_the_run(scene: Path, tmp_path: Path) -> None:
+    config = tiny(max_steps=10**6, save_every=10**6, test_every=0, print_every=1000)
+    result = run_training(str(scene), config, "tiny", tmp_path / "run", device="cpu", max_minutes=0.3 / 60)
+    assert 0.3 <= result.seconds < 20
+    assert 0 < result.step < 10**6
+    assert not result.interrupted
+
+
+def test_a_diverging_run_keeps_its_good_weights(
+    scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(test_every=0, save_every=4)
+    draw = training_module.RayBatches.draw
+
+    def poisoned(self: object, seed: int, step: int, count: int) -> object:
+        rays, target = draw(self, seed, step, count)  # type: ignore[arg-type]
+        return rays, target * math.nan if step == 7 else target
+
+    monkeypatch.setattr(training_module.RayBatches, "draw", poisoned)
+    with pytest.raises(InputError, match=r"step 7: the loss is nan.*step_00000006"):
+        run_training(str(scene), config, "tiny", tmp_path / "run", device="cpu")
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step_00000004.safetensors", "step_00000006.safetensors"]
+    monkeypatch.undo()
+    trainer = Trainer(config, load_dataset(str(scene)))
+    for _ in range(6):
+        trainer.train_step()
+    saved = load_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000006.safetensors")
+    weights = {name: tensor.detach() for name, tensor in trainer.model.state_dict().items()}
+    assert same_tensors(saved.weights(), weights)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny(), dataset)
+    trainer.train_step()
+    before = [p.detach().clone() for p in trainer.parameters]
+
+    def infinite(*_: object) -> torch.Tensor:
+        return torch.tensor(math.inf)
+
+    monkeypatch.setattr(training_module, "clip_gradients", infinite)
+    with pytest.raises(DivergedError, match=r"step 2: the loss is .*, the norm of its gradient inf"):
+        trainer.train_step()
+    assert trainer.step == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+
+
+def test_the_seed_decides_and_the_global_state_does_not(dataset: Dataset) -> None:
+    def losses(seed: int, global_seed: int) -> list[float]:
+        torch.manual_seed(global_seed)
+        trainer = Trainer(tiny(seed=seed), dataset)
+        return [trainer.train_step().loss for _ in range(3)]
+
+    assert losses(1, 1) == losses(1, 2)
+    assert losses(1, 1) != losses(2, 1)
+
+
+REFUSED = {
+    "--max-minutes: must be positive, got 0": {"max_minutes": 0},
+    "--max-minutes: must be positive, got nan": {"max_minutes": math.nan},
+    "--device: expected one of auto, cpu, cuda": {"device": "tpu"},
+    "--backend: expected one of auto, native, reference": {"backend": "fast"},
+    "missing.*does not exist": {"data": "missing"},
+    "downscale": {"downscale": 3},
+    "background": {"background": "green"},
+    "--resume: .*there is no run to resume": {"resume": True},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_bad_input_is_refused_before_anything_is_written(scene: Path, tmp_path: Path, message: str) -> None:
+    arguments: dict[str, object] = {"data": str(scene), "device": "cpu"} | REFUSED[message]
+    with pytest.raises(InputError, match=message):
+        run_training(config=TINY, preset="tiny", run_dir=tmp_path / "run", **arguments)  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unusable_run_folder_is_refused(
+    scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("here first")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match=r"--run-dir: .*file is a file, expected a folder"):
+            run_training(str(scene), TINY, "tiny", run_dir, device="cpu")
+    # Permissions do not stop root, who runs tests in containers: ask the check instead.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(InputError, match=r"--run-dir: .*run cannot be made: .* is not writable"):
+        run_training(str(scene), TINY, "tiny", tmp_path / "run", device="cpu")
+    assert (tmp_path / "file").read_text() == "here first"
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_of_zero_are_refused() -> None:
+    with pytest.raises(InputError, match=r"TrainConfig.max_steps: must be at least 1, got 0"):
+        tiny(max_steps=0)
