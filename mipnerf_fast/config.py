@@ -200,10 +200,13 @@ class FastConfig:
 
     def for_images(self, width: int) -> FastConfig:
         """The same with every field that is 0 chosen for images of this width (the widest, of several scales)."""
-        chosen = next(sizes for widest, *sizes in _FAST_SIZES if width <= widest)
-        names = ("levels", "finest_resolution", "log2_table_size", "occupancy_resolution")
+        levels, finest, table, cells = next(sizes for widest, *sizes in _FAST_SIZES if width <= widest)
         return dataclasses.replace(
-            self, **{n: getattr(self, n) or value for n, value in zip(names, chosen, strict=True)}
+            self,
+            levels=self.levels or levels,
+            finest_resolution=self.finest_resolution or finest,
+            log2_table_size=self.log2_table_size or table,
+            occupancy_resolution=self.occupancy_resolution or cells,
         )
 
 
@@ -318,7 +321,7 @@ _SMALL = TrainConfig(
 _FAST = TrainConfig(
     model=FastConfig(),
     batch_size=8192,
-    max_steps=6000,
+    max_steps=30_000,
     lr_init=2e-2,
     lr_final=6e-4,
     lr_delay_steps=150,
@@ -326,9 +329,9 @@ _FAST = TrainConfig(
     loss="smooth_l1",
     loss_beta=0.1,
     disable_multiscale_loss=True,
-    save_every=1000,
-    test_every=1000,
-    print_every=50,
+    save_every=5000,
+    test_every=5000,
+    print_every=100,
 )
 
 PRESETS: dict[str, TrainConfig] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +11,14 @@ from . import ops, reference
 from .backend import current_backend
 from .cameras import Rays
 from .config import FastConfig
+from .counter_rng import Generator
 from .errors import InputError
 from .ops.fast_step import FastFields, MarchRays
+from .reference import Composite
 
 _HARMONICS, _GEOMETRY = 16, 16
 # Half-width of the interval from which the tables start: large enough to be seen by the networks at once.
 _TABLE_INIT = 1e-2
-
-
-class Rendered(NamedTuple):
-    """A batch of rendered rays: rgb [..., 3], distance [...] (expected t), acc [...] (opacity)."""
-
-    rgb: Tensor
-    distance: Tensor
-    acc: Tensor
 
 
 class FastModel(nn.Module):
@@ -37,7 +30,7 @@ class FastModel(nn.Module):
 
     Parameters: tables [entries, F], density_in [H, inputs], density_out [16, H], colour_in [H, 32], colour_hidden
     [H, H] (with two colour layers), colour_out [3, H]. Buffers: densities [R, R, R] and masks of the occupancy grid,
-    scale_range [2], the widths s seen in training.
+    scale_range [2], the widths s seen in training; samples_per_ray and skipped_steps of the training.
 
     Args:
         config: `FastConfig` whose fields are all set: see `FastConfig.for_images`.
@@ -56,6 +49,8 @@ class FastModel(nn.Module):
     densities: Tensor
     masks: Tensor
     scale_range: Tensor
+    samples_per_ray: Tensor
+    skipped_steps: Tensor
 
     def __init__(self, config: FastConfig) -> None:
         super().__init__()
@@ -80,6 +75,8 @@ class FastModel(nn.Module):
         words = reference.occupancy_words(cells)
         self.register_buffer("masks", torch.full((words,), -1, dtype=torch.int32))
         self.register_buffer("scale_range", torch.tensor([2.0**-14, 1.0]))
+        self.register_buffer("samples_per_ray", torch.tensor([100.0], dtype=torch.float64))
+        self.register_buffer("skipped_steps", torch.tensor([0]))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -124,7 +121,7 @@ class FastModel(nn.Module):
             config.max_step,
         )
 
-    def render_rays(self, rays: Rays, white_background: bool = True) -> Rendered:
+    def render_rays(self, rays: Rays, white_background: bool = True) -> Composite:
         """Render rays, deterministically and without gradients.
 
         Args:
@@ -132,9 +129,10 @@ class FastModel(nn.Module):
             white_background: white or black behind everything.
 
         Returns:
-            Rendered in the leading shape of rays. The distance of an empty ray is its near end.
+            Composite in the leading shape of rays, its weights empty: samples are not kept. The distance of an empty
+            ray is its near end.
         """
-        flat = rays.flatten()
+        flat = rays.flatten().map(lambda field: field.to(torch.float32))
         background = torch.full_like(flat.origins, 1.0 if white_background else 0.0)
         marched = MarchRays(flat.origins, flat.directions, flat.radii, flat.near, flat.far, None, background)
         with torch.no_grad():
@@ -142,5 +140,41 @@ class FastModel(nn.Module):
                 rendered = reference.fast_render(*marched, self.fields())
             else:
                 rendered = ops.fast_render(marched, self.fields())
-        shape = rays.batch_shape
-        return Rendered(*(field.reshape((*shape, *field.shape[1:])) for field in rendered))
+        weights = background.new_zeros(background.shape[0], 0)
+        return Composite(*rendered, weights).unflatten(rays.batch_shape)
+
+    def forward(
+        self,
+        rays: Rays,
+        randomized: bool = False,
+        white_background: bool = True,
+        generator: Generator = None,
+    ) -> list[Composite]:
+        """`render_rays` with the signature of `MipNerf`: one level.
+
+        Errors: ValueError for randomized: training goes through `FastTrainer`.
+        """
+        if randomized:
+            raise ValueError("FastModel: randomized rendering is part of training, see FastTrainer")
+        return [self.render_rays(rays, white_background)]
+
+    @torch.no_grad()
+    def query(self, points: Tensor, viewdirs: Tensor, radius: float) -> tuple[Tensor, Tensor]:
+        """Colour and density in isotropic Gaussians, for grids and meshes.
+
+        Args:
+            points: [B, 3], world units.
+            viewdirs: [B, 3], unit length.
+            radius: standard deviation of the Gaussian along each axis, world units; 0 for a point.
+
+        Returns:
+            rgb [B, 3] and density [B], per world unit; the density is 0 outside the box.
+        """
+        half = self.config.box_half
+        unit = (points + half) / (2 * half)
+        inside = ((unit >= 0) & (unit <= 1)).all(-1)
+        # The clamp of the network's input keeps a point's width, zero, out of its logarithm.
+        scales = torch.full_like(points[:, 0], radius / (2 * half))
+        rows = torch.arange(points.shape[0], device=points.device)
+        found = reference.fast_query(unit.clamp(0, 1), scales, viewdirs, rows, self.fields())
+        return found.rgb, torch.where(inside, found.density, torch.zeros_like(found.density))

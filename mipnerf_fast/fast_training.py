@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import time
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .checkpoint import MOMENTS, Checkpoint
 from .config import FastConfig, TrainConfig
 from .data import Dataset
 from .fast_model import FastModel
 from .ops.fast_step import FastGradients, PixelSource
 from .schedules import log_lerp, warm_up
+from .trainer_base import DivergedError, StepResult, TrainerBase
 
 BETA1, BETA2 = 0.9, 0.99
 # Rays per step stay in this range, whatever the number of samples a ray takes.
 MIN_RAYS, MAX_RAYS = 192, 8192
 _GROUP_RAYS = 64
+# Steps in a row without a finite gradient after which nothing will come of it.
+MAX_FAILURES = 100
 # Steps between updates of the occupancy grid; until _EARLY_STEPS one cell in 16 is visited each time and what was
 # there is soon forgotten, later one in 64.
 UPDATE_EVERY = 16
@@ -31,96 +35,95 @@ _OCCUPIED_OPACITY = 0.01
 _DEVIATION_PER_PIXEL = 0.5 / math.sqrt(3.0)
 
 
-class FastStep(NamedTuple):
-    """What a step did: its loss, mean squared error, rays, samples, learning rate, and whether it was taken."""
-
-    loss: float
-    squared_error: float
-    rays: int
-    samples: int
-    learning_rate: float
-    is_finite: bool
-
-
-class FastTrainer:
-    """Trains a `FastModel` on a dataset; nothing but the state it can save decides what a step does.
+class FastTrainer(TrainerBase):
+    """Trains a `FastModel` on a dataset; nothing but its checkpoint decides how it goes on, bit by bit.
 
     A step draws pixels by counter-based random numbers, runs `ops.fast_train_step` and Adam on the entries that were
     touched, and every UPDATE_EVERY steps renews the occupancy grid. The number of rays follows the number of samples
     that a ray takes, so that a step has `config.batch_size` samples. A step whose gradient is not finite changes
-    nothing and is counted.
+    nothing and is counted in `model.skipped_steps`; many in a row end the run.
 
     Args:
-        model: on the CPU; its scale_range is set to the widths that the dataset's cones can have.
-        dataset: the training images; scales are told apart by `Dataset.scale`.
-        config: its model must be a `FastConfig`.
+        config: of the run; its model is a `FastConfig` for the images (see `FastConfig.for_images`).
+        dataset: training views; scales are told apart by `Dataset.scale`.
+        device: the CPU.
+        max_seconds: of training; the learning rate follows max(step / max_steps, seconds / max_seconds).
+        checkpoint: to go on from, or None.
     """
 
-    def __init__(self, model: FastModel, dataset: Dataset, config: TrainConfig) -> None:
-        if not isinstance(config.model, FastConfig):
-            raise ValueError(f"FastTrainer: config.model is a {type(config.model).__name__}, not FastConfig")
-        self.model, self.config, self.settings = model, config, config.model
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        device: torch.device | str = "cpu",
+        max_seconds: float = math.inf,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        super().__init__(config, device, max_seconds, checkpoint)
+        if not isinstance(config.model, FastConfig) or self.device.type != "cpu":
+            raise ValueError(
+                f"FastTrainer: takes a FastConfig on the CPU, not {type(config.model).__name__} on {device}"
+            )
+        self.settings = config.model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model: FastModel = FastModel(config.model)
         self.source = pixel_source(dataset, self.settings.scale_ratio)
         self.random_background = self.settings.random_background and dataset.pixels.shape[1] == 4
         self.background = 1.0 if dataset.white_background else 0.0
-        self.step_number = 0
-        self.samples_per_ray = 100.0
-        self.skipped_steps = 0
         side = 2 * self.settings.box_half
         low = (dataset.near / dataset.focal).min().item() * _DEVIATION_PER_PIXEL / side
         high = (dataset.far / dataset.focal).max().item() * _DEVIATION_PER_PIXEL / side
-        model.scale_range.copy_(torch.tensor([low, high]))
+        self.model.scale_range.copy_(torch.tensor([low, high]))
         middle = 0.5 * float(dataset.near.min() + dataset.far.max())
         pixel = middle / float(dataset.focal.max())
         self._cell_scale = pixel * _DEVIATION_PER_PIXEL / side
         step = min(max(self.settings.step_scale * pixel, self.settings.min_step), self.settings.max_step)
         self._max_threshold = _OCCUPIED_OPACITY / step
-        self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        if checkpoint is not None:
+            self.model.load_state_dict(checkpoint.weights())
+        self._parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         self._gradients = {name: torch.zeros_like(tensor) for name, tensor in self._parameters.items()}
-        self.moments = {
-            moment: {name: torch.zeros_like(tensor) for name, tensor in self._parameters.items()}
-            for moment in ("exp_avg", "exp_avg_sq")
+        self._moments = {
+            moment: {
+                name: torch.zeros_like(tensor)
+                if checkpoint is None
+                else checkpoint.moments(moment)[name].clone()
+                for name, tensor in self._parameters.items()
+            }
+            for moment in MOMENTS
         }
         self._gradient_buffers = FastGradients(
             *(self._gradients.get(name) for name in FastGradients._fields)  # type: ignore[arg-type]
         )
+        self._failures = 0
 
-    def state(self) -> dict[str, float]:
-        """What to save beside the model's state_dict and `moments`."""
-        return {
-            "step": self.step_number,
-            "samples_per_ray": self.samples_per_ray,
-            "skipped_steps": self.skipped_steps,
-        }
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """Of Adam: {"exp_avg": {parameter name: tensor}, "exp_avg_sq": ...}."""
+        return self._moments
 
-    def load_state(self, state: dict[str, float], moments: dict[str, dict[str, Tensor]]) -> None:
-        """The inverse of `state`; the model's state_dict is loaded apart."""
-        self.step_number = int(state["step"])
-        self.samples_per_ray = float(state["samples_per_ray"])
-        self.skipped_steps = int(state["skipped_steps"])
-        for moment, tensors in self.moments.items():
-            for name, tensor in tensors.items():
-                tensor.copy_(moments[moment][name])
+    def describe_batch(self) -> str:
+        """What a step takes, in words."""
+        return f"{self.config.batch_size:,} samples a step"
 
-    def learning_rate(self, progress: float) -> float:
+    def learning_rate(self) -> float:
         """Of the tables: a warm-up by steps, constant for lr_hold of the run, then log-linear to lr_final."""
-        config = self.config
-        hold = self.settings.lr_hold
-        decayed = log_lerp((progress - hold) / (1 - hold), config.lr_init, config.lr_final)
-        return float(decayed * warm_up(self.step_number + 1, config.lr_delay_steps, config.lr_delay_mult))
+        config, hold = self.config, self.settings.lr_hold
+        decayed = log_lerp((self.progress - hold) / (1 - hold), config.lr_init, config.lr_final)
+        return float(decayed * warm_up(self.step + 1, config.lr_delay_steps, config.lr_delay_mult))
 
-    def step(self, progress: float) -> FastStep:
-        """Take one step.
+    def train_step(self) -> StepResult:
+        """Do one step; it is timed.
 
-        Args:
-            progress: share of the run that is over, by steps or by time, in [0, 1]: for the learning rate.
+        Errors: DivergedError after MAX_FAILURES steps in a row whose gradient was not finite.
         """
-        config, step = self.config, self.step_number
-        fields = self.model.fields()
+        start = time.perf_counter()
+        config, model, step = self.config, self.model, self.step
+        fields = model.fields()
         if step % UPDATE_EVERY == 0:
             is_early = step < _EARLY_STEPS
             ops.occupancy_update(
-                self.model.densities,
+                model.densities,
                 self._cell_scale,
                 config.seed,
                 step,
@@ -129,33 +132,41 @@ class FastTrainer:
                 self._max_threshold,
                 fields,
             )
-        wanted = min(max(config.batch_size / self.samples_per_ray, MIN_RAYS), MAX_RAYS)
+        samples_per_ray = model.samples_per_ray.item()
+        wanted = min(max(config.batch_size / samples_per_ray, MIN_RAYS), MAX_RAYS)
         count = math.ceil(wanted / _GROUP_RAYS) * _GROUP_RAYS
         rays, target = ops.draw_rays(
             self.source, config.seed, step, count, self.random_background, self.background
         )
         found = ops.fast_train_step(rays, target, config.loss_beta, fields, self._gradient_buffers)
-        rate = self.learning_rate(progress)
-        self.step_number += 1
+        self.last_rate = self.learning_rate()
+        self.step += 1
+        model.samples_per_ray.fill_(0.8 * samples_per_ray + 0.2 * max(0.5, found.samples / count))
         if found.is_finite:
-            self._update(rate)
+            self._failures = 0
+            self._update(self.last_rate)
         else:
-            self.skipped_steps += 1
-        self.samples_per_ray = 0.8 * self.samples_per_ray + 0.2 * max(0.5, found.samples / count)
-        return FastStep(found.loss, found.squared_error, count, found.samples, rate, found.is_finite)
+            self._failures += 1
+            model.skipped_steps += 1
+        self.seconds += time.perf_counter() - start
+        if self._failures == MAX_FAILURES:
+            raise DivergedError(
+                f"step {self.step}: {MAX_FAILURES} steps in a row had a gradient that is not finite"
+            )
+        return StepResult(found.loss, found.squared_error, count)
 
     def _update(self, rate: float) -> None:
         for name, values in self._parameters.items():
             ops.sparse_adam(
                 values,
                 self._gradients[name],
-                self.moments["exp_avg"][name],
-                self.moments["exp_avg_sq"][name],
+                self._moments["exp_avg"][name],
+                self._moments["exp_avg_sq"][name],
                 rate if name == "tables" else rate * self.settings.network_lr_ratio,
                 BETA1,
                 BETA2,
                 self.config.adam_eps,
-                self.step_number,
+                self.step,
             )
 
 

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -23,15 +23,13 @@ from .checkpoint import (
     FOLDER,
     MOMENTS,
     Checkpoint,
-    CheckpointInfo,
     check_fresh,
     checkpoint_path,
     latest_checkpoint,
     list_checkpoints,
     prune_checkpoints,
-    save_checkpoint,
 )
-from .config import MipNerfConfig, TrainConfig
+from .config import FastConfig, MipNerfConfig, NerfConfig, TrainConfig
 from .counter_rng import CounterRandom
 from .cpu_setup import cpu_setup, free_memory
 from .data import Dataset, RayBatches, blender, load_dataset, multiscale
@@ -39,6 +37,7 @@ from .data.scene_files import read_json
 from .durable_files import remove_partial_files
 from .environment import choose_device, device_name, revision
 from .errors import InputError
+from .fast_training import FastTrainer
 from .losses import weighted_loss
 from .metrics import mse_to_psnr
 from .model import build_model
@@ -52,6 +51,7 @@ from .run_folder import (
     fingerprint,
 )
 from .schedules import log_lerp, warm_up
+from .trainer_base import DivergedError, StepResult, TrainerBase
 from .training_reports import ProgressLine, Reports
 
 _BETAS = (0.9, 0.999)
@@ -59,18 +59,6 @@ _BETAS = (0.9, 0.999)
 _TEST_SAMPLE, _TEST_SEED = 4096, 0
 # Share of the free memory that one pass may take.
 _MEMORY_SHARE = 0.5
-
-
-class DivergedError(InputError):
-    """The loss or the gradient of a step is not finite; the weights are those from before it."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Of one optimiser step: the loss, and the mean squared error of the finest level."""
-
-    loss: float
-    mse: float
 
 
 @dataclass(frozen=True)
@@ -101,10 +89,12 @@ def bytes_per_ray(config: TrainConfig) -> int:
         samples = model.num_samples * model.num_levels
         features = 6 * (model.max_deg_point - model.min_deg_point)
         view_layers = model.net_depth_condition
-    else:
+    elif isinstance(model, NerfConfig):
         samples = 2 * model.num_coarse + model.num_fine
         features = 3 + 6 * model.max_deg_point
         view_layers = 1
+    else:
+        raise TypeError("bytes_per_ray: the fast model keeps no graph")
     skips = (model.net_depth - 1) // model.skip_layer
     layers = 2 * model.net_depth * model.net_width + 2 * view_layers * model.net_width_condition
     inputs = skips * (model.net_width + features) + 2 * model.net_width + 3 + 6 * model.deg_view
@@ -143,7 +133,7 @@ def clip_gradients(gradients: list[Tensor], max_value: float, max_norm: float) -
     return norm
 
 
-class Trainer:
+class Trainer(TrainerBase):
     """A model, its optimiser and its batches: everything that a step needs and a checkpoint holds.
 
     Random numbers depend on (seed, step, ray) alone, so a trainer built from a checkpoint goes on exactly as the one
@@ -166,7 +156,7 @@ class Trainer:
         max_seconds: float = math.inf,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        self.config, self.device, self.max_seconds = config, torch.device(device), max_seconds
+        super().__init__(config, device, max_seconds, checkpoint)
         self.white_background = dataset.white_background
         self.batches = RayBatches(dataset, self.device, config.batching)
         self.rows = torch.arange(config.batch_size, device=self.device)
@@ -177,8 +167,6 @@ class Trainer:
         if checkpoint is not None:
             model.load_state_dict(checkpoint.weights())
         self.model = model.to(self.device)
-        self.step = checkpoint.info.step if checkpoint else 0
-        self.seconds = checkpoint.info.seconds if checkpoint else 0.0
         remembered = checkpoint.info.chunk_rays if checkpoint and not config.chunk_rays else 0
         self.chunk_rays = remembered or choose_chunk(config, self.device)
         self.names = [name for name, _ in self.model.named_parameters()]
@@ -196,16 +184,10 @@ class Trainer:
             steps_done = torch.tensor(float(self.step), device=self.device)
             self.optimizer.state[parameter] = {"step": steps_done, **moments}
 
-    @property
-    def is_done(self) -> bool:
-        """Whether the steps or the time are used up."""
-        return self.step >= self.config.max_steps or self.seconds >= self.max_seconds
-
     def learning_rate(self) -> float:
         """Of the next step; steps count from 1."""
         config, step = self.config, self.step + 1
-        progress = max(step / config.max_steps, self.seconds / self.max_seconds)
-        rate = log_lerp(progress, config.lr_init, config.lr_final)
+        rate = log_lerp(self.progress, config.lr_init, config.lr_final)
         return float(rate * warm_up(step, config.lr_delay_steps, config.lr_delay_mult))
 
     def train_step(self) -> StepResult:
@@ -226,12 +208,13 @@ class Trainer:
             raise DivergedError(
                 f"step {step}: the loss is {loss_value}, the norm of its gradient {norm_value}"
             )
+        self.last_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = self.last_rate
         self.optimizer.step()
         self.step = step
         self.seconds += time.perf_counter() - start
-        return StepResult(loss_value, mse_value)
+        return StepResult(loss_value, mse_value, self.config.batch_size)
 
     def accumulate_gradients(self, step: int, rays: Rays, target: Tensor) -> tuple[Tensor, Tensor]:
         """Add the gradient of a batch's loss to the parameters' .grad, chunk by chunk.
@@ -276,24 +259,29 @@ class Trainer:
             loss_sum += decay.detach()
         return loss_sum, squares / (3 * count)
 
-    def save(self, path: Path, test_psnr: float | None) -> None:
-        """Write a checkpoint."""
-        info = CheckpointInfo(
-            step=self.step,
-            seconds=self.seconds,
-            config=self.config,
-            chunk_rays=self.chunk_rays,
-            test_psnr=test_psnr,
-            package=__version__,
-            revision=revision(),
-            torch=torch.__version__,
-        )
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """Of Adam: {"exp_avg": {parameter name: tensor}, "exp_avg_sq": ...}."""
         states = [self.optimizer.state[parameter] for parameter in self.parameters]
-        moments = {
+        return {
             moment: {name: state[moment] for name, state in zip(self.names, states, strict=True)}
             for moment in MOMENTS
         }
-        save_checkpoint(path, info, self.model, moments)
+
+    def describe_batch(self) -> str:
+        """What a step takes, in words."""
+        return f"{self.config.batch_size:,} rays a step in chunks of {self.chunk_rays:,}"
+
+
+def make_trainer(
+    config: TrainConfig,
+    dataset: Dataset,
+    device: torch.device | str = "cpu",
+    max_seconds: float = math.inf,
+    checkpoint: Checkpoint | None = None,
+) -> Trainer | FastTrainer:
+    """The trainer of the configured model's family; arguments as of `Trainer`."""
+    kind = FastTrainer if isinstance(config.model, FastConfig) else Trainer
+    return kind(config, dataset, device, max_seconds, checkpoint)
 
 
 class StopSignals:
@@ -331,7 +319,7 @@ class _StopRenderingError(Exception):
 class _Tester:
     """Measures a trainer's model on test views, outside the training time."""
 
-    def __init__(self, trainer: Trainer, test: Dataset, stop: StopSignals) -> None:
+    def __init__(self, trainer: Trainer | FastTrainer, test: Dataset, stop: StopSignals) -> None:
         self._trainer, self._test, self._stop = trainer, test, stop
         sample = min(_TEST_SAMPLE, test.pixels.shape[0])
         self._rays, self._target = RayBatches(test, trainer.device).draw(_TEST_SEED, 0, sample)
@@ -363,19 +351,21 @@ class _Tester:
 class _Window:
     """Means over the steps since the last report."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer | FastTrainer) -> None:
         self._trainer = trainer
         self.start()
 
     def start(self) -> None:
         """Begin again."""
-        self.steps, self._loss, self._mse, self._since = 0, 0.0, 0.0, self._trainer.seconds
+        self.steps, self._rays, self._since = 0, 0, self._trainer.seconds
+        self._loss, self._mse = 0.0, 0.0
 
     def add(self, result: StepResult) -> None:
         """Count a step."""
         self.steps += 1
         self._loss += result.loss
         self._mse += result.mse
+        self._rays += result.rays
 
     @property
     def psnr(self) -> float:
@@ -386,8 +376,7 @@ class _Window:
     @property
     def rays_per_second(self) -> float:
         """Of training alone."""
-        rays = self.steps * self._trainer.config.batch_size
-        return rays / max(self._trainer.seconds - self._since, 1e-9)
+        return self._rays / max(self._trainer.seconds - self._since, 1e-9)
 
     def row(self) -> dict[str, Any]:
         """The columns of the metrics."""
@@ -397,7 +386,7 @@ class _Window:
             "seconds": round(trainer.seconds, 3),
             "loss": self._loss / self.steps,
             "psnr": self.psnr,
-            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "lr": trainer.last_rate,
             "rays_per_second": round(self.rays_per_second, 1),
         }
 
@@ -407,7 +396,7 @@ class _Run:
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: Trainer | FastTrainer,
         test: Dataset | None,
         run_dir: Path,
         reports: Reports,
@@ -513,6 +502,8 @@ def run_training(
     run_dir = Path(run_dir)
     if max_minutes is not None and not 0 < max_minutes < math.inf:
         raise InputError(f"--max-minutes: must be positive, got {max_minutes}")
+    if isinstance(config.model, FastConfig):
+        device = _device_of_fast_model(device, backend)
     place = choose_device(device)
     _check_backend(backend)
     check_writable(run_dir)
@@ -533,7 +524,8 @@ def run_training(
         package=__version__,
         revision=revision(),
     )
-    with cpu_setup() if place.type == "cpu" else nullcontext([]) as notes:
+    setup: AbstractContextManager[list[str]] = cpu_setup() if place.type == "cpu" else nullcontext([])
+    with setup as notes:
         return _load_and_train(run, run_dir, place, old, notes)
 
 
@@ -544,7 +536,10 @@ def _load_and_train(
     train = load_dataset(run.data, "train", run.background, run.downscale)
     has_test = _has_test_split(run.data)
     test = load_dataset(run.data, "test", run.background, run.downscale) if has_test else None
-    run = dataclasses.replace(run, dataset=fingerprint(train))
+    config = run.train
+    if isinstance(config.model, FastConfig):
+        config = dataclasses.replace(config, model=config.model.for_images(int(train.width.max())))
+    run = dataclasses.replace(run, dataset=fingerprint(train), train=config)
     checkpoint = None
     if old is not None:
         # A run may have been killed before its first checkpoint: then it starts over.
@@ -568,7 +563,7 @@ def _train_in_folder(
     config = run.train
     configure_backend(run.backend)
     max_seconds = math.inf if run.max_minutes is None else 60 * run.max_minutes
-    trainer = Trainer(config, train, device, max_seconds, checkpoint)
+    trainer = make_trainer(config, train, device, max_seconds, checkpoint)
     (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
     remove_partial_files(run_dir)
     remove_partial_files(run_dir / FOLDER)
@@ -589,16 +584,15 @@ def _train_in_folder(
 
 
 def _opening(
-    run: RunConfig, trainer: Trainer, train: Dataset, test: Dataset | None, notes: list[str]
+    run: RunConfig, trainer: Trainer | FastTrainer, train: Dataset, test: Dataset | None, notes: list[str]
 ) -> list[str]:
     views = f"{len(train)} training views" + (f", {len(test)} test views" if test else ", no test views")
     limit = f"{run.train.max_steps:,} steps" + (f" or {run.max_minutes:g} min" if run.max_minutes else "")
-    size = sum(parameter.numel() for parameter in trainer.parameters)
+    size = sum(parameter.numel() for parameter in trainer.model.parameters())
     lines = [
         f"train: {run.data}, downscale {run.downscale}, {run.background} background: {views}",
-        f"train: preset {run.preset}, {size:,} parameters, {run.train.batch_size:,} rays a step in chunks of "
-        f"{trainer.chunk_rays:,}, for {limit}; backend {current_backend()}, {device_name(trainer.device)}, "
-        f"torch {run.torch}",
+        f"train: preset {run.preset}, {size:,} parameters, {trainer.describe_batch()}, for {limit}; "
+        f"backend {current_backend()}, {device_name(trainer.device)}, torch {run.torch}",
     ]
     if notes:
         lines.append(f"train: {'; '.join(notes)}")
@@ -622,6 +616,17 @@ def _check_backend(name: str) -> None:
         raise InputError(f"--backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "native" and not _native.available():
         raise InputError(f"--backend: native was asked for, but {_native.why_missing()}")
+
+
+def _device_of_fast_model(device: str, backend: str) -> str:
+    """The CPU, for which its training kernels are."""
+    if device == "cuda":
+        raise InputError("--device: the fast model trains on the CPU; leave it at auto, or say cpu")
+    if backend == "reference":
+        raise InputError("--backend: the fast model trains with the native library; leave it at auto")
+    if not _native.available():
+        raise InputError(f"--preset: the fast model needs the native library, but {_native.why_missing()}")
+    return "cpu"
 
 
 def _has_test_split(data: str) -> bool:

@@ -2,7 +2,14 @@
 
 from ..reference import Composite
 from .composite import composite, composite_resample
-from .fast_step import draw_rays, fast_render, fast_train_step, occupancy_update, sparse_adam
+from .fast_step import (
+    draw_rays,
+    fast_render,
+    fast_train_step,
+    occupancy_masks,
+    occupancy_update,
+    sparse_adam,
+)
 from .frustum_ipe import frustum_ipe
 from .implementations import Implementation, backend_in_use, implementations
 from .mlp import MipMLP
@@ -20,6 +27,7 @@ __all__ = [
     "fast_train_step",
     "frustum_ipe",
     "implementations",
+    "occupancy_masks",
     "occupancy_update",
     "resample",
     "sparse_adam",

@@ -132,6 +132,12 @@ def occupancy_update(
     return share, threshold
 
 
+def occupancy_masks(densities: Tensor, max_threshold: float, masks: Tensor) -> tuple[float, float]:
+    """Write the masks of a grid of densities [R, R, R] into `masks`; see `occupancy_update` for the result."""
+    share, threshold = _operators().occupancy_masks(densities, max_threshold, masks).tolist()
+    return share, threshold
+
+
 def sparse_adam(
     values: Tensor,
     gradient: Tensor,

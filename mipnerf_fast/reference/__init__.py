@@ -22,7 +22,7 @@ from .hash_encode import (
     scale_inputs,
 )
 from .ipe import integrated_pos_enc, pos_enc
-from .march import PackedSamples, march, sample_gaussians
+from .march import PackedSamples, march, mask_for_width, sample_gaussians
 from .mlp import mip_mlp, mip_mlp_shapes
 from .occupancy import (
     occupancy_layout,
@@ -64,6 +64,7 @@ __all__ = [
     "hash_grid_of",
     "integrated_pos_enc",
     "march",
+    "mask_for_width",
     "mip_mlp",
     "mip_mlp_shapes",
     "occupancy_layout",
