@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mipnerf_fast import reference
+from mipnerf_fast import ops, reference, use_backend
 
 
 def _grid() -> reference.HashGrid:
@@ -98,3 +98,62 @@ def test_scale_inputs_are_clamped_to_the_trained_range() -> None:
     assert not torch.equal(found[1], found[2])
     assert found[:, 0].eq(1).all()
     assert not reference.scale_inputs(scale, False, 1e-3, 1e-2)[:, 1:].any()
+
+
+# ------------------------------------------------------------------------------------------------ the kernel
+
+
+def _inputs(dtype: torch.dtype, features: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    points = torch.rand(300, 3, dtype=dtype) * 0.999
+    points[0] = torch.tensor([0.0, 1.0, 1.0])  # on the faces of the box
+    scales = torch.logspace(-4, -0.5, 300, dtype=dtype)
+    return points, scales, torch.randn(_grid().entries, features, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "erf", "none"])
+@pytest.mark.parametrize("features", [2, 4])
+def test_the_kernel_in_float64_is_the_reference(kind: str, features: int) -> None:
+    grid = _grid()
+    inputs = [x.requires_grad_() for x in _inputs(torch.float64, features)]
+    with use_backend("native"):
+        found = ops.hash_encode(*inputs, grid, kind)
+    wanted = reference.hash_encode(*inputs, grid, kind)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    cotangent = torch.randn_like(wanted)
+    for a, b in zip(
+        torch.autograd.grad(found, inputs, cotangent, materialize_grads=True),
+        torch.autograd.grad(wanted, inputs, cotangent, materialize_grads=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "erf", "none"])
+def test_the_kernel_in_float32_rounds_as_little_as_the_reference(kind: str) -> None:
+    grid, inputs = _grid(), _inputs(torch.float32)
+    truth = reference.hash_encode(*(x.double() for x in inputs), grid, kind, cutoff=0.0)
+    rounded = reference.hash_encode(*inputs, grid, kind, cutoff=0.0)
+    found = ops.hash_encode(*inputs, grid, kind, cutoff=0.0)
+    floor = 8 * 2.0**-23 * truth.abs().max()  # eight products summed
+    assert (found - truth).abs().max() <= 2 * (rounded - truth).abs().max() + floor
+
+
+def test_the_kernel_is_a_proper_operator() -> None:
+    points, scales, tables = (x[:20] if x.shape[0] == 300 else x for x in _inputs(torch.float64))
+    grid = _grid()
+    arguments = (points, scales, tables, list(grid.resolutions), grid.table_size, "gaussian", 0.02)
+    torch.library.opcheck(torch.ops.mipnerf_fast.hash_encode_forward, arguments)
+    compiled = torch.compile(ops.hash_encode, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(points, scales, tables, grid), ops.hash_encode(points, scales, tables, grid)
+    )
+
+
+def test_wrong_arguments_are_named() -> None:
+    points, scales, tables = _inputs(torch.float32)
+    with pytest.raises(ValueError, match="scales"):
+        ops.hash_encode(points, scales[1:], tables, _grid())
+    with pytest.raises(ValueError, match="tables"):
+        ops.hash_encode(points, scales, tables[1:], _grid())
+    with pytest.raises(RuntimeError, match="tables must be"):
+        torch.ops.mipnerf_fast.hash_encode_forward(points, scales, tables, [3, 9], 256, "gaussian", 0.02)

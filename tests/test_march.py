@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
-from mipnerf_fast import reference
+from mipnerf_fast import ops, reference, use_backend
 
 R = 32
 
@@ -89,3 +90,34 @@ def test_masks_survive_packing() -> None:
     assert len(words) == reference.occupancy_words(R)
     for (a, b), (c, d) in zip(masks, reference.unpack_masks(words, R), strict=True):
         assert torch.equal(a, c) and torch.equal(b, d)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3])
+def test_the_kernel_in_float64_finds_the_same_samples(share: float) -> None:
+    """The kernel skips empty cells of the coarser mask; no sample may be lost or gained by that."""
+    count = 200
+    origins = torch.tensor([0.0, 0.0, 4.0]).double() + 0.3 * torch.randn(count, 3).double()
+    directions = torch.tensor([0.0, 0.0, -1.0]).double() + 0.4 * torch.randn(count, 3).double()
+    directions[0] = torch.tensor([0.0, 0.0, -1.0])
+    one = torch.ones(count, 1, dtype=torch.float64)
+    radii = torch.logspace(-4, -1.2, count, dtype=torch.float64)[:, None]
+    rays = (origins, directions, radii, 2 * one, 6 * one, torch.rand(count, 1, dtype=torch.float64))
+    masks = reference.occupancy_masks(torch.rand(R, R, R), 1 - share)
+    # Bounds that float32 holds exactly, as the kernel keeps them.
+    bounds = {"step_scale": 1.0, "min_step": 2.0**-7, "max_step": 2.0**-5}
+    wanted = reference.march(*rays, masks, **bounds)
+    with use_backend("native"):
+        found = ops.march(*rays, reference.pack_masks(masks), R, **bounds)
+    assert len(wanted.rays) > 500
+    assert torch.equal(found.ray_starts, wanted.ray_starts) and torch.equal(found.rays, wanted.rays)
+    for name in ("t0", "t1", "means", "scales"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-11, atol=1e-12)
+
+
+def test_wrong_arguments_are_named() -> None:
+    rays = _axis_ray()
+    words = reference.pack_masks(_masks(torch.ones(R, R, R)))
+    with pytest.raises(ValueError, match="radii"):
+        ops.march(rays[0], rays[1], torch.ones(2, 1).double(), *rays[3:], words, R)
+    with pytest.raises(RuntimeError, match="masks must be"):
+        ops.march(*rays, words[1:], R)

@@ -31,8 +31,8 @@ MIPNERF_HOST_DEVICE Words4 philox4x32(Words4 counter, uint32_t key0, uint32_t ke
 // Words 4 block to 4 block + 3 of a row in a stream of a step.
 MIPNERF_HOST_DEVICE Words4 counter_words(uint64_t seed, uint64_t step, uint32_t stream, uint32_t row,
                                          uint32_t block) {
-    const Words4 counter = {{block, row, static_cast<uint32_t>(step),
-                             stream ^ (static_cast<uint32_t>(step >> 32) << 16)}};
+    const Words4 counter = {
+        {block, row, static_cast<uint32_t>(step), stream ^ (static_cast<uint32_t>(step >> 32) << 16)}};
     return philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 }
 

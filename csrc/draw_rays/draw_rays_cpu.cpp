@@ -19,26 +19,30 @@ const T* checked_data(const Checker& check, const char* name, const Tensor& tens
                       std::initializer_list<int64_t> shape, const char* meaning) {
     check.dtype(name, tensor, {dtype});
     check.shape(name, tensor, shape, meaning);
-    check.that(tensor.is_cpu() && tensor.is_contiguous(), name, "contiguous and on the CPU", device_text(tensor));
+    check.that(tensor.is_cpu() && tensor.is_contiguous(), name, "contiguous and on the CPU",
+               device_text(tensor));
     return static_cast<const T*>(tensor.const_data_ptr());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> draw_rays_cpu(
     Tensor pixels, Tensor offsets, Tensor heights, Tensor widths, Tensor c2w, Tensor focals, Tensor nears,
-    Tensor fars, Tensor order, Tensor group_ends, Tensor group_shares, int64_t seed, int64_t step, int64_t count,
-    bool random_background, double background) {
+    Tensor fars, Tensor order, Tensor group_ends, Tensor group_shares, int64_t seed, int64_t step,
+    int64_t count, bool random_background, double background) {
     const Checker check{"draw_rays"};
     check.dims("pixels", pixels, 2, "[P, 3 or 4]");
     const int64_t channels = pixels.size(1), images = heights.numel(), groups = group_ends.numel();
     check.that(channels == 3 || channels == 4, "pixels", "of 3 or 4 channels", channels);
     check.that(images >= 1 && groups >= 1, "heights", "at least one image", images);
     check.that(count >= 0, "count", "0 or more", count);
-    const uint8_t* colours =
-        checked_data<uint8_t>(check, "pixels", pixels, ScalarType::Byte, {pixels.size(0), channels}, "[P, C]");
-    const int64_t* first = checked_data<int64_t>(check, "offsets", offsets, ScalarType::Long, {images + 1}, "[n+1]");
-    const int64_t* height = checked_data<int64_t>(check, "heights", heights, ScalarType::Long, {images}, "[n]");
+    const uint8_t* colours = checked_data<uint8_t>(check, "pixels", pixels, ScalarType::Byte,
+                                                   {pixels.size(0), channels}, "[P, C]");
+    const int64_t* first =
+        checked_data<int64_t>(check, "offsets", offsets, ScalarType::Long, {images + 1}, "[n+1]");
+    const int64_t* height =
+        checked_data<int64_t>(check, "heights", heights, ScalarType::Long, {images}, "[n]");
     const int64_t* width = checked_data<int64_t>(check, "widths", widths, ScalarType::Long, {images}, "[n]");
-    const float* camera = checked_data<float>(check, "c2w", c2w, ScalarType::Float, {images, 3, 4}, "[n, 3, 4]");
+    const float* camera =
+        checked_data<float>(check, "c2w", c2w, ScalarType::Float, {images, 3, 4}, "[n, 3, 4]");
     const float* focal = checked_data<float>(check, "focals", focals, ScalarType::Float, {images}, "[n]");
     const float* near = checked_data<float>(check, "nears", nears, ScalarType::Float, {images}, "[n]");
     const float* far = checked_data<float>(check, "fars", fars, ScalarType::Float, {images}, "[n]");
@@ -58,9 +62,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> draw_
     const auto pixels_of = [&](uint32_t image) { return height[image] * width[image]; };
     torch::stable::parallel_for(0, count, 1024, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-            const PixelDraw draw =
-                draw_pixel(static_cast<uint64_t>(seed), static_cast<uint64_t>(step), static_cast<uint32_t>(row),
-                           shares, ends, sorted, static_cast<int>(groups), pixels_of);
+            const PixelDraw draw = draw_pixel(static_cast<uint64_t>(seed), static_cast<uint64_t>(step),
+                                              static_cast<uint32_t>(row), shares, ends, sorted,
+                                              static_cast<int>(groups), pixels_of);
             pixel_ray(camera + 12 * draw.image, height[draw.image], width[draw.image], focal[draw.image],
                       draw.pixel, o + 3 * row, d + 3 * row, r + row);
             n[row] = near[draw.image];

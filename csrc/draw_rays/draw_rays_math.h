@@ -19,9 +19,9 @@ struct PixelDraw {
 
 // group_shares ascends to 1.
 template <typename Pixels>
-MIPNERF_HOST_DEVICE PixelDraw draw_pixel(uint64_t seed, uint64_t step, uint32_t row, const float* group_shares,
-                                         const int64_t* group_ends, const int64_t* order, int groups,
-                                         const Pixels& pixels_of) {
+MIPNERF_HOST_DEVICE PixelDraw draw_pixel(uint64_t seed, uint64_t step, uint32_t row,
+                                         const float* group_shares, const int64_t* group_ends,
+                                         const int64_t* order, int groups, const Pixels& pixels_of) {
     const Words4 words = counter_words(seed, step, kStreamFastRays, row, 0);
     const Words4 colours = counter_words(seed, step, kStreamFastRays, row, 1);
     const float u = unit_uniform(words.word[0]);
@@ -38,8 +38,8 @@ MIPNERF_HOST_DEVICE PixelDraw draw_pixel(uint64_t seed, uint64_t step, uint32_t 
 }
 
 // OpenGL axes; radius = pixel width 2 / sqrt(12), the pixel width being the second column's length / focal.
-MIPNERF_HOST_DEVICE void pixel_ray(const float* c2w, int64_t height, int64_t width, float focal, uint32_t pixel,
-                                   float* origin, float* direction, float* radius) {
+MIPNERF_HOST_DEVICE void pixel_ray(const float* c2w, int64_t height, int64_t width, float focal,
+                                   uint32_t pixel, float* origin, float* direction, float* radius) {
     const float column = static_cast<float>(pixel % width), row = static_cast<float>(pixel / width);
     const float x = (column + 0.5f - 0.5f * static_cast<float>(width)) / focal;
     const float y = -(row + 0.5f - 0.5f * static_cast<float>(height)) / focal;

@@ -11,32 +11,10 @@
 #include <vector>
 
 #include "../common/checks.h"
+#include "../hash_encode/hash_encode_arguments.h"
 #include "fast_step_group.h"
 
 namespace mipnerf {
-
-inline Attenuation attenuation_named(const Checker& check, const std::string& name) {
-    if (name == "gaussian") return Attenuation::kGaussian;
-    if (name == "erf") return Attenuation::kErf;
-    check.that(name == "none", "attenuation", "none, gaussian or erf", name);
-    return Attenuation::kNone;
-}
-
-inline HashGrid checked_hash_grid(const Checker& check, const torch::stable::Tensor& tables,
-                                  const std::vector<int64_t>& resolutions, int64_t table_size) {
-    const int64_t levels = static_cast<int64_t>(resolutions.size());
-    check.that(levels >= 1 && levels <= kMaxLevels, "resolutions", "1 to 16 levels", levels);
-    for (const int64_t n : resolutions) check.that(n >= 1 && n <= 65536, "resolutions", "1 to 65536", n);
-    const bool is_power = table_size >= 8 && table_size <= (1 << 26) && (table_size & (table_size - 1)) == 0;
-    check.that(is_power, "table_size", "a power of two from 8 to 2^26", table_size);
-    const HashGrid grid = hash_grid(resolutions.data(), static_cast<int>(levels), table_size);
-    check.dims("tables", tables, 2, "[entries, F]");
-    check.that(tables.size(0) == grid.entries, "tables", std::to_string(grid.entries) + " entries",
-               tables.size(0));
-    const int64_t features = tables.size(1);
-    check.that(features == 2 || features == 4, "tables", "2 or 4 features an entry", features);
-    return grid;
-}
 
 // The arguments as they come from the dispatcher, in the order of the schemas.
 struct FastModelArguments {
@@ -65,7 +43,8 @@ T* mutable_tensor_data(const torch::stable::Tensor& tensor) {
 // Holds what a FastModel points to.
 class CheckedModel {
   public:
-    CheckedModel(const Checker& check, const FastModelArguments& given) : tables_(given.tables), masks_(given.masks) {
+    CheckedModel(const Checker& check, const FastModelArguments& given)
+        : tables_(given.tables), masks_(given.masks) {
         using torch::headeronly::ScalarType;
         model_.grid = checked_hash_grid(check, given.tables, given.resolutions, given.table_size);
         features_ = static_cast<int>(given.tables.size(1));
@@ -102,8 +81,8 @@ class CheckedModel {
         check.dtype("masks", given.masks, {ScalarType::Int});
         check.shape("masks", given.masks, {model_.occupancy.total_words}, "[words]");
         check.that(given.box_half > 0, "box_half", "positive", given.box_half);
-        check.that(given.min_step > 0 && given.max_step >= given.min_step, "min_step", "positive and at most max_step",
-                   given.min_step);
+        check.that(given.min_step > 0 && given.max_step >= given.min_step, "min_step",
+                   "positive and at most max_step", given.min_step);
         model_.encode = {attenuation_named(check, given.attenuation), static_cast<float>(given.cutoff),
                          given.scale_input, static_cast<float>(given.scale_low),
                          static_cast<float>(given.scale_high)};
@@ -125,9 +104,7 @@ class CheckedModel {
 
   private:
     // What run-time dispatch will choose: see vector_tasks.h.
-    static int row_block() {
-        return vector_unit() == VectorUnit::kAvx512 ? kRowBlock<16> : kRowBlock<8>;
-    }
+    static int row_block() { return vector_unit() == VectorUnit::kAvx512 ? kRowBlock<16> : kRowBlock<8>; }
 
     torch::stable::Tensor tables_, masks_;
     FastModel model_{};
@@ -138,10 +115,10 @@ class CheckedModel {
 // Contiguous rays [B, 3] and [B, 1].
 class CheckedRays {
   public:
-    CheckedRays(const Checker& check, const torch::stable::Tensor& origins, const torch::stable::Tensor& directions,
-                const torch::stable::Tensor& radii, const torch::stable::Tensor& near,
-                const torch::stable::Tensor& far, const std::optional<torch::stable::Tensor>& phase,
-                const torch::stable::Tensor& background) {
+    CheckedRays(const Checker& check, const torch::stable::Tensor& origins,
+                const torch::stable::Tensor& directions, const torch::stable::Tensor& radii,
+                const torch::stable::Tensor& near, const torch::stable::Tensor& far,
+                const std::optional<torch::stable::Tensor>& phase, const torch::stable::Tensor& background) {
         check.dims("origins", origins, 2, "[B, 3]");
         rays_.count = origins.size(0);
         rays_.origins = hold(check, "origins", origins, 3);
@@ -154,7 +131,8 @@ class CheckedRays {
     }
     const FastRays& rays() const { return rays_; }
 
-    const float* hold(const Checker& check, const char* name, const torch::stable::Tensor& tensor, int64_t channels) {
+    const float* hold(const Checker& check, const char* name, const torch::stable::Tensor& tensor,
+                      int64_t channels) {
         check.shape(name, tensor, {rays_.count, channels}, channels == 3 ? "[B, 3]" : "[B, 1]");
         check.dtype(name, tensor, {torch::headeronly::ScalarType::Float});
         check.that(tensor.is_cpu(), name, "on the CPU", device_text(tensor));

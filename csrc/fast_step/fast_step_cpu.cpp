@@ -1,5 +1,5 @@
-// The operators fast_train_step, fast_render and fast_density on the CPU: checks, tasks, ordered reductions. The
-// loops are in fast_step_group.h.
+// The operators fast_train_step, fast_render and fast_density on the CPU: checks, tasks, ordered reductions.
+// The loops are in fast_step_group.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -97,14 +97,14 @@ Tensor fast_train_step_cpu(Tensor origins, Tensor directions, Tensor radii, Tens
                            std::vector<int64_t> resolutions, int64_t table_size, std::string attenuation,
                            double cutoff, bool scale_input, double scale_low, double scale_high,
                            int64_t occupancy_resolution, double box_half, double step_scale, double min_step,
-                           double max_step, Tensor grad_tables, Tensor grad_density_in, Tensor grad_density_out,
-                           Tensor grad_colour_in, std::optional<Tensor> grad_colour_hidden,
-                           Tensor grad_colour_out) {
+                           double max_step, Tensor grad_tables, Tensor grad_density_in,
+                           Tensor grad_density_out, Tensor grad_colour_in,
+                           std::optional<Tensor> grad_colour_hidden, Tensor grad_colour_out) {
     const Checker check{"fast_train_step"};
     const CheckedModel checked(
         check, {tables, density_in, density_out, colour_in, colour_hidden, colour_out, masks, resolutions,
-                table_size, attenuation, cutoff, scale_input, scale_low, scale_high, occupancy_resolution, box_half,
-                step_scale, min_step, max_step});
+                table_size, attenuation, cutoff, scale_input, scale_low, scale_high, occupancy_resolution,
+                box_half, step_scale, min_step, max_step});
     CheckedRays checked_rays(check, origins, directions, radii, near, far, phase, background);
     const float* target_rgb = checked_rays.hold(check, "target", target, 3);
     check.that(loss_beta > 0, "loss_beta", "positive", loss_beta);
@@ -187,8 +187,8 @@ std::tuple<Tensor, Tensor, Tensor> fast_render_cpu(
     const Checker check{"fast_render"};
     const CheckedModel checked(
         check, {tables, density_in, density_out, colour_in, colour_hidden, colour_out, masks, resolutions,
-                table_size, attenuation, cutoff, scale_input, scale_low, scale_high, occupancy_resolution, box_half,
-                step_scale, min_step, max_step});
+                table_size, attenuation, cutoff, scale_input, scale_low, scale_high, occupancy_resolution,
+                box_half, step_scale, min_step, max_step});
     const CheckedRays checked_rays(check, origins, directions, radii, near, far, phase, background);
     const FastRays& rays = checked_rays.rays();
     const Tensor rgb = torch::stable::new_empty(origins, {rays.count, 3});

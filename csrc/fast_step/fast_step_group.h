@@ -3,11 +3,12 @@
 //   rounds   march the next 8 samples of every living ray into tiles; encode; density network; transmittance;
 //            rays whose transmittance fell below kMinTransmittance die
 //   colour   the samples that count, compacted into tiles: colour network, compositing
-//   backward loss, compositing's closed form, colour network, density network; gradients of the encoding stay in
+//   backward loss, compositing's closed form, colour network, density network; gradients of the encoding stay
+//   in
 //            the group's tiles for the scatter, which is ordered by level (fast_step_cpu.cpp)
 //
-// A group depends on nothing but its rays, and everything summed over groups is summed in their order: results
-// do not depend on the number of threads.
+// A group depends on nothing but its rays, and everything summed over groups is summed in their order:
+// results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -68,7 +69,8 @@ MIPNERF_INLINE float from_int(int32_t value) {
 
 // Encoding and density network of one tile with `count` samples; the padding is made harmless first.
 template <int W, int F>
-MIPNERF_INLINE void density_tile(const FastModel& model, const TileRows& rows, const RowBuffer& tile, int count) {
+MIPNERF_INLINE void density_tile(const FastModel& model, const TileRows& rows, const RowBuffer& tile,
+                                 int count) {
     const FastSizes& sizes = model.sizes;
     const int columns = padded_columns<W>(count);
     for (int n = count; n < columns; ++n) {
@@ -76,8 +78,8 @@ MIPNERF_INLINE void density_tile(const FastModel& model, const TileRows& rows, c
         tile.row(rows.scale)[n] = 1.0f;
         tile.row(rows.length)[n] = 0.0f;
     }
-    encode_tile<F>(model.grid, model.encode, model.table, tile.row(rows.position), tile.row(rows.scale), columns,
-                   sizes.inputs, tile.row(rows.features));
+    encode_tile<F>(model.grid, model.encode, model.table, tile.row(rows.position), tile.row(rows.scale),
+                   columns, sizes.inputs, tile.row(rows.features));
     dense_tile<W, Epilogue::kRelu>(model.networks->density_in(), sizes.hidden, sizes.inputs,
                                    tile.row(rows.features), tile.row(rows.hidden), columns);
     dense_tile<W, Epilogue::kNone>(model.networks->density_out(), kGeometryFeatures, sizes.hidden,
@@ -86,13 +88,15 @@ MIPNERF_INLINE void density_tile(const FastModel& model, const TileRows& rows, c
 
 // Colour network of one colour tile, its inputs in place.
 template <int W>
-MIPNERF_INLINE void colour_tile(const FastModel& model, const TileRows& rows, const RowBuffer& tile, int columns) {
+MIPNERF_INLINE void colour_tile(const FastModel& model, const TileRows& rows, const RowBuffer& tile,
+                                int columns) {
     const FastSizes& sizes = model.sizes;
     dense_tile<W, Epilogue::kRelu>(model.networks->colour_in(), sizes.hidden, sizes.colour_inputs(),
                                    tile.row(rows.colour_inputs), tile.row(rows.colour_hidden[0]), columns);
     if (sizes.colour_layers == 2)
         dense_tile<W, Epilogue::kRelu>(model.networks->colour_hidden(), sizes.hidden, sizes.hidden,
-                                       tile.row(rows.colour_hidden[0]), tile.row(rows.colour_hidden[1]), columns);
+                                       tile.row(rows.colour_hidden[0]), tile.row(rows.colour_hidden[1]),
+                                       columns);
     dense_tile<W, Epilogue::kNone>(model.networks->colour_out(), 3, sizes.hidden,
                                    tile.row(rows.colour_hidden[sizes.colour_layers - 1]), tile.row(rows.raw),
                                    columns);
@@ -110,15 +114,16 @@ MIPNERF_INLINE void begin_ray(const FastModel& model, const FastRays& rays, int6
                             rays.far[index], rays.phase == nullptr ? 0.5f : rays.phase[index], model.march);
     ray.state = {1.0f, {0.0f, 0.0f, 0.0f}, 0.0f};
     const float inverse = 1.0f / ray.march.norm;
-    spherical_harmonics(direction[0] * inverse, direction[1] * inverse, direction[2] * inverse, ray.harmonics);
+    spherical_harmonics(direction[0] * inverse, direction[1] * inverse, direction[2] * inverse,
+                        ray.harmonics);
     ray.is_alive = ray.march.t < ray.march.end;
 }
 
 // Marches and evaluates the density until every ray has died or left the box; fills room.columns and
 // room.counted.
 template <int W, int F>
-MIPNERF_INLINE void march_and_density(const FastModel& model, const TileRows& rows, GroupRay* group, int count,
-                                      FastRoom& room) {
+MIPNERF_INLINE void march_and_density(const FastModel& model, const TileRows& rows, GroupRay* group,
+                                      int count, FastRoom& room) {
     room.columns.clear();
     room.counted.clear();
     bool any = true;
@@ -143,7 +148,8 @@ MIPNERF_INLINE void march_and_density(const FastModel& model, const TileRows& ro
                     fill = 0;
                 }
                 const MarchSample<float> sample = march_sample(ray.march, t0, t1);
-                for (int axis = 0; axis < 3; ++axis) tile->row(rows.position + axis)[fill] = sample.mean[axis];
+                for (int axis = 0; axis < 3; ++axis)
+                    tile->row(rows.position + axis)[fill] = sample.mean[axis];
                 tile->row(rows.scale)[fill] = sample.scale;
                 tile->row(rows.length)[fill] = (t1 - t0) * ray.march.norm;
                 tile->row(rows.middle)[fill] = 0.5f * (t0 + t1);
@@ -218,8 +224,8 @@ MIPNERF_INLINE void colour_and_composite(const FastModel& model, const TileRows&
 
 // The rows `dy` and `x` of the first `count` tiles, for weight_gradient.
 template <int W>
-MIPNERF_INLINE const TilePair* pair_rows(const TileRows& rows, FastRoom& room, int64_t count, bool is_colour, int dy,
-                                         int x) {
+MIPNERF_INLINE const TilePair* pair_rows(const TileRows& rows, FastRoom& room, int64_t count, bool is_colour,
+                                         int dy, int x) {
     room.pairs.clear();
     const int64_t total = static_cast<int64_t>(room.counted.size());
     for (int64_t t = 0; t < count; ++t) {
@@ -234,13 +240,14 @@ MIPNERF_INLINE const TilePair* pair_rows(const TileRows& rows, FastRoom& room, i
 // Gradients of one group: of the weights (added to result.weight_gradient, which starts at zero) and of the
 // encoding (left in result.tiles). `grad_rgb` of every ray is set.
 template <int W>
-MIPNERF_INLINE void backward_group(const FastModel& model, const TileRows& rows, GroupRay* group, FastRoom& room,
-                                   GroupResult& result) {
+MIPNERF_INLINE void backward_group(const FastModel& model, const TileRows& rows, GroupRay* group,
+                                   FastRoom& room, GroupResult& result) {
     const FastSizes& sizes = model.sizes;
     const PackedNetworks& networks = *model.networks;
     const int H = sizes.hidden, last = sizes.colour_layers - 1;
     const int64_t total = static_cast<int64_t>(room.counted.size());
-    const int64_t tiles = static_cast<int64_t>(room.columns.size()), colour_tiles = (total + kTile - 1) / kTile;
+    const int64_t tiles = static_cast<int64_t>(room.columns.size()),
+                  colour_tiles = (total + kTile - 1) / kTile;
     float* gradient = result.weight_gradient.data();
     for (int64_t t = 0; t < tiles; ++t)
         clear_rows<W>(room.tiles.at(t, rows.total).row(rows.grad_geometry), kGeometryFeatures, kTile);
@@ -273,10 +280,9 @@ MIPNERF_INLINE void backward_group(const FastModel& model, const TileRows& rows,
                                                tile.row(rows.grad_colour_hidden[last]), columns,
                                                tile.row(rows.colour_hidden[last]));
         if (sizes.colour_layers == 2)
-            dense_tile<W, Epilogue::kReluGradient>(networks.colour_hidden_t(), H, H,
-                                                   tile.row(rows.grad_colour_hidden[1]),
-                                                   tile.row(rows.grad_colour_hidden[0]), columns,
-                                                   tile.row(rows.colour_hidden[0]));
+            dense_tile<W, Epilogue::kReluGradient>(
+                networks.colour_hidden_t(), H, H, tile.row(rows.grad_colour_hidden[1]),
+                tile.row(rows.grad_colour_hidden[0]), columns, tile.row(rows.colour_hidden[0]));
         alignas(64) float grad_inputs[kGeometryFeatures * kTile];
         dense_tile<W, Epilogue::kNone>(networks.colour_in_t(), kGeometryFeatures, H,
                                        tile.row(rows.grad_colour_hidden[0]), grad_inputs, columns);
@@ -286,28 +292,33 @@ MIPNERF_INLINE void backward_group(const FastModel& model, const TileRows& rows,
             for (int g = 0; g < kGeometryFeatures; ++g) to[g * kTile] += grad_inputs[g * kTile + n];
         }
     }
-    weight_gradient<W>(pair_rows<W>(rows, room, colour_tiles, true, rows.grad_raw, rows.colour_hidden[last]), colour_tiles, 4, 3, H, gradient + sizes.colour_out_at());
+    weight_gradient<W>(pair_rows<W>(rows, room, colour_tiles, true, rows.grad_raw, rows.colour_hidden[last]),
+                       colour_tiles, 4, 3, H, gradient + sizes.colour_out_at());
     if (sizes.colour_layers == 2) {
-            weight_gradient<W>(pair_rows<W>(rows, room, colour_tiles, true, rows.grad_colour_hidden[1], rows.colour_hidden[0]), colour_tiles, H, H, H, gradient + sizes.colour_hidden_at());
+        weight_gradient<W>(
+            pair_rows<W>(rows, room, colour_tiles, true, rows.grad_colour_hidden[1], rows.colour_hidden[0]),
+            colour_tiles, H, H, H, gradient + sizes.colour_hidden_at());
     }
-    weight_gradient<W>(pair_rows<W>(rows, room, colour_tiles, true, rows.grad_colour_hidden[0], rows.colour_inputs), colour_tiles, H, H, sizes.colour_inputs(),
-                       gradient + sizes.colour_in_at());
+    weight_gradient<W>(
+        pair_rows<W>(rows, room, colour_tiles, true, rows.grad_colour_hidden[0], rows.colour_inputs),
+        colour_tiles, H, H, sizes.colour_inputs(), gradient + sizes.colour_in_at());
     result.columns = room.columns;
     for (int64_t t = 0; t < tiles; ++t) {
         const RowBuffer& tile = room.tiles.at(t, rows.total);
         const int columns = padded_columns<W>(room.columns[t]);
         dense_tile<W, Epilogue::kReluGradient>(networks.density_out_t(), H, kGeometryFeatures,
-                                               tile.row(rows.grad_geometry), tile.row(rows.grad_hidden), columns,
-                                               tile.row(rows.hidden));
+                                               tile.row(rows.grad_geometry), tile.row(rows.grad_hidden),
+                                               columns, tile.row(rows.hidden));
         const RowBuffer& left = result.tiles.at(t, 4 + sizes.encoded);
         dense_tile<W, Epilogue::kNone>(networks.density_in_t(), sizes.encoded, H, tile.row(rows.grad_hidden),
                                        left.row(4), columns);
         std::memcpy(left.row(0), tile.row(rows.position), 3 * kTile * sizeof(float));
         std::memcpy(left.row(3), tile.row(rows.scale), kTile * sizeof(float));
     }
-    weight_gradient<W>(pair_rows<W>(rows, room, tiles, false, rows.grad_geometry, rows.hidden), tiles, kGeometryFeatures, kGeometryFeatures, H,
-                       gradient + sizes.density_out_at());
-    weight_gradient<W>(pair_rows<W>(rows, room, tiles, false, rows.grad_hidden, rows.features), tiles, H, H, sizes.inputs, gradient);
+    weight_gradient<W>(pair_rows<W>(rows, room, tiles, false, rows.grad_geometry, rows.hidden), tiles,
+                       kGeometryFeatures, kGeometryFeatures, H, gradient + sizes.density_out_at());
+    weight_gradient<W>(pair_rows<W>(rows, room, tiles, false, rows.grad_hidden, rows.features), tiles, H, H,
+                       sizes.inputs, gradient);
 }
 
 struct StepTarget {

@@ -58,16 +58,20 @@ struct FastSizes {
     int colour_inputs() const { return kGeometryFeatures + kHarmonics; }
     // The weights one after the other: density_in, density_out, colour_in, (colour_hidden), colour_out.
     int64_t density_out_at() const { return static_cast<int64_t>(hidden) * inputs; }
-    int64_t colour_in_at() const { return density_out_at() + static_cast<int64_t>(kGeometryFeatures) * hidden; }
-    int64_t colour_hidden_at() const { return colour_in_at() + static_cast<int64_t>(hidden) * colour_inputs(); }
+    int64_t colour_in_at() const {
+        return density_out_at() + static_cast<int64_t>(kGeometryFeatures) * hidden;
+    }
+    int64_t colour_hidden_at() const {
+        return colour_in_at() + static_cast<int64_t>(hidden) * colour_inputs();
+    }
     int64_t colour_out_at() const {
         return colour_hidden_at() + (colour_layers == 2 ? static_cast<int64_t>(hidden) * hidden : 0);
     }
     int64_t weights() const { return colour_out_at() + 3 * static_cast<int64_t>(hidden); }
 };
 
-// Where the rows of a tile of samples lie in its buffer; a colour tile (samples that count, compacted) uses the
-// second half of some tile's.
+// Where the rows of a tile of samples lie in its buffer; a colour tile (samples that count, compacted) uses
+// the second half of some tile's.
 struct TileRows {
     int position, scale, length, middle, tau, keep, before, ray;
     int features, hidden, geometry, grad_geometry, grad_hidden;
@@ -103,8 +107,8 @@ struct TileRows {
 // What a thread works in.
 struct FastRoom {
     RowBuffers tiles;
-    std::vector<int> columns;        // samples in each tile
-    std::vector<int32_t> counted;    // tile x kTile + column of the samples that count, per ray from the front
+    std::vector<int> columns;      // samples in each tile
+    std::vector<int32_t> counted;  // tile x kTile + column of the samples that count, per ray from the front
     std::vector<TilePair> pairs;
 };
 

@@ -1,13 +1,15 @@
-// The scale-aware hash encoding of one point, level by level: host and device, value and derivative. No torch,
-// no CUDA header.
+// The scale-aware hash encoding of one point, level by level: host and device, value and derivative. No
+// torch, no CUDA header.
 //
 //   level l:  y = x n_l,  corner c of the cell floor(y), weight prod(1 - |y - c|) over the three axes
 //   index     c_x + m (c_y + m c_z), m = n_l + 1, where all m^3 vertices fit into the table; else the hash
 //             (c_x ^ 2654435761 c_y ^ 805459861 c_z) mod table size (Mueller et al. 2022, equation 4)
 //   feature   a_l(s) sum over corners of weight x table[offset_l + index]
-//   a_l(s)    exp(-2 s^2 n_l^2): what a Gaussian of standard deviation s (in units of the box's side) leaves of
+//   a_l(s)    exp(-2 s^2 n_l^2): what a Gaussian of standard deviation s (in units of the box's side) leaves
+//   of
 //             the level's features, as exp(-variance / 2) does of a frequency in IPE (mip-NeRF, equation 14);
-//             or erf(1 / (sqrt(8) s n_l)); or 1. Below `cutoff` the level is skipped: feature and gradients 0.
+//             or erf(1 / (sqrt(8) s n_l)); or 1. Below `cutoff` the level is skipped: feature and gradients
+//             0.
 #pragma once
 
 #include <cstdint>
@@ -112,8 +114,7 @@ MIPNERF_HOST_DEVICE Cell<T> cell_of(T x, T y, T z, int32_t resolution) {
 template <typename T>
 MIPNERF_HOST_DEVICE T corner_weight(const Cell<T>& cell, int corner) {
     T weight = T(1);
-    for (int k = 0; k < 3; ++k)
-        weight *= (corner >> k) & 1 ? cell.fraction[k] : T(1) - cell.fraction[k];
+    for (int k = 0; k < 3; ++k) weight *= (corner >> k) & 1 ? cell.fraction[k] : T(1) - cell.fraction[k];
     return weight;
 }
 

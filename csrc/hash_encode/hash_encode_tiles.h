@@ -23,8 +23,8 @@ struct CornerTile {
 };
 
 // a[n] of one level for n < columns; whether any is not zero.
-MIPNERF_INLINE bool attenuate_tile(const EncodeOptions& options, int32_t resolution, const float* scale, float* a,
-                                   int columns) {
+MIPNERF_INLINE bool attenuate_tile(const EncodeOptions& options, int32_t resolution, const float* scale,
+                                   float* a, int columns) {
     const float n = static_cast<float>(resolution);
     if (options.attenuation == Attenuation::kGaussian) {
 #pragma omp simd
@@ -43,14 +43,14 @@ MIPNERF_INLINE bool attenuate_tile(const EncodeOptions& options, int32_t resolut
 }
 
 template <bool kDense>
-MIPNERF_INLINE void corners_of_tile(const HashLevel& level, const float* position, const float* a, int columns,
-                                    CornerTile& corners) {
+MIPNERF_INLINE void corners_of_tile(const HashLevel& level, const float* position, const float* a,
+                                    int columns, CornerTile& corners) {
     const int32_t n = level.resolution, highest = n - 1;
     const float scale = static_cast<float>(n);
     const uint32_t m = static_cast<uint32_t>(n) + 1u, offset = level.offset, mask = level.mask;
     const float *px = position, *py = position + kTile, *pz = position + 2 * kTile;
-    uint32_t(*const index)[kTile] = corners.index;
-    float(*const weight)[kTile] = corners.weight;
+    uint32_t (*const index)[kTile] = corners.index;
+    float (*const weight)[kTile] = corners.weight;
 #pragma omp simd
     for (int i = 0; i < columns; ++i) {
         const float x = px[i] * scale, y = py[i] * scale, z = pz[i] * scale;
@@ -97,8 +97,8 @@ MIPNERF_INLINE void corners_of_tile(const HashLevel& level, const float* positio
 }
 
 // Indices and attenuated weights of the corners; position holds rows x, y, z.
-MIPNERF_INLINE void corners_of_tile(const HashLevel& level, const float* position, const float* a, int columns,
-                                    CornerTile& corners) {
+MIPNERF_INLINE void corners_of_tile(const HashLevel& level, const float* position, const float* a,
+                                    int columns, CornerTile& corners) {
     if (level.is_dense)
         corners_of_tile<true>(level, position, a, columns, corners);
     else

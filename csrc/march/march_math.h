@@ -2,8 +2,9 @@
 //
 // The ray o + t d crosses the box [-h, h]^3 for t in [enter, exit], cut to [near, far]. Its intervals follow
 // from the phase u in [0, 1) alone: t_0 = enter + u dt(enter), t_{k+1} = t_k + dt(t_k), where
-// dt(t) = clamp(c t p, least, most) and p is the pixel's width at t = 1: steps grow with the cone. An interval
-// is a sample where its middle lies in the box and in a set bit of the mask chosen by the cone's width.
+// dt(t) = clamp(c t p, least, most) and p is the pixel's width at t = 1: steps grow with the cone. An
+// interval is a sample where its middle lies in the box and in a set bit of the mask chosen by the cone's
+// width.
 #pragma once
 
 #include <cstdint>
@@ -40,8 +41,8 @@ MIPNERF_HOST_DEVICE T march_step(const MarchRay<T>& ray, T t) {
 }
 
 template <typename T>
-MIPNERF_HOST_DEVICE MarchRay<T> march_begin(const T* origin, const T* direction, T radius, T near, T far, T phase,
-                                            const MarchOptions& options) {
+MIPNERF_HOST_DEVICE MarchRay<T> march_begin(const T* origin, const T* direction, T radius, T near, T far,
+                                            T phase, const MarchOptions& options) {
     MarchRay<T> ray;
     const T half = static_cast<T>(options.half);
     const T inverse = T(1) / (T(2) * half);
@@ -65,11 +66,13 @@ MIPNERF_HOST_DEVICE MarchRay<T> march_begin(const T* origin, const T* direction,
     ray.step_per_t = static_cast<T>(options.step_scale) * pixel;
     ray.min_step = static_cast<T>(options.min_step);
     ray.max_step = static_cast<T>(options.max_step);
-    ray.norm = square_root(direction[0] * direction[0] + direction[1] * direction[1] + direction[2] * direction[2]);
+    ray.norm =
+        square_root(direction[0] * direction[0] + direction[1] * direction[1] + direction[2] * direction[2]);
     ray.radius = radius * inverse;
     ray.t = enter + phase * march_step(ray, enter);
     ray.end = exit;
-    ray.mask = mask_for_width(static_cast<float>(T(0.5) * (enter + exit) * pixel * inverse), options.resolution);
+    ray.mask =
+        mask_for_width(static_cast<float>(T(0.5) * (enter + exit) * pixel * inverse), options.resolution);
     return ray;
 }
 
@@ -114,15 +117,16 @@ MIPNERF_HOST_DEVICE bool march_next(MarchRay<T>& ray, const OccupancyMask& mask,
         }
         const T cells = static_cast<T>(mask.cells);
         const int32_t index =
-            (static_cast<int32_t>(x[2] * cells) * mask.cells + static_cast<int32_t>(x[1] * cells)) * mask.cells +
+            (static_cast<int32_t>(x[2] * cells) * mask.cells + static_cast<int32_t>(x[1] * cells)) *
+                mask.cells +
             static_cast<int32_t>(x[0] * cells);
         if (occupancy_bit(words + mask.words, index)) return true;
     }
     return false;
 }
 
-// The Gaussian of a sample, by the frustum's moments (mip-NeRF, equation 7): its mean in the unit box, and the
-// standard deviation across the ray in units of the box's side.
+// The Gaussian of a sample, by the frustum's moments (mip-NeRF, equation 7): its mean in the unit box, and
+// the standard deviation across the ray in units of the box's side.
 template <typename T>
 struct MarchSample {
     T mean[3];

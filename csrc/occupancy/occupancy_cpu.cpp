@@ -158,25 +158,26 @@ Tensor occupancy_masks_cpu(Tensor densities, double max_threshold, Tensor masks)
     const int32_t resolution = check_densities(check, densities);
     check.dtype("masks", masks, {ScalarType::Int});
     check.shape("masks", masks, {occupancy_layout(resolution).total_words}, "[words]");
-    return summary_tensor(densities,
-                          build_masks(tensor_data<float>(densities), resolution, static_cast<float>(max_threshold),
-                                      reinterpret_cast<uint32_t*>(mutable_tensor_data<int32_t>(masks))));
+    return summary_tensor(
+        densities, build_masks(tensor_data<float>(densities), resolution, static_cast<float>(max_threshold),
+                               reinterpret_cast<uint32_t*>(mutable_tensor_data<int32_t>(masks))));
 }
 
 Tensor occupancy_update_cpu(Tensor densities, double cell_scale, int64_t seed, int64_t step, int64_t stride,
                             double decay, double max_threshold, Tensor tables, Tensor density_in,
                             Tensor density_out, Tensor colour_in, std::optional<Tensor> colour_hidden,
-                            Tensor colour_out, Tensor masks, std::vector<int64_t> resolutions, int64_t table_size,
-                            std::string attenuation, double cutoff, bool scale_input, double scale_low,
-                            double scale_high, int64_t occupancy_resolution, double box_half, double step_scale,
-                            double min_step, double max_step) {
+                            Tensor colour_out, Tensor masks, std::vector<int64_t> resolutions,
+                            int64_t table_size, std::string attenuation, double cutoff, bool scale_input,
+                            double scale_low, double scale_high, int64_t occupancy_resolution,
+                            double box_half, double step_scale, double min_step, double max_step) {
     const Checker check{"occupancy_update"};
     const CheckedModel checked(
         check, {tables, density_in, density_out, colour_in, colour_hidden, colour_out, masks, resolutions,
-                table_size, attenuation, cutoff, scale_input, scale_low, scale_high, occupancy_resolution, box_half,
-                step_scale, min_step, max_step});
+                table_size, attenuation, cutoff, scale_input, scale_low, scale_high, occupancy_resolution,
+                box_half, step_scale, min_step, max_step});
     const int32_t resolution = check_densities(check, densities);
-    check.that(resolution == occupancy_resolution, "densities", "of occupancy_resolution cells a side", resolution);
+    check.that(resolution == occupancy_resolution, "densities", "of occupancy_resolution cells a side",
+               resolution);
     check.that(stride >= 1, "stride", "1 or more", stride);
     const FastModel& model = checked.model();
     uint32_t* const words = reinterpret_cast<uint32_t*>(mutable_tensor_data<int32_t>(masks));
@@ -196,8 +197,8 @@ Tensor occupancy_update_cpu(Tensor densities, double cell_scale, int64_t seed, i
         const auto run = [&](auto features) {
             constexpr int F = decltype(features)::value;
             for_tasks(tasks,
-                      VisitCells<F>{model, *lease, static_cast<uint64_t>(seed), static_cast<uint64_t>(step), part,
-                                    every, strata, candidates, list, static_cast<float>(cell_scale),
+                      VisitCells<F>{model, *lease, static_cast<uint64_t>(seed), static_cast<uint64_t>(step),
+                                    part, every, strata, candidates, list, static_cast<float>(cell_scale),
                                     static_cast<float>(decay), mutable_tensor_data<float>(densities)});
         };
         with_features(checked.features(), run);

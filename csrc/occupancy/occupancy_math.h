@@ -1,5 +1,5 @@
-// Where the bits of the occupancy grid lie, and how cells are chosen for its update: host and device. No torch,
-// no CUDA header.
+// Where the bits of the occupancy grid lie, and how cells are chosen for its update: host and device. No
+// torch, no CUDA header.
 //
 // The grid holds a density per cell, R^3, x fastest. From it come six masks of bits (1: look here): mask 0 is
 // density > threshold; mask 1 + l is that, max-pooled 2^l times smaller and dilated by one cell in every
@@ -17,10 +17,10 @@ constexpr int kMasks = 6;
 constexpr int kPyramidLevels = 5;
 
 struct OccupancyMask {
-    int32_t cells;        // per side
-    int32_t skip_cells;   // per side of the coarser mask
-    int32_t words;        // offset of the mask in 32-bit words
-    int32_t skip_words;   // offset of the coarser mask
+    int32_t cells;       // per side
+    int32_t skip_cells;  // per side of the coarser mask
+    int32_t words;       // offset of the mask in 32-bit words
+    int32_t skip_words;  // offset of the coarser mask
 };
 
 struct OccupancyLayout {
@@ -70,8 +70,7 @@ struct CellDraw {
 
 MIPNERF_HOST_DEVICE CellDraw draw_cell(uint64_t seed, uint64_t step, uint32_t part, int64_t stratum,
                                        int64_t stride) {
-    const Words4 words =
-        counter_words(seed, step, kStreamOccupancy, static_cast<uint32_t>(stratum), part);
+    const Words4 words = counter_words(seed, step, kStreamOccupancy, static_cast<uint32_t>(stratum), part);
     return {stratum * stride + scaled_index(words.word[0], static_cast<uint32_t>(stride)),
             {unit_uniform(words.word[1]), unit_uniform(words.word[2]), unit_uniform(words.word[3])}};
 }

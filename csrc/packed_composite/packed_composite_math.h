@@ -5,7 +5,8 @@
 //
 // A sample counts where T_i >= kMinTransmittance; the first that does not and all behind it are dropped:
 //
-//   rgb = sum w_i c_i + T_end background,  acc = 1 - T_end,  distance = sum w_i m_i / acc (near where acc is 0)
+//   rgb = sum w_i c_i + T_end background,  acc = 1 - T_end,  distance = sum w_i m_i / acc (near where acc is
+//   0)
 //
 // Backward: dL/dc_i = w_i dL/drgb; with R_i = rgb - sum_{j<=i} w_j c_j, what lies behind sample i,
 //   dL/ddepth_i = dL/drgb . (T_{i+1} c_i - R_i)

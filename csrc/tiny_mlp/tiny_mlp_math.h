@@ -1,8 +1,8 @@
 // The element-wise parts of the two small networks: host and device, value and derivative. No torch, no CUDA
 // header.
 //
-//   density network  [features, 1, q, 0.3 q^2, 0...] -> 64, ReLU -> 16; density = exp(clamp(out_0 - 2, -12, 9))
-//   colour network   [the 16 outputs, 16 spherical harmonics] -> 64, ReLU (-> 64, ReLU) -> 3;
+//   density network  [features, 1, q, 0.3 q^2, 0...] -> 64, ReLU -> 16; density = exp(clamp(out_0 - 2, -12,
+//   9)) colour network   [the 16 outputs, 16 spherical harmonics] -> 64, ReLU (-> 64, ReLU) -> 3;
 //                    rgb = sigmoid(clamp(out, -12, 12)) (1 + 2 padding) - padding, padding 0.001
 //
 // The clamps keep exp and sigmoid where float32 can follow; a gradient does not pass them.

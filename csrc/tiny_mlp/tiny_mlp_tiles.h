@@ -26,8 +26,8 @@ MIPNERF_INLINE int padded_columns(int count) {
 inline int packed_rows(int rows) {
     return (rows + 7) / 8 * 8;
 }
-inline void pack_weights(const float* weights, int rows, int depth, int row_stride, int depth_stride, int block,
-                         float* packed) {
+inline void pack_weights(const float* weights, int rows, int depth, int row_stride, int depth_stride,
+                         int block, float* packed) {
     for (int first = 0; first < packed_rows(rows); first += block)
         for (int k = 0; k < depth; ++k)
             for (int i = 0; i < block; ++i) {
@@ -41,8 +41,8 @@ enum class Epilogue { kNone, kRelu, kReluGradient };
 // y[o] = sum_k weights[o, k] x[k] over `columns` samples, `rows` (a multiple of 4) of them; then ReLU, or the
 // gradient of a ReLU whose output was `gate`.
 template <int W, Epilogue kEpilogue>
-MIPNERF_INLINE void dense_tile(const float* packed, int rows, int depth, const float* x, float* y, int columns,
-                               const float* gate = nullptr) {
+MIPNERF_INLINE void dense_tile(const float* packed, int rows, int depth, const float* x, float* y,
+                               int columns, const float* gate = nullptr) {
     constexpr int R = kRowBlock<W>;
     for (int n = 0; n < columns; n += 2 * W) {
         const float* weight = packed;
@@ -65,9 +65,10 @@ MIPNERF_INLINE void dense_tile(const float* packed, int rows, int depth, const f
                     Vector<W> value = sum[i][j];
                     const int at = (row + i) * kTile + n + j * W;
                     const Vector<W> zero = splat<W>(0.0f);
-                    if constexpr (kEpilogue == Epilogue::kRelu) value = value > zero ? value : zero;
+                    // Compared so that a NaN passes: swallowed here, it would leave the loss finite.
+                    if constexpr (kEpilogue == Epilogue::kRelu) value = value < zero ? zero : value;
                     if constexpr (kEpilogue == Epilogue::kReluGradient)
-                        value = load_vector<W>(gate + at) > zero ? value : zero;
+                        value = load_vector<W>(gate + at) <= zero ? zero : value;
                     store_vector<W>(y + at, value);
                 }
             }
@@ -75,24 +76,24 @@ MIPNERF_INLINE void dense_tile(const float* packed, int rows, int depth, const f
     }
 }
 
-// One tile's share of a weight gradient: dy and x point to rows of kTile, columns is padded and the padding of
-// dy is zero.
+// One tile's share of a weight gradient: dy and x point to rows of kTile, columns is padded and the padding
+// of dy is zero.
 struct TilePair {
     const float* dy;
     const float* x;
     int columns;
 };
 
-// gradient[o, k] += sum over all tiles and samples of dy[o] x[k]; rows and depth are multiples of 4, rows from
-// `kept` on are dropped.
+// gradient[o, k] += sum over all tiles and samples of dy[o] x[k]; rows and depth are multiples of 4, rows
+// from `kept` on are dropped.
 template <int W>
 MIPNERF_INLINE void weight_gradient(const TilePair* tiles, int64_t count, int rows, int kept, int depth,
                                     float* gradient) {
     for (int row = 0; row < rows; row += 4)
         for (int k = 0; k < depth; k += 4) {
             Vector<W> sum[4][4];
-            MIPNERF_UNROLL for (int i = 0; i < 4; ++i)
-                MIPNERF_UNROLL for (int j = 0; j < 4; ++j) sum[i][j] = splat<W>(0.0f);
+            MIPNERF_UNROLL for (int i = 0; i < 4; ++i) MIPNERF_UNROLL for (int j = 0; j < 4; ++j) sum[i][j] =
+                splat<W>(0.0f);
             for (int64_t t = 0; t < count; ++t) {
                 const float* dy = tiles[t].dy + row * kTile;
                 const float* x = tiles[t].x + k * kTile;
@@ -107,8 +108,8 @@ MIPNERF_INLINE void weight_gradient(const TilePair* tiles, int64_t count, int ro
             }
             MIPNERF_UNROLL for (int i = 0; i < 4; ++i) {
                 if (row + i >= kept) break;
-                MIPNERF_UNROLL for (int j = 0; j < 4; ++j)
-                    gradient[(row + i) * depth + k + j] += sum_lanes<W>(sum[i][j]);
+                MIPNERF_UNROLL for (int j = 0; j < 4; ++j) gradient[(row + i) * depth + k + j] +=
+                    sum_lanes<W>(sum[i][j]);
             }
         }
 }

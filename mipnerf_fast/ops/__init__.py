@@ -11,8 +11,11 @@ from .fast_step import (
     sparse_adam,
 )
 from .frustum_ipe import frustum_ipe
+from .hash_encode import hash_encode
 from .implementations import Implementation, backend_in_use, implementations
+from .march import march
 from .mlp import MipMLP
+from .packed_composite import packed_composite
 from .resample import resample
 
 __all__ = [
@@ -26,9 +29,12 @@ __all__ = [
     "fast_render",
     "fast_train_step",
     "frustum_ipe",
+    "hash_encode",
     "implementations",
+    "march",
     "occupancy_masks",
     "occupancy_update",
+    "packed_composite",
     "resample",
     "sparse_adam",
 ]
