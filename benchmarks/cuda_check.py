@@ -371,6 +371,8 @@ def table(kernels: Iterable[Kernel]) -> str:
     return "\n".join(lines)
 
 
+# Of the instructions, the JSON keeps memory, special functions, what lanes exchange, barriers and matrix products.
+TOLD = r"LD[GSL]|ST[GSL]|RED|ATOM|MUFU|SHFL|VOTE|WARPSYNC|BAR|UBLKCP|SYNCS|.?H?MMA|.GMMA"
 EXPLANATION = """\
 Registers per thread for each architecture. Bytes of static shared memory, of stack in local memory and of spills
 stand beside them where there are any; shared memory asked for at launch is not in the compiled code. Special-function
@@ -384,8 +386,11 @@ def report(kernels: list[Kernel], nvcc_release: str, revision: str, folder: Path
     head = f"# Kernels as compiled\n\nnvcc {nvcc_release}, revision {revision}; compiled, not run: {verdict}."
     (folder / "cuda_check.md").write_text(f"{head}\n\n{EXPLANATION}\n\n{table(kernels)}\n")
     facts = json.dumps({"nvcc": nvcc_release, "revision": revision, "verdict": verdict})
-    rows = ",\n".join(json.dumps(asdict(kernel)) for kernel in kernels)  # a line each, to be read in a diff
-    (folder / "cuda_check.json").write_text(f'{facts[:-1]}, "kernels": [\n{rows}\n]}}\n')
+    rows = []
+    for kernel in kernels:
+        told = {op: number for op, number in sorted(kernel.instructions.items()) if re.match(TOLD, op)}
+        rows.append(json.dumps({**asdict(kernel), "instructions": told}))  # a line each, to be read in a diff
+    (folder / "cuda_check.json").write_text(facts[:-1] + ', "kernels": [\n' + ",\n".join(rows) + "\n]}\n")
     print(f"{table(kernels)}\n\nnvcc {nvcc_release}: {verdict}")
 
 

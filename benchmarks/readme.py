@@ -1,12 +1,14 @@
 """Write the README's tables from the result files, so that no figure in it is typed by hand.
 
 Every block between `<!-- results: NAME -->` and `<!-- end -->` in README.md is replaced by
-benchmarks/results/NAME.md. With --check nothing is written and a difference is an error.
+benchmarks/results/NAME.md, or for NAME = speed by a digest of the kernel benchmarks' JSON files there. With --check
+nothing is written and a difference is an error.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -17,6 +19,48 @@ _BLOCK = re.compile(
 )
 
 
+def speed(results: Path) -> str:
+    """A digest of the kernel benchmarks on the CPU: native against eager and compiled PyTorch.
+
+    Errors: FileNotFoundError where there is no result at all.
+    """
+    files = sorted(results.glob("*_cpu.json"))
+    reports = [
+        report
+        for report in (json.loads(path.read_text(encoding="utf-8")) for path in files)
+        if "runs" in report
+    ]
+    if not reports:
+        raise FileNotFoundError(f"README.md: the block 'speed' has no *_cpu.json in {results.name}")
+    lines = [
+        "| operation | case | threads | allocator | native, ms | against eager | against torch.compile |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for report in reports:
+        rows = {(r["case"], r["threads"], r["allocator"], r["variant"]): r for r in report["results"]}
+        for (case, threads, allocator, variant), row in rows.items():
+            if variant != "native":
+                continue
+            compiled = rows.get((case, threads, allocator, "compile"), {}).get("median")
+            cells = ["not measured", "-", "-"]
+            if row["median"] is not None:
+                cells[0] = f"{1e3 * row['median']:.2f}"
+                cells[1] = f"{row['speedup_median']:.1f} x" if row["speedup_median"] else "not measured"
+                cells[2] = f"{compiled / row['median']:.1f} x" if compiled else "not measured"
+            lines.append(
+                f"| {report['operation']} | {case} | {threads} | {allocator} | {' | '.join(cells)} |"
+            )
+    machines = {f"{r['environment']['device']}, torch {r['environment']['torch']}" for r in reports}
+    revisions = sorted({r["environment"]["revision"] for r in reports})
+    runs = min(report["runs"] for report in reports)
+    lines += [
+        "",
+        f"Medians of at least {runs} interleaved undisturbed calls, outputs allocated inside, beside the straight "
+        f"PyTorch port of the official lines. {'; '.join(sorted(machines))}; revision {', '.join(revisions)}.",
+    ]
+    return "\n".join(lines)
+
+
 def filled(text: str, results: Path) -> str:
     """The text with every block replaced by its result file.
 
@@ -24,6 +68,8 @@ def filled(text: str, results: Path) -> str:
     """
 
     def body(match: re.Match[str]) -> str:
+        if match["name"] == "speed":
+            return f"{match['begin']}{speed(results)}\n{match['end']}"
         path = results / f"{match['name']}.md"
         if not path.is_file():
             raise FileNotFoundError(

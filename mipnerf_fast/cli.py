@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .model import Model
 
 PROGRAM = "mipnerf-fast"
-DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["auto", "native", "reference"]
@@ -174,7 +174,17 @@ class Info:
     """As for the other verbs."""
 
 
-Verb = Train | Eval | Render | Export | Convert | Info
+@dataclass(frozen=True)
+class Verify:
+    """Compare every operation on this machine with the float64 reference; fails where an error exceeds its bound."""
+
+    json: Path | None = None
+    """Also write the table to this file, and as Markdown beside it (.md)."""
+    device: Device = "auto"
+    """What to check; auto: the CPU, and the GPU where there is one."""
+
+
+Verb = Train | Eval | Render | Export | Convert | Verify | Info
 
 
 def _scene(run: dict[str, Any], verb: Eval | Render | Export) -> Dataset:
@@ -390,12 +400,36 @@ def run_info(verb: Info) -> int:
     return DONE
 
 
+def run_verify(verb: Verify) -> int:
+    """`mipnerf-fast verify`."""
+    from . import verification
+    from .environment import choose_device
+    from .run_folder import check_writable
+
+    for path in [verb.json, verb.json.with_suffix(".md")] if verb.json else []:
+        check_writable(path.parent)
+        if path.is_dir():
+            raise InputError(f"--json: {path} is a folder")
+    chosen = choose_device(verb.device).type
+    devices = [chosen] if verb.device != "auto" or chosen == "cpu" else ["cpu", chosen]
+    report = verification.verify(devices)
+    print(verification.markdown(report))
+    if verb.json is not None:
+        from .durable_files import write_durably
+
+        verb.json.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(verb.json, (json.dumps(verification.to_dict(report), indent=2) + "\n").encode())
+        write_durably(verb.json.with_suffix(".md"), (verification.markdown(report) + "\n").encode())
+    return DONE if report.passed else FAILED
+
+
 _RUN: dict[type[Any], Callable[[Any], int]] = {
     Train: run_train,
     Eval: run_eval,
     Render: run_render,
     Export: run_export,
     Convert: run_convert,
+    Verify: run_verify,
     Info: run_info,
 }
 
@@ -444,7 +478,14 @@ def parse(argv: list[str]) -> Verb:
         default=Train(missing, config=start),
         description=about,
     )
-    others = {"eval": Eval, "render": Render, "export": Export, "convert": Convert, "info": Info}
+    others = {
+        "eval": Eval,
+        "render": Render,
+        "export": Export,
+        "convert": Convert,
+        "verify": Verify,
+        "info": Info,
+    }
     verbs: Any = Union[
         (
             Annotated[Train, train],

@@ -29,7 +29,7 @@ def cpu_setup() -> Iterator[list[str]]:
     Example:
         >>> with cpu_setup() as notes:
         ...     print(notes[-1])  # doctest: +ELLIPSIS
-        torch computes on ... threads
+        threads of torch: ...
     """
     notes = []
     if _keep_pages():
@@ -39,7 +39,7 @@ def cpu_setup() -> Iterator[list[str]]:
         notes.append("denormal numbers are flushed to zero")
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() != usable_cores():
         torch.set_num_threads(usable_cores())
-    notes.append(f"torch computes on {torch.get_num_threads()} threads")
+    notes.append(f"threads of torch: {torch.get_num_threads()}")
     try:
         yield notes
     finally:

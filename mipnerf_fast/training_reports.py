@@ -37,29 +37,33 @@ class ProgressLine:
         self._max_steps, self._max_seconds = max_steps, max_seconds
         self._first = (step, seconds)
         self._shown_at = time.monotonic()
+        self._note = ""
+        self._fraction = 0.0
         self._bar: Any = None
         if sys.stderr.isatty():
             self._bar = tqdm(
-                total=1.0, bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}", dynamic_ncols=True
+                total=1.0, bar_format="train {percentage:3.0f}%|{bar}| {desc}", dynamic_ncols=True
             )
-            self._bar.set_description_str("train", refresh=False)
 
     def update(self, step: int, seconds: float, rays_per_second: float, psnr: float) -> None:
         """Show where training is, unless that was done a moment ago."""
-        now = time.monotonic()
-        pause = _SECONDS_BETWEEN_LINES if self._bar is None else _SECONDS_BETWEEN_UPDATES
-        if now - self._shown_at < pause:
-            return
-        self._shown_at = now
-        note = (
+        self._fraction = min(1.0, max(step / self._max_steps, seconds / self._max_seconds))
+        self._note = (
             f"step {step:,} of {self._max_steps:,}, {rays_per_second:,.0f} rays/s, PSNR {psnr:.2f} dB, "
             f"{_clock(self._seconds_left(step, seconds))} left"
         )
+        now = time.monotonic()
+        pause = _SECONDS_BETWEEN_LINES if self._bar is None else _SECONDS_BETWEEN_UPDATES
+        if now - self._shown_at >= pause:
+            self._shown_at = now
+            self._show()
+
+    def _show(self) -> None:
         if self._bar is None:
-            print(f"train: {note}", file=sys.stderr, flush=True)
-            return
-        self._bar.n = min(1.0, max(step / self._max_steps, seconds / self._max_seconds))
-        self._bar.set_postfix_str(note, refresh=True)
+            print(f"train: {self._note}", file=sys.stderr, flush=True)
+        else:
+            self._bar.n = self._fraction
+            self._bar.set_description_str(self._note, refresh=True)
 
     def _seconds_left(self, step: int, seconds: float) -> float:
         steps_here, seconds_here = step - self._first[0], seconds - self._first[1]
@@ -74,8 +78,9 @@ class ProgressLine:
             self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
-        """Leave the bar as it is and go on below it."""
+        """Leave the bar where training is and go on below it."""
         if self._bar is not None:
+            self._show()
             self._bar.close()
 
 

@@ -24,7 +24,8 @@ from mipnerf_fast.checkpoint import (
     read_info,
 )
 from mipnerf_fast.data import Dataset
-from mipnerf_fast.training import Trainer, run_training
+from mipnerf_fast.trainer import Trainer
+from mipnerf_fast.training import run_training
 
 
 @pytest.fixture(scope="module")

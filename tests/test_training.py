@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import math
 import os
 import sys
@@ -14,22 +15,26 @@ import pytest
 import torch
 from tiny_runs import TINY, same_tensors, tiny, tiny_dataset, write_scene
 
-from mipnerf_fast import InputError, MipNerfConfig, NerfConfig, TrainConfig, metrics, schedules
-from mipnerf_fast import training as training_module
+from mipnerf_fast import (
+    InputError,
+    MipNerfConfig,
+    NerfConfig,
+    TrainConfig,
+    metrics,
+    schedules,
+    training_reports,
+)
+from mipnerf_fast import trainer as trainer_module
 from mipnerf_fast.checkpoint import load_checkpoint
 from mipnerf_fast.config import PRESETS
 from mipnerf_fast.counter_rng import CounterRandom
 from mipnerf_fast.data import Dataset, load_dataset
 from mipnerf_fast.data.procedural import demo_scene
 from mipnerf_fast.rendering import render_image
-from mipnerf_fast.training import (
-    DivergedError,
-    Trainer,
-    bytes_per_ray,
-    choose_chunk,
-    clip_gradients,
-    run_training,
-)
+from mipnerf_fast.trainer import Trainer, bytes_per_ray, choose_chunk, clip_gradients
+from mipnerf_fast.trainer_base import DivergedError
+from mipnerf_fast.training import run_training
+from mipnerf_fast.training_reports import ProgressLine
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +200,7 @@ def test_a_time_limit_stretches_the_schedule(dataset: Dataset) -> None:
 
 def test_only_steps_count_as_training_time(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(float(t) for t in range(100))
-    monkeypatch.setattr(training_module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: next(clock))
     trainer = Trainer(tiny(), dataset)
     trainer.train_step()
     for _ in range(10):
@@ -210,7 +215,7 @@ def test_the_batch_is_cut_where_memory_is_short(monkeypatch: pytest.MonkeyPatch)
 
     def chunk(rays_that_fit: float, chunk_rays: int = 0) -> int:
         memory = int(2 * rays_that_fit * per_ray) + 1
-        monkeypatch.setattr(training_module, "free_memory", lambda device: memory)
+        monkeypatch.setattr(trainer_module, "free_memory", lambda device: memory)
         return choose_chunk(dataclasses.replace(config, chunk_rays=chunk_rays), torch.device("cpu"))
 
     assert chunk(1e6) == 1000
@@ -324,6 +329,32 @@ def test_a_run_leaves_its_reports(scene: Path, tmp_path: Path, capfd: pytest.Cap
     assert str(result.checkpoint) in said
 
 
+class Terminal(io.StringIO):
+    """An output that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_shows_what_is_left(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    output = Terminal() if is_terminal else io.StringIO()
+    clock = iter(range(0, 1000, 11))
+    monkeypatch.setattr(sys, "stderr", output)
+    monkeypatch.setattr(training_reports.time, "monotonic", lambda: next(clock))
+    # Resumed at step 100: what is left follows from the steps done here, 10 in 20 s, or from the time limit.
+    progress = ProgressLine(100, 1000, 400.0, 600.0)
+    progress.update(110, 420.0, 12345.6, 21.5)
+    progress.update(120, 550.0, 12345.6, 22.5)
+    progress.close()
+    text = output.getvalue()
+    assert "step 110 of 1,000, 12,346 rays/s, PSNR 21.50 dB, 3:00 left" in text
+    assert "step 120 of 1,000, 12,346 rays/s, PSNR 22.50 dB, 0:50 left" in text
+    # The bar shows whichever limit is nearer: 550 of 600 s.
+    assert ("92%|" in text) == is_terminal
+    assert ("train: step" in text) != is_terminal
+
+
 def test_the_training_psnr_is_of_the_mean_squared_error(scene: Path, tmp_path: Path) -> None:
     config = tiny(max_steps=3, print_every=3, save_every=100, test_every=0)
     run_training(str(scene), config, "tiny", tmp_path / "run", device="cpu")
@@ -364,13 +395,13 @@ def test_a_diverging_run_keeps_its_good_weights(
     scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(test_every=0, save_every=4)
-    draw = training_module.RayBatches.draw
+    draw = trainer_module.RayBatches.draw
 
     def poisoned(self: object, seed: int, step: int, count: int) -> object:
         rays, target = draw(self, seed, step, count)  # type: ignore[arg-type]
         return rays, target * math.nan if step == 7 else target
 
-    monkeypatch.setattr(training_module.RayBatches, "draw", poisoned)
+    monkeypatch.setattr(trainer_module.RayBatches, "draw", poisoned)
     with pytest.raises(InputError, match=r"step 7: the loss is nan.*step_00000006"):
         run_training(str(scene), config, "tiny", tmp_path / "run", device="cpu")
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -392,7 +423,7 @@ def test_a_step_that_is_not_finite_changes_nothing(dataset: Dataset, monkeypatch
     def infinite(*_: object) -> torch.Tensor:
         return torch.tensor(math.inf)
 
-    monkeypatch.setattr(training_module, "clip_gradients", infinite)
+    monkeypatch.setattr(trainer_module, "clip_gradients", infinite)
     with pytest.raises(DivergedError, match=r"step 2: the loss is .*, the norm of its gradient inf"):
         trainer.train_step()
     assert trainer.step == 1

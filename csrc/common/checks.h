@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
@@ -58,6 +59,8 @@ inline std::string device_text(const torch::stable::Tensor& tensor) {
     return "device type " + std::to_string(static_cast<int>(tensor.device().type())) + ":" + index;
 }
 
+// The messages are put together only where something is wrong: a call on a few rays takes as long as some of
+// them.
 struct Checker {
     using Tensor = torch::stable::Tensor;
     using ScalarType = torch::headeronly::ScalarType;
@@ -73,8 +76,8 @@ struct Checker {
     }
 
     void dims(const char* argument, const Tensor& tensor, int64_t wanted, const char* meaning) const {
-        that(tensor.dim() == wanted, argument, std::string("of shape ") + meaning,
-             sizes_text(tensor.sizes()));
+        if (tensor.dim() == wanted) return;
+        that(false, argument, std::string("of shape ") + meaning, sizes_text(tensor.sizes()));
     }
 
     void shape(const char* argument, const Tensor& tensor, std::initializer_list<int64_t> wanted,
@@ -82,18 +85,17 @@ struct Checker {
         bool equal = tensor.dim() == static_cast<int64_t>(wanted.size());
         int64_t axis = 0;
         for (const int64_t size : wanted) equal = equal && tensor.size(axis++) == size;
-        that(equal, argument, "of shape " + sizes_text(wanted) + " (" + meaning + ")",
+        if (equal) return;
+        that(false, argument, "of shape " + sizes_text(wanted) + " (" + meaning + ")",
              sizes_text(tensor.sizes()));
     }
 
     void dtype(const char* argument, ScalarType got, std::initializer_list<ScalarType> allowed) const {
-        bool found = false;
+        if (std::find(allowed.begin(), allowed.end(), got) != allowed.end()) return;
         std::string names;
-        for (const ScalarType candidate : allowed) {
-            found = found || candidate == got;
+        for (const ScalarType candidate : allowed)
             names += (names.empty() ? "" : " or ") + std::string(dtype_text(candidate));
-        }
-        that(found, argument, names, dtype_text(got));
+        that(false, argument, names, dtype_text(got));
     }
 
     void dtype(const char* argument, const Tensor& tensor, std::initializer_list<ScalarType> allowed) const {
@@ -102,15 +104,15 @@ struct Checker {
 
     void same_dtype(const char* argument, const Tensor& tensor, const char* other_argument,
                     const Tensor& other) const {
-        that(tensor.scalar_type() == other.scalar_type(), argument,
-             std::string(dtype_text(other.scalar_type())) + " as " + other_argument,
+        if (tensor.scalar_type() == other.scalar_type()) return;
+        that(false, argument, std::string(dtype_text(other.scalar_type())) + " as " + other_argument,
              dtype_text(tensor.scalar_type()));
     }
 
     void same_device(const char* argument, const Tensor& tensor, const char* other_argument,
                      const Tensor& other) const {
-        that(tensor.device() == other.device(), argument,
-             "on " + device_text(other) + " as " + other_argument, device_text(tensor));
+        if (tensor.device() == other.device()) return;
+        that(false, argument, "on " + device_text(other) + " as " + other_argument, device_text(tensor));
     }
 };
 

@@ -6,7 +6,7 @@
 // The body and everything it calls are inlined into one function per instruction set, so that its loops are
 // vectorised three times; which copy runs is decided once per process. (target_clones does the same for plain
 // functions but takes no templates, and its "avx2" is without the fused multiply-add, which would leave fma()
-// a call into libm.)
+// a call into libm.) Tuned for haswell since g++ otherwise takes gathers apart into single loads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -51,12 +51,13 @@ void run_baseline(const Body& body, int64_t begin, int64_t end) {
 
 #if defined(__x86_64__)
 template <typename Body>
-__attribute__((target("avx2,fma"))) void run_avx2(const Body& body, int64_t begin, int64_t end) {
+__attribute__((target("avx2,fma,tune=haswell"))) void run_avx2(const Body& body, int64_t begin, int64_t end) {
     body(begin, end);
 }
 
 template <typename Body>
-__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512"))) void
+__attribute__((
+    target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,tune=haswell,prefer-vector-width=512"))) void
 run_avx512(const Body& body, int64_t begin, int64_t end) {
     body(begin, end);
 }

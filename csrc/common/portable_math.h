@@ -33,7 +33,6 @@
 namespace mipnerf {
 
 // ---- bits
-// -----------------------------------------------------------------------------------------------------
 
 MIPNERF_HOST_DEVICE uint32_t float_bits(float x) {
 #if defined(__CUDA_ARCH__)
@@ -113,7 +112,6 @@ MIPNERF_HOST_DEVICE float from_half_bits(uint16_t half) {
 }
 
 // ---- operations that no compiler may fuse
-// ---------------------------------------------------------------------
 
 MIPNERF_HOST_DEVICE float add_rn(float a, float b) {
 #if defined(__CUDA_ARCH__)
@@ -177,7 +175,6 @@ MIPNERF_HOST_DEVICE double reciprocal(double x) {
 }
 
 // ---- pairs: the unevaluated sum hi + lo, |lo| at most half a unit in the last place of hi
-// ------------------------
 
 template <typename T>
 struct Pair {
@@ -222,7 +219,6 @@ MIPNERF_HOST_DEVICE Pair<T> pair_times(Pair<T> a, Pair<T> b) {
 }
 
 // ---- integers
-// -------------------------------------------------------------------------------------------------
 
 // 1.5 x 2^23 (2^52): adding it rounds |x| < 2^22 (2^51) to the nearest integer, ties to even, which then sits
 // in the low bits; subtracting it again gives the integer as a number.
@@ -261,7 +257,6 @@ MIPNERF_HOST_DEVICE double square_root(double x) {
 }
 
 // ---- exponentials
-// ---------------------------------------------------------------------------------------------
 
 // 2^n for an integer -127 <= n <= 127 given as n + rounding_shift; n = -127 gives zero.
 MIPNERF_HOST_DEVICE float exp2_of_shifted_integer(float shifted) {
@@ -340,9 +335,8 @@ MIPNERF_HOST_DEVICE double one_minus_exp_negative(double x) {
 }
 
 // ---- activations
-// ----------------------------------------------------------------------------------------------
 
-// 1 / x for 1 <= x <= 4, to one unit in the last place: on the device without the slow path that a division carries along
+// 1 / x for 1 <= x <= 4, to one unit in the last place: on the device without the slow path of a division
 // for arguments that do not occur here.
 MIPNERF_HOST_DEVICE float reciprocal_near_one(float x) {
 #if defined(__CUDA_ARCH__)
@@ -392,7 +386,6 @@ MIPNERF_HOST_DEVICE T sigmoid(T x) {
 }
 
 // ---- sine and cosine
-// ------------------------------------------------------------------------------------------
 
 template <typename T>
 struct SinCos {

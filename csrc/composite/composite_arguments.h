@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <string>
 
 #include "../common/checks.h"
 #include "composite_math.h"
@@ -18,26 +17,18 @@ struct CompositeSizes {
 };
 
 inline CompositeOptions<double> composite_options(const Checker& check, bool white_background,
-                                                  const std::string& density_activation, double density_bias,
-                                                  const std::string& rgb_activation, double rgb_padding) {
-    CompositeOptions<double> options{white_background ? 1.0 : 0.0, density_bias, rgb_padding,
-                                     DensityActivation::kNone, RgbActivation::kNone};
-    if (density_activation == "softplus")
-        options.density_activation = DensityActivation::kSoftplus;
-    else if (density_activation == "relu")
-        options.density_activation = DensityActivation::kRelu;
-    else
-        check.that(density_activation == "none", "density_activation", "none, softplus or relu",
-                   density_activation);
-    if (rgb_activation == "sigmoid")
-        options.rgb_activation = RgbActivation::kSigmoid;
-    else
-        check.that(rgb_activation == "none", "rgb_activation", "none or sigmoid", rgb_activation);
-    return options;
+                                                  int64_t density_activation, double density_bias,
+                                                  int64_t rgb_activation, double rgb_padding) {
+    check.that(
+        density_activation >= 0 && density_activation <= static_cast<int64_t>(DensityActivation::kRelu),
+        "density_activation", "0 (none), 1 (softplus) or 2 (relu)", density_activation);
+    check.that(rgb_activation >= 0 && rgb_activation <= static_cast<int64_t>(RgbActivation::kSigmoid),
+               "rgb_activation", "0 (none) or 1 (sigmoid)", rgb_activation);
+    return {white_background ? 1.0 : 0.0, density_bias, rgb_padding,
+            static_cast<DensityActivation>(density_activation), static_cast<RgbActivation>(rgb_activation)};
 }
 
-// Shapes, devices, dtypes. Messages are put together only where something is wrong: a call on a few rays
-// takes as long as a handful of strings.
+// Shapes, devices, dtypes.
 inline CompositeSizes check_composite(const Checker& check, const torch::stable::Tensor& rgb,
                                       const torch::stable::Tensor& density,
                                       const torch::stable::Tensor& t_vals,
@@ -46,7 +37,8 @@ inline CompositeSizes check_composite(const Checker& check, const torch::stable:
     check.dims("t_vals", t_vals, 2, "[B, N+1]");
     const int64_t rays = t_vals.size(0);
     const int64_t samples = t_vals.size(1) - 1;
-    check.that(samples >= 1, "t_vals", "of shape [B, N+1] with N at least 1", sizes_text(t_vals.sizes()));
+    if (samples < 1)
+        check.that(false, "t_vals", "of shape [B, N+1] with N at least 1", sizes_text(t_vals.sizes()));
     check.shape("rgb", rgb, {rays, samples, 3}, "[B, N, 3]");
     if (density.dim() == 2)
         check.shape("density", density, {rays, samples}, "[B, N]");
@@ -79,7 +71,7 @@ class OutputGradient {
         check.shape(name, *grad, shape, meaning);
         check.same_device(name, *grad, "t_vals", t_vals);
         check.same_dtype(name, *grad, "t_vals", t_vals);
-        contiguous_ = torch::stable::contiguous(*grad);
+        contiguous_ = grad->is_contiguous() ? *grad : torch::stable::contiguous(*grad);
     }
 
     template <typename T>
@@ -108,7 +100,9 @@ inline ContiguousInputs contiguous_inputs(const torch::stable::Tensor& rgb,
                                           const torch::stable::Tensor& density,
                                           const torch::stable::Tensor& t_vals,
                                           const torch::stable::Tensor& directions) {
-    using torch::stable::contiguous;
+    const auto contiguous = [](const torch::stable::Tensor& tensor) {
+        return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    };
     return {contiguous(rgb), contiguous(density), contiguous(t_vals), contiguous(directions)};
 }
 

@@ -4,8 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <type_traits>
 
@@ -55,10 +55,10 @@ struct ForwardAndResample {
         const CompositeRoom<T> room(in.samples);
         const Positions<T> positions(resample.num_fenceposts);
         const ResampleRoom<T> resample_room(resample, positions);
-        for (int64_t ray = begin; ray < end; ++ray) {
-            composite_forward_ray(in, out, room, ray);
-            resample_ray(resample, positions, resample_room, ray, out.weights + ray * in.samples,
-                         new_t_vals + ray * resample.num_fenceposts);
+        for (int64_t first = begin; first < end; first += kResampleRays) {
+            const int64_t last = std::min(first + kResampleRays, end);
+            for (int64_t ray = first; ray < last; ++ray) composite_forward_ray(in, out, room, ray);
+            resample_block(resample, positions, resample_room, first, last, out.weights, new_t_vals);
         }
     }
 };
@@ -96,9 +96,11 @@ CompositeOutputs<T> outputs_of(const CompositeTensors& out) {
             mutable_data<T>(out.weights)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cpu(
-    Tensor rgb, Tensor density, Tensor t_vals, Tensor directions, bool white_background,
-    std::string density_activation, double density_bias, std::string rgb_activation, double rgb_padding) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cpu(Tensor rgb, Tensor density, Tensor t_vals,
+                                                                 Tensor directions, bool white_background,
+                                                                 int64_t density_activation,
+                                                                 double density_bias, int64_t rgb_activation,
+                                                                 double rgb_padding) {
     const Checker check{"composite_forward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);
     const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
@@ -117,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cpu(
 std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cpu(
     std::optional<Tensor> grad_rgb, std::optional<Tensor> grad_distance, std::optional<Tensor> grad_acc,
     std::optional<Tensor> grad_weights, Tensor rgb, Tensor density, Tensor t_vals, Tensor directions,
-    bool white_background, std::string density_activation, double density_bias, std::string rgb_activation,
+    bool white_background, int64_t density_activation, double density_bias, int64_t rgb_activation,
     double rgb_padding, bool geometry) {
     const Checker check{"composite_backward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);
@@ -150,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cpu(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_resample_forward_cpu(
     Tensor rgb, Tensor density, Tensor t_vals, Tensor directions, bool white_background,
-    std::string density_activation, double density_bias, std::string rgb_activation, double rgb_padding,
+    int64_t density_activation, double density_bias, int64_t rgb_activation, double rgb_padding,
     int64_t num_samples, std::optional<Tensor> u, double padding) {
     const Checker check{"composite_resample_forward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);

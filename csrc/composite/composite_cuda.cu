@@ -62,9 +62,11 @@ CompositeResults results_of(const CompositeTensors& out) {
             mutable_data<float>(out.weights)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cuda(
-    Tensor rgb, Tensor density, Tensor t_vals, Tensor directions, bool white_background,
-    std::string density_activation, double density_bias, std::string rgb_activation, double rgb_padding) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cuda(Tensor rgb, Tensor density, Tensor t_vals,
+                                                                  Tensor directions, bool white_background,
+                                                                  int64_t density_activation,
+                                                                  double density_bias, int64_t rgb_activation,
+                                                                  double rgb_padding) {
     const Checker check{"composite_forward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, false);
     check_cuda_samples(check, sizes.samples);
@@ -84,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cuda(
 std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cuda(
     std::optional<Tensor> grad_rgb, std::optional<Tensor> grad_distance, std::optional<Tensor> grad_acc,
     std::optional<Tensor> grad_weights, Tensor rgb, Tensor density, Tensor t_vals, Tensor directions,
-    bool white_background, std::string density_activation, double density_bias, std::string rgb_activation,
+    bool white_background, int64_t density_activation, double density_bias, int64_t rgb_activation,
     double rgb_padding, bool geometry) {
     const Checker check{"composite_backward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, false);
@@ -118,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cuda(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_resample_forward_cuda(
     Tensor rgb, Tensor density, Tensor t_vals, Tensor directions, bool white_background,
-    std::string density_activation, double density_bias, std::string rgb_activation, double rgb_padding,
+    int64_t density_activation, double density_bias, int64_t rgb_activation, double rgb_padding,
     int64_t num_samples, std::optional<Tensor> u, double padding) {
     const Checker check{"composite_resample_forward"};
     const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, false);

@@ -38,7 +38,8 @@ MIPNERF_DEVICE LaneSamples load_samples(const CompositeArguments<S>& in, const S
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
         samples.density[i] =
-            activate_density(samples.raw.value[i], in.options.density_activation, in.options.density_bias);
+            activate_density(samples.raw.value[i], in.options.density_activation, in.options.density_bias)
+                .value;
         samples.depth[i] =
             optical_depth(samples.density[i], interval_length(samples.t[i], samples.t[i + 1], norm));
         samples.before[i] = lane_sum;
@@ -61,9 +62,9 @@ struct Colour {
     MIPNERF_DEVICE Colour(const CompositeOptions<float>& options, const Floats<3 * kPerLane>& raw, int i)
         : red(raw.value[3 * i]), green(raw.value[3 * i + 1]), blue(raw.value[3 * i + 2]) {
         if (options.rgb_activation == RgbActivation::kSigmoid) {
-            red = activate_rgb(red, RgbActivation::kSigmoid, options.rgb_padding);
-            green = activate_rgb(green, RgbActivation::kSigmoid, options.rgb_padding);
-            blue = activate_rgb(blue, RgbActivation::kSigmoid, options.rgb_padding);
+            red = activate_rgb(red, RgbActivation::kSigmoid, options.rgb_padding).value;
+            green = activate_rgb(green, RgbActivation::kSigmoid, options.rgb_padding).value;
+            blue = activate_rgb(blue, RgbActivation::kSigmoid, options.rgb_padding).value;
         }
     }
 };
@@ -251,8 +252,8 @@ __global__ void __launch_bounds__(kCompositeWarps* kWarpSize, kAligned ? 5 : 4)
         if (in.options.rgb_activation == RgbActivation::kSigmoid) {
 #pragma unroll
             for (int i = 0; i < 3 * kPerLane; ++i)
-                grad_rgb.value[i] *= activate_rgb_derivative(raw_rgb.value[i], RgbActivation::kSigmoid,
-                                                             in.options.rgb_padding);
+                grad_rgb.value[i] *=
+                    activate_rgb(raw_rgb.value[i], RgbActivation::kSigmoid, in.options.rgb_padding).slope;
         }
         store_run<kAligned>(grads.grad_rgb + ray * 3 * n, 3 * first, 3 * n, grad_rgb);
 
@@ -263,8 +264,8 @@ __global__ void __launch_bounds__(kCompositeWarps* kWarpSize, kAligned ? 5 : 4)
                 grad_depth[i] *
                 optical_depth_by_density(samples.density[i],
                                          interval_length(samples.t[i], samples.t[i + 1], norm)) *
-                activate_density_derivative(samples.raw.value[i], in.options.density_activation,
-                                            in.options.density_bias);
+                activate_density(samples.raw.value[i], in.options.density_activation, in.options.density_bias)
+                    .slope;
         store_run<kAligned>(grads.grad_density + ray * n, first, n, grad_density);
 
         if constexpr (kGeometry) {

@@ -57,35 +57,43 @@ MIPNERF_HOST_DEVICE T relu(T x) {
 }
 
 template <typename T>
-MIPNERF_HOST_DEVICE T activate_density(T raw, DensityActivation activation, T bias) {
-    if (activation == DensityActivation::kSoftplus) return softplus(raw + bias);
-    if (activation == DensityActivation::kRelu) return relu(raw + bias);
-    return raw;
+struct Activated {
+    T value;
+    T slope;  // the derivative by the raw number
+};
+
+// The exponential and the reciprocal that value and slope share.
+template <typename T>
+MIPNERF_HOST_DEVICE Activated<T> softplus_with_slope(T x) {
+    const T e = exp_nonpositive(x < T(0) ? x : -x);
+    const T inverse = reciprocal_near_one(T(1) + e);
+    return {relu(x) + log1p_unit(e), x < T(0) ? e * inverse : inverse};
+}
+
+// s (1 - s) = e / (1 + e)^2 with e = exp(-|x|): no cancellation where s is near one.
+template <typename T>
+MIPNERF_HOST_DEVICE Activated<T> sigmoid_with_slope(T x) {
+    const T e = exp_nonpositive(x < T(0) ? x : -x);
+    const T inverse = reciprocal_near_one(T(1) + e);
+    return {x < T(0) ? e * inverse : inverse, e * inverse * inverse};
 }
 
 template <typename T>
-MIPNERF_HOST_DEVICE T activate_density_derivative(T raw, DensityActivation activation, T bias) {
-    if (activation == DensityActivation::kSoftplus) return sigmoid(raw + bias);
-    if (activation == DensityActivation::kRelu) return raw + bias > T(0) ? T(1) : T(0);
-    return T(1);
+MIPNERF_HOST_DEVICE Activated<T> activate_density(T raw, DensityActivation activation, T bias) {
+    if (activation == DensityActivation::kSoftplus) return softplus_with_slope(raw + bias);
+    if (activation == DensityActivation::kRelu) return {relu(raw + bias), raw + bias > T(0) ? T(1) : T(0)};
+    return {raw, T(1)};
 }
 
 // Widened so that a finite raw value can reach 0 and 1: sigmoid(raw) (1 + 2 padding) - padding.
 template <typename T>
-MIPNERF_HOST_DEVICE T activate_rgb(T raw, RgbActivation activation, T padding) {
-    if (activation == RgbActivation::kSigmoid) return sigmoid(raw) * (T(1) + T(2) * padding) - padding;
-    return raw;
-}
-
-template <typename T>
-MIPNERF_HOST_DEVICE T activate_rgb_derivative(T raw, RgbActivation activation, T padding) {
+MIPNERF_HOST_DEVICE Activated<T> activate_rgb(T raw, RgbActivation activation, T padding) {
     if (activation == RgbActivation::kSigmoid) {
-        // s (1 - s) = e / (1 + e)^2 with e = exp(-|raw|): no cancellation where s is near one
-        const T e = exp_nonpositive(raw < T(0) ? raw : -raw);
-        const T inverse = reciprocal_near_one(T(1) + e);
-        return e * inverse * inverse * (T(1) + T(2) * padding);
+        const Activated<T> s = sigmoid_with_slope(raw);
+        const T width = T(1) + T(2) * padding;
+        return {s.value * width - padding, s.slope * width};
     }
-    return T(1);
+    return {raw, T(1)};
 }
 
 // ---- one interval -------------------------------------------------------------------------------

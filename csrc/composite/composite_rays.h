@@ -1,6 +1,6 @@
 // The CPU loops of compositing: vectorised along the samples of a ray, the sums before and after a sample
-// included. These accumulate in double, as torch.cumsum does, so that the error of a transmittance does not
-// grow with N. No torch.
+// included. Sums are of blocks, and of the blocks in double, so that their error does not grow with N. No
+// torch.
 #pragma once
 
 #include <algorithm>
@@ -49,6 +49,8 @@ MIPNERF_INLINE void narrow(float x, HalfStorage& y) {
     y.bits = to_half_bits(x);
 }
 
+constexpr int64_t kSumBlock = 64;
+
 template <typename T, typename S>
 struct CompositeInputs {
     int64_t samples;
@@ -81,38 +83,45 @@ struct CompositeGradients {
 
 // ---- rows ---------------------------------------------------------------------------------------
 
-// The activated row: `raw` itself where there is nothing to do, otherwise written to `room`.
-template <typename T, typename S>
+// The activated row: `raw` itself where there is nothing to do, otherwise written to `room`. Where the slopes
+// are wanted and are not all one they are written to `slopes`.
+template <bool kSlopes, DensityActivation kActivation, typename T, typename S>
+MIPNERF_INLINE void activate_density_row(const S* raw, int64_t samples, T bias, T* room, T* slopes) {
+#pragma omp simd
+    for (int64_t i = 0; i < samples; ++i) {
+        const Activated<T> activated = activate_density<T>(widen(raw[i]), kActivation, bias);
+        room[i] = activated.value;
+        if (kSlopes) slopes[i] = activated.slope;
+    }
+}
+
+template <bool kSlopes, typename T, typename S>
 MIPNERF_INLINE const T* density_row(const S* raw, int64_t samples, const CompositeOptions<T>& options,
-                                    T* room) {
-    const T bias = options.density_bias;
-    switch (options.density_activation) {
-        case DensityActivation::kNone:
-            if constexpr (std::is_same_v<T, S>) return raw;
-#pragma omp simd
-            for (int64_t i = 0; i < samples; ++i) room[i] = widen(raw[i]);
-            break;
-        case DensityActivation::kSoftplus:
-#pragma omp simd
-            for (int64_t i = 0; i < samples; ++i)
-                room[i] = activate_density<T>(widen(raw[i]), DensityActivation::kSoftplus, bias);
-            break;
-        case DensityActivation::kRelu:
-#pragma omp simd
-            for (int64_t i = 0; i < samples; ++i)
-                room[i] = activate_density<T>(widen(raw[i]), DensityActivation::kRelu, bias);
-            break;
+                                    T* room, T* slopes) {
+    if (options.density_activation == DensityActivation::kSoftplus) {
+        activate_density_row<kSlopes, DensityActivation::kSoftplus>(raw, samples, options.density_bias, room,
+                                                                    slopes);
+    } else if (options.density_activation == DensityActivation::kRelu) {
+        activate_density_row<kSlopes, DensityActivation::kRelu>(raw, samples, options.density_bias, room,
+                                                                slopes);
+    } else {
+        if constexpr (std::is_same_v<T, S>) return raw;
+        activate_density_row<false, DensityActivation::kNone>(raw, samples, T(0), room, slopes);
     }
     return room;
 }
 
-template <typename T, typename S>
-MIPNERF_INLINE const T* rgb_row(const S* raw, int64_t samples, const CompositeOptions<T>& options, T* room) {
+template <bool kSlopes, typename T, typename S>
+MIPNERF_INLINE const T* rgb_row(const S* raw, int64_t samples, const CompositeOptions<T>& options, T* room,
+                                T* slopes) {
     if (options.rgb_activation == RgbActivation::kSigmoid) {
-        const T padding = options.rgb_padding;
 #pragma omp simd
-        for (int64_t i = 0; i < 3 * samples; ++i)
-            room[i] = activate_rgb<T>(widen(raw[i]), RgbActivation::kSigmoid, padding);
+        for (int64_t i = 0; i < 3 * samples; ++i) {
+            const Activated<T> activated =
+                activate_rgb<T>(widen(raw[i]), RgbActivation::kSigmoid, options.rgb_padding);
+            room[i] = activated.value;
+            if (kSlopes) slopes[i] = activated.slope;
+        }
         return room;
     }
     if constexpr (std::is_same_v<T, S>) return raw;
@@ -132,11 +141,17 @@ MIPNERF_INLINE void depth_row(const T* density, const T* t, int64_t samples, T n
 template <typename T>
 MIPNERF_INLINE void sums_before(const T* depth, int64_t samples, T* before) {
     double sum = 0;
-#pragma omp simd reduction(inscan, + : sum)
-    for (int64_t i = 0; i < samples; ++i) {
-        before[i] = static_cast<T>(sum);
-#pragma omp scan exclusive(sum)
-        sum += depth[i];
+    for (int64_t begin = 0; begin < samples; begin += kSumBlock) {
+        const int64_t count = begin + kSumBlock < samples ? kSumBlock : samples - begin;
+        const T base = static_cast<T>(sum);
+        T partial = 0;
+#pragma omp simd reduction(inscan, + : partial)
+        for (int64_t i = 0; i < count; ++i) {
+            before[begin + i] = base + partial;
+#pragma omp scan exclusive(partial)
+            partial += depth[begin + i];
+        }
+        sum += partial;
     }
     before[samples] = static_cast<T>(sum);
 }
@@ -145,11 +160,17 @@ MIPNERF_INLINE void sums_before(const T* depth, int64_t samples, T* before) {
 template <typename T>
 MIPNERF_INLINE void sums_after(const T* value, int64_t samples, T* after) {
     double sum = 0;
-#pragma omp simd reduction(inscan, + : sum)
-    for (int64_t i = 0; i < samples; ++i) {
-        after[samples - 1 - i] = static_cast<T>(sum);
-#pragma omp scan exclusive(sum)
-        sum += value[samples - 1 - i];
+    for (int64_t begin = samples - 1; begin >= 0; begin -= kSumBlock) {
+        const int64_t count = begin + 1 < kSumBlock ? begin + 1 : kSumBlock;
+        const T base = static_cast<T>(sum);
+        T partial = 0;
+#pragma omp simd reduction(inscan, + : partial)
+        for (int64_t i = 0; i < count; ++i) {
+            after[begin - i] = base + partial;
+#pragma omp scan exclusive(partial)
+            partial += value[begin - i];
+        }
+        sum += partial;
     }
 }
 
@@ -160,13 +181,15 @@ template <typename T>
 class CompositeRoom {
   public:
     explicit CompositeRoom(int64_t samples)
-        : numbers_(static_cast<size_t>(5 * (samples + 1) + 3 * samples)),
+        : numbers_(static_cast<size_t>(6 * (samples + 1) + 6 * samples)),
           depth(numbers_.data()),
           through(depth + samples + 1),
           density(through + samples + 1),
           weights(density + samples + 1),
           product(weights + samples + 1),
-          rgb(product + samples + 1) {}
+          density_slope(product + samples + 1),
+          rgb(density_slope + samples + 1),
+          rgb_slope(rgb + 3 * samples) {}
 
   private:
     std::vector<T> numbers_;
@@ -177,7 +200,9 @@ class CompositeRoom {
     T* const density;  // [N]
     T* const weights;  // [N]
     T* const product;  // [N] w_i dL/dw_i
-    T* const rgb;      // [N, 3]
+    T* const density_slope;
+    T* const rgb;  // [N, 3]
+    T* const rgb_slope;
 };
 
 template <typename T, typename S>
@@ -185,30 +210,41 @@ MIPNERF_INLINE void composite_forward_ray(const CompositeInputs<T, S>& in, const
                                           const CompositeRoom<T>& room, int64_t ray) {
     const int64_t n = in.samples;
     const T* t = in.t_vals + ray * (n + 1);
-    const T* density = density_row(in.density + ray * n, n, in.options, room.density);
+    const T* density =
+        density_row<false>(in.density + ray * n, n, in.options, room.density, room.density_slope);
     depth_row(density, t, n, direction_norm(in.directions + 3 * ray), room.depth);
     sums_before(room.depth, n, room.through);
-    const T* rgb = rgb_row(in.rgb + ray * 3 * n, n, in.options, room.rgb);
+    const T* rgb = rgb_row<false>(in.rgb + ray * 3 * n, n, in.options, room.rgb, room.rgb_slope);
     const T* depth = room.depth;
     const T* before = room.through;
     T* weights = out.weights + ray * n;
-    T red = 0, green = 0, blue = 0, acc = 0, sum_middle = 0;
-#pragma omp simd reduction(+ : red, green, blue, acc, sum_middle)
-    for (int64_t i = 0; i < n; ++i) {
-        const T w = transmittance(before[i]) * opacity(depth[i]);
-        weights[i] = w;
-        red += w * rgb[3 * i];
-        green += w * rgb[3 * i + 1];
-        blue += w * rgb[3 * i + 2];
-        acc += w;
-        sum_middle += w * interval_middle(t[i], t[i + 1]);
+    double sum_red = 0, sum_green = 0, sum_blue = 0, sum_weights = 0, sum_middles = 0;
+    for (int64_t begin = 0; begin < n; begin += kSumBlock) {
+        const int64_t end = begin + kSumBlock < n ? begin + kSumBlock : n;
+        T red = 0, green = 0, blue = 0, acc = 0, middles = 0;
+#pragma omp simd reduction(+ : red, green, blue, acc, middles)
+        for (int64_t i = begin; i < end; ++i) {
+            const T w = transmittance(before[i]) * opacity(depth[i]);
+            weights[i] = w;
+            red += w * rgb[3 * i];
+            green += w * rgb[3 * i + 1];
+            blue += w * rgb[3 * i + 2];
+            acc += w;
+            middles += w * interval_middle(t[i], t[i + 1]);
+        }
+        sum_red += red;
+        sum_green += green;
+        sum_blue += blue;
+        sum_weights += acc;
+        sum_middles += middles;
     }
+    const T acc = static_cast<T>(sum_weights);
     const T left = in.options.background * (T(1) - acc);
-    out.rgb[3 * ray] = red + left;
-    out.rgb[3 * ray + 1] = green + left;
-    out.rgb[3 * ray + 2] = blue + left;
+    out.rgb[3 * ray] = static_cast<T>(sum_red) + left;
+    out.rgb[3 * ray + 1] = static_cast<T>(sum_green) + left;
+    out.rgb[3 * ray + 2] = static_cast<T>(sum_blue) + left;
     out.acc[ray] = acc;
-    out.distance[ray] = expected_distance(sum_middle, acc, t[0], t[n]).value;
+    out.distance[ray] = expected_distance(static_cast<T>(sum_middles), acc, t[0], t[n]).value;
 }
 
 // ---- backward -----------------------------------------------------------------------------------
@@ -225,13 +261,14 @@ MIPNERF_INLINE WeightCotangent<T> weight_cotangent(const T* grad_rgb, const T* g
     }
     if (grad_acc != nullptr) cotangent.constant += grad_acc[ray];
     if (grad_distance != nullptr) {
-        T acc = 0, sum_middle = 0;
-#pragma omp simd reduction(+ : acc, sum_middle)
+        double sum_weights = 0, sum_middles = 0;
+#pragma omp simd reduction(+ : sum_weights, sum_middles)
         for (int64_t i = 0; i < n; ++i) {
-            acc += weights[i];
-            sum_middle += weights[i] * interval_middle(t[i], t[i + 1]);
+            sum_weights += weights[i];
+            sum_middles += weights[i] * interval_middle(t[i], t[i + 1]);
         }
-        const Distance<T> distance = expected_distance(sum_middle, acc, t[0], t[n]);
+        const T acc = static_cast<T>(sum_weights);
+        const Distance<T> distance = expected_distance(static_cast<T>(sum_middles), acc, t[0], t[n]);
         cotangent.distance = distance.value;
         if (distance.is_inside) cotangent.towards_distance = grad_distance[ray] / acc;
     }
@@ -239,7 +276,7 @@ MIPNERF_INLINE WeightCotangent<T> weight_cotangent(const T* grad_rgb, const T* g
 }
 
 template <typename T, typename S>
-MIPNERF_INLINE void store_grad_rgb(const T* weights, const WeightCotangent<T>& cotangent, const S* raw,
+MIPNERF_INLINE void store_grad_rgb(const T* weights, const WeightCotangent<T>& cotangent, const T* slopes,
                                    const CompositeOptions<T>& options, int64_t n, T* room, S* grad) {
     const T red = cotangent.rgb[0], green = cotangent.rgb[1], blue = cotangent.rgb[2];
     T* target = room;
@@ -250,12 +287,9 @@ MIPNERF_INLINE void store_grad_rgb(const T* weights, const WeightCotangent<T>& c
         target[3 * i + 1] = weights[i] * green;
         target[3 * i + 2] = weights[i] * blue;
     }
-    if (options.rgb_activation == RgbActivation::kSigmoid) {
-        const T padding = options.rgb_padding;
+    if (options.rgb_activation != RgbActivation::kNone) {
 #pragma omp simd
-        for (int64_t i = 0; i < 3 * n; ++i)
-            narrow(target[i] * activate_rgb_derivative<T>(widen(raw[i]), RgbActivation::kSigmoid, padding),
-                   grad[i]);
+        for (int64_t i = 0; i < 3 * n; ++i) narrow(target[i] * slopes[i], grad[i]);
     } else if constexpr (!std::is_same_v<T, S>) {
 #pragma omp simd
         for (int64_t i = 0; i < 3 * n; ++i) narrow(target[i], grad[i]);
@@ -264,21 +298,14 @@ MIPNERF_INLINE void store_grad_rgb(const T* weights, const WeightCotangent<T>& c
 
 template <typename T, typename S>
 MIPNERF_INLINE void store_grad_density(const T* grad_depth, const T* density, const T* t, T norm,
-                                       const S* raw, const CompositeOptions<T>& options, int64_t n, S* grad) {
-    const T bias = options.density_bias;
-    if (options.density_activation == DensityActivation::kSoftplus) {
+                                       const T* slopes, const CompositeOptions<T>& options, int64_t n,
+                                       S* grad) {
+    if (options.density_activation != DensityActivation::kNone) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i)
             narrow(grad_depth[i] *
                        optical_depth_by_density(density[i], interval_length(t[i], t[i + 1], norm)) *
-                       activate_density_derivative<T>(widen(raw[i]), DensityActivation::kSoftplus, bias),
-                   grad[i]);
-    } else if (options.density_activation == DensityActivation::kRelu) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i)
-            narrow(grad_depth[i] *
-                       optical_depth_by_density(density[i], interval_length(t[i], t[i + 1], norm)) *
-                       activate_density_derivative<T>(widen(raw[i]), DensityActivation::kRelu, bias),
+                       slopes[i],
                    grad[i]);
     } else {
 #pragma omp simd
@@ -295,7 +322,7 @@ template <typename T>
 MIPNERF_INLINE T store_grad_t_vals(const T* grad_depth, const T* density, const T* weights, const T* t,
                                    T norm, T towards_distance, int64_t n, T* room, T* grad_t) {
     T* const grad_length = room;
-    T grad_norm = 0;
+    double grad_norm = 0;
 #pragma omp simd reduction(+ : grad_norm)
     for (int64_t i = 0; i < n; ++i) {
         grad_length[i] = grad_depth[i] * optical_depth_by_length(density[i]);
@@ -307,7 +334,7 @@ MIPNERF_INLINE T store_grad_t_vals(const T* grad_depth, const T* density, const 
     for (int64_t i = 1; i < n; ++i)
         grad_t[i] = half * (weights[i - 1] + weights[i]) + (grad_length[i - 1] - grad_length[i]) * norm;
     grad_t[n] = half * weights[n - 1] + grad_length[n - 1] * norm;
-    return grad_norm;
+    return static_cast<T>(grad_norm);
 }
 
 template <typename T, typename S>
@@ -323,7 +350,8 @@ MIPNERF_INLINE void composite_backward_ray(const CompositeInputs<T, S>& in,
     T* const weights = room.weights;
     T* const product = room.product;
 
-    const T* density = density_row(in.density + ray * n, n, in.options, room.density);
+    const T* density =
+        density_row<true>(in.density + ray * n, n, in.options, room.density, room.density_slope);
     depth_row(density, t, n, norm, depth);
     sums_before(depth, n, through);
 #pragma omp simd
@@ -333,7 +361,7 @@ MIPNERF_INLINE void composite_backward_ray(const CompositeInputs<T, S>& in,
 
     const WeightCotangent<T> cotangent =
         weight_cotangent(grads.rgb, grads.distance, grads.acc, ray, in.options.background, weights, t, n);
-    const T* rgb = rgb_row(in.rgb + ray * 3 * n, n, in.options, room.rgb);
+    const T* rgb = rgb_row<true>(in.rgb + ray * 3 * n, n, in.options, room.rgb, room.rgb_slope);
     T* const grad_weight = depth;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i)
@@ -356,9 +384,8 @@ MIPNERF_INLINE void composite_backward_ray(const CompositeInputs<T, S>& in,
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) grad_depth[i] = own[i] - after[i];
 
-    store_grad_rgb(weights, cotangent, in.rgb + ray * 3 * n, in.options, n, room.rgb,
-                   grads.grad_rgb + ray * 3 * n);
-    store_grad_density(grad_depth, density, t, norm, in.density + ray * n, in.options, n,
+    store_grad_rgb(weights, cotangent, room.rgb_slope, in.options, n, room.rgb, grads.grad_rgb + ray * 3 * n);
+    store_grad_density(grad_depth, density, t, norm, room.density_slope, in.options, n,
                        grads.grad_density + ray * n);
     if (grads.grad_t_vals != nullptr) {
         const T grad_norm =

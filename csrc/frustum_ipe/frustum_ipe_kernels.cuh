@@ -106,7 +106,6 @@ MIPNERF_DEVICE SinCos<float> encode_one(bool integrated, const EncodedCoordinate
 }
 
 // ---- forward
-// ---------------------------------------------------------------------------------------------------
 
 // Who: lane i of a warp has sample 32 w + i (w counts warps over the grid) and row i of the warp's tile.
 // Shared: kTileBytes per warp. Written: each warp its 32 x 96 features, contiguous in memory.
@@ -214,7 +213,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // ---- backward
-// --------------------------------------------------------------------------------------------------
 
 // Adds what one coordinate at one degree contributes.
 MIPNERF_DEVICE void add_degree(bool integrated, const EncodedCoordinate<float>& coordinate, float scale,
@@ -366,7 +364,6 @@ __global__ void __launch_bounds__(kThreads, 4)
 }  // namespace frustum_ipe
 
 // ---- launches
-// --------------------------------------------------------------------------------------------------
 
 template <typename Out>
 void launch_frustum_ipe_forward(const FrustumIpeInputs& inputs, Out* features, Stream stream) {

@@ -32,7 +32,6 @@ MIPNERF_HOST_DEVICE constexpr double smallest_normal(double) {
 }
 
 // ---- equation 7: moments along and across the ray
-// ---------------------------------------------------------------
 
 template <typename T>
 struct FrustumMoments {
@@ -132,7 +131,6 @@ MIPNERF_HOST_DEVICE FencepostGradient<T> frustum_moments_gradient(const FrustumM
 }
 
 // ---- equation 8: the Gaussian of one coordinate, ready to be encoded
-// ---------------------------------------------
 
 // How a direction spreads a variance across the ray over the coordinates; m = max(||d||^2, 1e-10).
 template <typename T>
@@ -218,7 +216,6 @@ MIPNERF_HOST_DEVICE EncodedCoordinate<T> encoded_coordinate(const RayConstants<T
 }
 
 // ---- equation 14: the features of one coordinate at one degree
-// ---------------------------------------------------
 
 // Sine and cosine of 2^degree x; both have the other sign where the integer in `shifted` is odd.
 template <typename T>
@@ -295,7 +292,6 @@ MIPNERF_HOST_DEVICE CoordinateGradient<T> encode_degree_gradient(SinCos<T> featu
 }
 
 // ---- from the coordinates back to the sample and the ray
-// ---------------------------------------------------------
 
 // Sums over the samples of a ray, from which the gradients of its origin, direction and radius follow.
 template <typename T>

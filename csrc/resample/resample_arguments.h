@@ -21,9 +21,9 @@ inline ResampleSizes check_positions(const Checker& check, const torch::stable::
                                      int64_t num_samples, const std::optional<torch::stable::Tensor>& u) {
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 8;
     const int64_t rays = t_vals.size(0), samples = t_vals.size(1) - 1;
-    check.that(num_samples >= 1 && num_samples < kMost, "num_samples", "at least 1 and less than 2^28",
-               num_samples);
-    check.that(samples < kMost, "t_vals", "of fewer than 2^28 intervals", samples);
+    if (num_samples < 1 || num_samples >= kMost)
+        check.that(false, "num_samples", "at least 1 and less than 2^28", num_samples);
+    if (samples >= kMost) check.that(false, "t_vals", "of fewer than 2^28 intervals", samples);
     if (u.has_value()) {
         check.shape("u", *u, {rays, num_samples + 1}, "[B, num_samples + 1]");
         check.same_device("u", *u, "t_vals", t_vals);
@@ -38,7 +38,8 @@ inline ResampleSizes check_resample(const Checker& check, const torch::stable::T
     using torch::headeronly::ScalarType;
     check.dims("t_vals", t_vals, 2, "[B, N+1]");
     const int64_t samples = t_vals.size(1) - 1;
-    check.that(samples >= 1, "t_vals", "of shape [B, N+1] with N at least 1", sizes_text(t_vals.sizes()));
+    if (samples < 1)
+        check.that(false, "t_vals", "of shape [B, N+1] with N at least 1", sizes_text(t_vals.sizes()));
     check.shape("weights", weights, {t_vals.size(0), samples}, "[B, N]");
     check.same_device("weights", weights, "t_vals", t_vals);
     if (allow_float64)

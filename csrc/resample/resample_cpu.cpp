@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "../common/checks.h"
@@ -26,9 +27,9 @@ struct Resample {
     MIPNERF_INLINE void operator()(int64_t begin, int64_t end) const {
         const Positions<T> positions(in.num_fenceposts);
         const ResampleRoom<T> room(in, positions);
-        for (int64_t ray = begin; ray < end; ++ray)
-            resample_ray(in, positions, room, ray, weights + ray * in.samples,
-                         new_t_vals + ray * in.num_fenceposts);
+        for (int64_t first = begin; first < end; first += kResampleRays)
+            resample_block(in, positions, room, first, std::min(first + kResampleRays, end), weights,
+                           new_t_vals);
     }
 };
 

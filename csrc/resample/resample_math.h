@@ -26,7 +26,9 @@ MIPNERF_HOST_DEVICE T larger(T a, T b) {
 
 template <typename T>
 MIPNERF_HOST_DEVICE T blurred_weight(T previous, T here, T next, T padding) {
-    return T(0.5) * (larger(previous, here) + larger(here, next)) + padding;
+    // Halved last, which changes no bit: before the padding the sum may be subnormal, and multiplying one
+    // costs a CPU as much as the rest of a ray.
+    return T(0.5) * (larger(previous, here) + larger(here, next) + T(2) * padding);
 }
 
 // What every weight of a ray is raised by so that their sum is at least kMinWeightSum.

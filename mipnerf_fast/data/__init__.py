@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mipnerf_fast.data import blender, multiscale, procedural
-from mipnerf_fast.data.dataset import BACKGROUNDS, Dataset
-from mipnerf_fast.data.pyramid import level_of
-from mipnerf_fast.data.ray_batches import RayBatches
-from mipnerf_fast.data.scene_files import SPLITS
-from mipnerf_fast.errors import InputError
+from ..errors import InputError
+from . import blender, multiscale, procedural
+from .dataset import BACKGROUNDS, Dataset
+from .pyramid import level_of
+from .ray_batches import RayBatches
+from .scene_files import SPLITS
 
 __all__ = ["Dataset", "RayBatches", "load_dataset", "multiscale"]
 

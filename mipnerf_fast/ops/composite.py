@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _native, reference
 from ..reference import Composite
 from .arguments import check_float, check_like, check_shape, require
+from .finite import reports_non_finite
 from .implementations import takes_kernel
 from .resample import check_resample, resample
 
@@ -17,6 +18,12 @@ from .resample import check_resample, resample
 MAX_CUDA_SAMPLES = 4096
 
 
+# What the raw operators call them: csrc/composite/composite_math.h.
+_DENSITY_ACTIVATIONS: dict[str | None, int] = {None: 0, "softplus": 1, "relu": 2}
+_RGB_ACTIVATIONS: dict[str | None, int] = {None: 0, "sigmoid": 1}
+
+
+@reports_non_finite("composite", "level")
 def composite(
     rgb: Tensor,
     density: Tensor,
@@ -64,7 +71,12 @@ def composite(
     """
     check_composite("composite", rgb, density, t_vals, directions, density_activation, rgb_activation)
     if takes_kernel("composite", rgb, _unsupported(rgb, density, t_vals)):
-        options = (density_activation or "none", density_bias, rgb_activation or "none", rgb_padding)
+        options = (
+            _DENSITY_ACTIVATIONS[density_activation],
+            density_bias,
+            _RGB_ACTIVATIONS[rgb_activation],
+            rgb_padding,
+        )
         inputs = (rgb, density, t_vals, directions, white_background, *options)
         return Composite(*_apply(_Composite, _forward, inputs))
     return reference.composite(
@@ -80,6 +92,7 @@ def composite(
     )
 
 
+@reports_non_finite("composite_resample", "level", "t_vals")
 def composite_resample(
     rgb: Tensor,
     density: Tensor,
@@ -122,7 +135,12 @@ def composite_resample(
     check_resample("composite_resample", t_vals, None, num_samples, u)
     unsupported = _unsupported(rgb, density, t_vals)
     if takes_kernel("composite", rgb, unsupported):
-        options = (density_activation or "none", density_bias, rgb_activation or "none", rgb_padding)
+        options = (
+            _DENSITY_ACTIVATIONS[density_activation],
+            density_bias,
+            _RGB_ACTIVATIONS[rgb_activation],
+            rgb_padding,
+        )
         inputs = (rgb, density, t_vals, directions, white_background, *options, num_samples, u, padding)
         *level, new_t_vals = _apply(_CompositeResample, _forward_resample, inputs)
         return Composite(*level), new_t_vals
@@ -165,9 +183,9 @@ def check_composite(
         check_float(name, argument, tensor)
         if tensor.device != t_vals.device:
             require(False, name, argument, f"on {t_vals.device} as t_vals", tensor.device)
-    if density_activation not in (None, "softplus", "relu"):
+    if density_activation not in _DENSITY_ACTIVATIONS:
         require(False, name, "density_activation", 'None, "softplus" or "relu"', repr(density_activation))
-    if rgb_activation not in (None, "sigmoid"):
+    if rgb_activation not in _RGB_ACTIVATIONS:
         require(False, name, "rgb_activation", 'None or "sigmoid"', repr(rgb_activation))
 
 

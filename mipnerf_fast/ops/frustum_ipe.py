@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from .arguments import check_float, check_like, check_shape, require
+from .finite import reports_non_finite
 from .implementations import takes_kernel
 
 _SHAPES = ("cone", "cylinder")
@@ -19,6 +20,7 @@ _OUT_DTYPES = {
 }
 
 
+@reports_non_finite("frustum_ipe", "features")
 def frustum_ipe(
     t_vals: Tensor,
     origins: Tensor,

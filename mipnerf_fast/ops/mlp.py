@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import reference
+from .finite import reports_non_finite
 
 
 class MipMLP(nn.Module):
@@ -48,6 +49,7 @@ class MipMLP(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
+    @reports_non_finite("mlp", "rgb", "density")
     def forward(self, features: Tensor, viewdirs_enc: Tensor | None) -> tuple[Tensor, Tensor]:
         """Raw rgb [B, N, 3] and raw density [B, N, 1] from features [B, N, F] and encoded directions [B, V]."""
         return reference.mip_mlp(

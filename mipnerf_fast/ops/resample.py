@@ -9,12 +9,14 @@ from torch import Tensor
 
 from .. import _native, reference
 from .arguments import check_float, check_like, check_shape, require
+from .finite import reports_non_finite
 from .implementations import takes_kernel
 
 # The longest ray of the CUDA kernel, whose CDF lies in shared memory.
 MAX_CUDA_SAMPLES = 4096
 
 
+@reports_non_finite("resample", "t_vals")
 def resample(
     t_vals: Tensor,
     weights: Tensor,

@@ -65,9 +65,11 @@ def weights_from_density(density: Tensor, lengths: Tensor) -> Tensor:
     Returns:
         [B, N]; differentiable in both.
     """
-    # The largest finite number behaves as infinity (its transmittance is 0) without making inf * 0 = NaN, here
-    # or in the backward pass.
-    depth = density.clamp(max=torch.finfo(density.dtype).max) * lengths
+    # An infinite density counts as the largest finite number, whose transmittance is 0, and as a constant: no
+    # inf * 0 = NaN in an empty interval, and no infinite gradient to its length.
+    opaque = density == torch.inf
+    largest = torch.finfo(density.dtype).max
+    depth = torch.where(opaque, largest * lengths.detach(), torch.where(opaque, 0, density) * lengths)
     before = functional.pad(torch.cumsum(depth, -1)[..., :-1], (1, 0))
     return -torch.expm1(-depth) * torch.exp(-before)
 

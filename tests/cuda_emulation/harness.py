@@ -9,6 +9,7 @@ that went into them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -16,6 +17,7 @@ import re
 import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,16 +107,22 @@ def _compile(source: Path, flags: tuple[str, ...]) -> Path:
     digest = hashlib.sha256("\0".join([_compiler_version(compiler()), *command]).encode())
     for file in files:
         digest.update(f"\0{file}\0".encode() + Path(file).read_bytes())
-    target = CACHE / f"{source.stem}-{digest.hexdigest()[:24]}.o"
+    kind = hashlib.sha256("\0".join(command).encode()).hexdigest()[:8]
+    target = CACHE / f"{source.stem}-{kind}-{digest.hexdigest()[:24]}.o"
     if not target.exists():
         _write_by(
             target, lambda path: _call([*command, "-c", source, "-o", path], f"compiling {source.name}")
         )
+    else:
+        os.utime(target)  # in use
     return target
 
 
 def _write_by(target: Path, make: Any) -> None:
-    """Lets ``make(path)`` write a file that gets its name when complete: other processes build as well."""
+    """Lets ``make(path)`` write a file that gets its name when complete: other processes build as well.
+
+    Files of the same name but for the hash are left over from older sources; those an hour old go.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, suffix=target.suffix)
     os.close(handle)
@@ -123,6 +131,10 @@ def _write_by(target: Path, make: Any) -> None:
         os.replace(name, target)
     finally:
         Path(name).unlink(missing_ok=True)
+    for other in target.parent.glob(f"{target.stem.rpartition('-')[0]}-*{target.suffix}"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if other.stat().st_mtime < time.time() - 3600:
+                other.unlink()
 
 
 @functools.cache
@@ -142,7 +154,8 @@ def build(program: str | Path, check: str = "memory", defines: tuple[str, ...] =
     with ThreadPoolExecutor(max_workers=2) as pool:
         objects = list(pool.map(lambda part: _compile(*part), parts))
     digest = hashlib.sha256("\0".join([check, *(path.name for path in objects)]).encode()).hexdigest()[:24]
-    target = CACHE / f"{_source_of(program).stem}-{check}-{digest}"
+    variant = hashlib.sha256("\0".join([str(_source_of(program)), *defines]).encode()).hexdigest()[:8]
+    target = CACHE / f"{_source_of(program).stem}-{check}-{variant}-{digest}"
     if not target.exists():
         link: list[str | Path] = [compiler(), *LINK_FLAGS[check], "-no-pie", *objects]
 

@@ -1,0 +1,89 @@
+"""`mipnerf-fast verify`: it passes here, and a kernel that errs fails it and is named."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mipnerf_fast import _native, cli, ops, verification
+from mipnerf_fast.backend import current_backend
+from mipnerf_fast.reference import Composite
+
+
+@pytest.fixture(scope="module")
+def report() -> verification.Report:
+    return verification.verify(["cpu"])
+
+
+def test_every_operation_passes_with_its_kernel(report: verification.Report) -> None:
+    assert report.passed
+    assert all(row.native_error is not None for row in report.rows)
+    assert {row.operation for row in report.rows} == {"frustum_ipe", "composite", "resample"}
+    assert {row.dtype for row in report.rows} >= {
+        "float32",
+        "float64",
+        "float32 to bfloat16",
+        "float32 to float16",
+    }
+    gradients = {row.quantity.partition("gradient to ")[2] for row in report.rows} - {""}
+    assert gradients >= {
+        "t_vals",
+        "origins",
+        "directions",
+        "radii",
+        "rgb",
+        "density",
+        "raw_rgb",
+        "raw_density",
+    }
+
+
+def test_the_encoding_is_far_better_than_the_float32_reference(report: verification.Report) -> None:
+    row = next(r for r in report.rows if r.quantity == "cone: features" and r.dtype == "float32")
+    assert row.native_error is not None
+    assert row.native_error < row.reference_error / 50
+
+
+def test_command_writes_json_and_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "verify.json"
+    assert cli.main(["verify", "--json", str(path), "--device", "cpu"]) == cli.DONE
+    written = json.loads(path.read_text())
+    assert written["passed"] is True
+    assert len(written["rows"]) == capsys.readouterr().out.count("| pass |")
+    assert "| frustum_ipe | cone: features | float32 | cpu |" in path.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("fault", [1.001, math.nan])
+def test_a_wrong_kernel_fails_and_is_named(
+    fault: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = ops.composite
+
+    def wrong(*arguments: torch.Tensor) -> Composite:
+        level = right(*arguments)
+        if current_backend() == "reference":
+            return level
+        factor = torch.ones_like(level.weights)
+        factor[17, 31] = fault
+        return level._replace(weights=level.weights * factor)
+
+    monkeypatch.setattr(ops, "composite", wrong)
+    assert cli.main(["verify", "--device", "cpu"]) == cli.FAILED
+    failures = [line for line in capsys.readouterr().out.splitlines() if "**FAIL**" in line]
+    assert any("composite | activated: weights | float32" in line for line in failures)
+    assert all("activated" in line for line in failures)
+    assert any("**FAIL** at ray 17, sample 31" in line for line in failures)
+
+
+def test_without_the_library_nothing_is_verified(
+    report: verification.Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "why_missing", lambda: "the native library has not been built")
+    monkeypatch.setattr(verification, "_CASES", verification._CASES[-1:])
+    missing = verification.verify(["cpu"])
+    assert not missing.passed
+    assert "Nothing was verified: the native library has not been built." in verification.markdown(missing)
