@@ -38,6 +38,7 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-unused-parameter",
+    "-Wno-psabi",  # vectors go by value only to functions that are always inlined
     "-fvisibility=hidden",
     "-fopenmp-simd",
     "-fno-math-errno",

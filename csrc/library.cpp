@@ -35,4 +35,79 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
     // Fenceposts and weights to new fenceposts [B, num_samples + 1].
     m.def("resample(Tensor t_vals, Tensor weights, int num_samples, Tensor? u, float padding) -> Tensor");
+    // ---- the fast model
+    // Pixels of a step drawn by counter-based random numbers: origins, directions [B, 3], radii, near, far,
+    // phase [B, 1], background and target colours [B, 3]. Of the images in `order`, sorted by scale, group g
+    // (ending at group_ends[g]) is drawn with the probability that group_shares[g] (ascending, the last 1)
+    // adds.
+    m.def(
+        "draw_rays(Tensor pixels, Tensor offsets, Tensor heights, Tensor widths, Tensor c2w, Tensor focals, "
+        "Tensor nears, Tensor fars, Tensor order, Tensor group_ends, Tensor group_shares, int seed, int "
+        "step, "
+        "int count, bool random_background, float background) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    // Gaussians [S, 3], [S] in the unit box to features [S, L F]; attenuation is none, gaussian or erf.
+    m.def(
+        "hash_encode_forward(Tensor points, Tensor scales, Tensor tables, int[] resolutions, int table_size, "
+        "str attenuation, float cutoff) -> Tensor");
+    // Gradients of points, scales, tables.
+    m.def(
+        "hash_encode_backward(Tensor grad_features, Tensor points, Tensor scales, Tensor tables, "
+        "int[] resolutions, int table_size, str attenuation, float cutoff) -> (Tensor, Tensor, Tensor)");
+    // Rays to packed samples: ray_starts [B + 1], rays [S], t0, t1 [S], means [S, 3], scales [S].
+    m.def(
+        "march(Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far, Tensor phase, "
+        "Tensor masks, int occupancy_resolution, float box_half, float step_scale, float min_step, "
+        "float max_step) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    // Packed samples to rgb [B, 3], distance [B], acc [B], weights [S].
+    m.def(
+        "packed_composite_forward(Tensor rgb, Tensor density, Tensor lengths, Tensor middles, Tensor "
+        "ray_starts, "
+        "Tensor background, Tensor near) -> (Tensor, Tensor, Tensor, Tensor)");
+    // Gradients of rgb, density, lengths, background.
+    m.def(
+        "packed_composite_backward(Tensor grad_rgb, Tensor grad_distance, Tensor grad_acc, Tensor "
+        "grad_weights, "
+        "Tensor rgb, Tensor density, Tensor lengths, Tensor middles, Tensor ray_starts, Tensor background, "
+        "Tensor near) -> (Tensor, Tensor, Tensor, Tensor)");
+    // Everything from marching to gradients, fused: mean loss, mean squared error, samples, samples that
+    // counted, finite (float64 [5]). Gradients are added to grad_*, unless one is not finite.
+    m.def(
+        "fast_train_step(Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far, Tensor? "
+        "phase, "
+        "Tensor background, Tensor target, float loss_beta, Tensor tables, Tensor density_in, "
+        "Tensor density_out, Tensor colour_in, Tensor? colour_hidden, Tensor colour_out, Tensor masks, "
+        "int[] resolutions, int table_size, str attenuation, float cutoff, bool scale_input, float "
+        "scale_low, "
+        "float scale_high, int occupancy_resolution, float box_half, float step_scale, float min_step, "
+        "float max_step, "
+        "Tensor(a!) grad_tables, Tensor(b!) grad_density_in, Tensor(c!) grad_density_out, "
+        "Tensor(d!) grad_colour_in, Tensor(e!)? grad_colour_hidden, Tensor(f!) grad_colour_out) -> Tensor");
+    // Rays to rgb [B, 3], distance [B], acc [B].
+    m.def(
+        "fast_render(Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far, Tensor? "
+        "phase, "
+        "Tensor background, Tensor tables, Tensor density_in, "
+        "Tensor density_out, Tensor colour_in, Tensor? colour_hidden, Tensor colour_out, Tensor masks, "
+        "int[] resolutions, int table_size, str attenuation, float cutoff, bool scale_input, float "
+        "scale_low, "
+        "float scale_high, int occupancy_resolution, float box_half, float step_scale, float min_step, "
+        "float max_step) -> (Tensor, Tensor, Tensor)");
+    // Raises the densities of drawn cells, decays those visited, and makes the masks anew; returns float64
+    // [2]: share of cells occupied, threshold used.
+    m.def(
+        "occupancy_update(Tensor(a!) densities, float cell_scale, int seed, int step, int stride, float "
+        "decay, "
+        "float max_threshold, Tensor tables, Tensor density_in, "
+        "Tensor density_out, Tensor colour_in, Tensor? colour_hidden, Tensor colour_out, Tensor(b!) masks, "
+        "int[] resolutions, int table_size, str attenuation, float cutoff, bool scale_input, float "
+        "scale_low, "
+        "float scale_high, int occupancy_resolution, float box_half, float step_scale, float min_step, "
+        "float max_step) -> Tensor");
+    // The masks of a grid of densities: cells above the smaller of max_threshold and the grid's mean.
+    m.def("occupancy_masks(Tensor densities, float max_threshold, Tensor(a!) masks) -> Tensor");
+    // Adam in place, where the gradient is not zero; the gradient is zeroed.
+    m.def(
+        "sparse_adam(Tensor(a!) values, Tensor(b!) gradient, Tensor(c!) moment1, Tensor(d!) moment2, "
+        "float learning_rate, float beta1, float beta2, float eps, int step) -> ()");
 }

@@ -12,8 +12,9 @@ if "torch" not in sys.modules:
 from . import cameras, metrics, ops, reference, schedules
 from .backend import use_backend
 from .cameras import Rays
-from .config import MipNerfConfig, NerfConfig, TrainConfig, preset
+from .config import FastConfig, MipNerfConfig, NerfConfig, TrainConfig, preset
 from .errors import InputError
+from .fast_model import FastModel
 from .model import MipNerf, build_model
 from .nerf import Nerf
 from .reference import Composite
@@ -22,6 +23,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Composite",
+    "FastConfig",
+    "FastModel",
     "InputError",
     "MipNerf",
     "MipNerfConfig",

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from .config import TrainConfig, from_dict, to_dict
 from .durable_files import write_durably
 from .errors import InputError
-from .model import MipNerf, build_model
-from .nerf import Nerf
+from .model import Model, build_model
 from .run_folder import RunConfig
 
 FOLDER = "checkpoints"
@@ -73,7 +72,7 @@ class Checkpoint:
         """One of Adam's moments, "exp_avg" or "exp_avg_sq", by parameter name."""
         return _under(f"adam.{name}", self.tensors)
 
-    def build_model(self, device: torch.device | str = "cpu") -> MipNerf | Nerf:
+    def build_model(self, device: torch.device | str = "cpu") -> Model:
         """The model with these weights."""
         model = build_model(self.info.config.model)
         model.load_state_dict(self.weights())
@@ -219,9 +218,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor], config: TrainConfig) -> None:
     with torch.device("meta"):
-        state = build_model(config.model).state_dict()
-    prefixes = ("model", *(f"adam.{moment}" for moment in MOMENTS))
-    wanted = {f"{prefix}.{name}": tensor for prefix in prefixes for name, tensor in state.items()}
+        model = build_model(config.model)
+    wanted = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for moment in MOMENTS:
+        wanted |= {f"adam.{moment}.{name}": tensor for name, tensor in model.named_parameters()}
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in tensors:
             raise InputError(f"{path}: tensor {name!r} is missing, expected {_describe(wanted[name])}")
@@ -293,7 +293,7 @@ def best_checkpoint(run_dir: Path) -> Checkpoint:
 
 def load_model(
     run_dir: Path, device: torch.device | str = "cpu", which: str = "latest"
-) -> tuple[MipNerf | Nerf, dict[str, Any], CheckpointInfo]:
+) -> tuple[Model, dict[str, Any], CheckpointInfo]:
     """The trained model of a run folder.
 
     Args:

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
     from .checkpoint import CheckpointInfo
     from .data.dataset import Dataset
-    from .model import MipNerf
-    from .nerf import Nerf
+    from .model import Model
 
 PROGRAM = "mipnerf-fast"
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -202,7 +201,7 @@ def _scene(run: dict[str, Any], verb: Eval | Render | Export) -> Dataset:
 
 def _load(
     verb: Eval | Render | Export, out: Path
-) -> tuple[MipNerf | Nerf, dict[str, Any], CheckpointInfo, torch.device]:
+) -> tuple[Model, dict[str, Any], CheckpointInfo, torch.device]:
     from .backend import configure_backend
     from .checkpoint import load_model
     from .environment import choose_device

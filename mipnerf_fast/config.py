@@ -121,7 +121,105 @@ class NerfConfig:
         _at_least(self, 0, "deg_view")
 
 
-ModelConfig = MipNerfConfig | NerfConfig
+@dataclass(frozen=True)
+class FastConfig:
+    """The fast model: a scale-aware hash grid with two small networks. Fields left at 0 follow the image size.
+
+    Source: Mueller et al. 2022 (hash grid, occupancy grid); the attenuation is mip-NeRF's (equation 14) carried over.
+    """
+
+    levels: int = 0
+    """Levels of the hash grid; 0: 6 for images up to 128 pixels wide, else 8."""
+    features: int = 4
+    """Features per entry: 2 or 4."""
+    base_resolution: int = 16
+    """Cells per side of the coarsest level."""
+    finest_resolution: int = 0
+    """Cells per side of the finest level, the others between in geometric progression; 0: by image width."""
+    log2_table_size: int = 0
+    """Entries of a hashed level, as a power of two; 0: by image width."""
+    attenuation: Literal["gaussian", "erf", "none"] = "gaussian"
+    """How the width of a sample's Gaussian attenuates the levels finer than it; none: the aliased baseline."""
+    attenuation_cutoff: float = 0.02
+    """Levels attenuated below this are skipped."""
+    scale_input: bool = True
+    """The logarithm of the Gaussian's width, clamped to the range of the training images, is a network input."""
+    net_width: int = 64
+    """Neurons of the hidden layers: a multiple of 8."""
+    colour_layers: int = 1
+    """Hidden layers of the colour network: 1 or 2."""
+    occupancy_resolution: int = 0
+    """Cells per side of the occupancy grid, a multiple of 32; 0: by image width."""
+    box_half: float = 1.5
+    """The scene lies in the cube of twice this side around the origin, world units."""
+    step_scale: float = 1.0
+    """Step along the ray in pixel widths at that distance."""
+    min_step: float = 0.004
+    """Shortest step, in t."""
+    max_step: float = 0.03
+    """Longest step, in t."""
+    scale_ratio: float = 0.72
+    """In multi-scale training, how often a scale is drawn relative to the next finer one."""
+    random_background: bool = True
+    """Where the images have alpha, train against a background drawn for every ray."""
+    network_lr_ratio: float = 0.5
+    """Learning rate of the networks, relative to the tables'."""
+    lr_hold: float = 0.2
+    """Share of the run before the learning rate begins to decay."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "levels", "finest_resolution", "log2_table_size", "occupancy_resolution")
+        _at_least(self, 1, "base_resolution", "net_width")
+        _one_of(self, "features", 2, 4)
+        _one_of(self, "attenuation", "gaussian", "erf", "none")
+        _one_of(self, "colour_layers", 1, 2)
+        if self.levels > 16:
+            raise InputError(f"FastConfig.levels: must be at most 16, got {self.levels}")
+        if self.log2_table_size and not 3 <= self.log2_table_size <= 26:
+            raise InputError(f"FastConfig.log2_table_size: must be 3 to 26, got {self.log2_table_size}")
+        if self.net_width % 8 or self.net_width > 256:
+            raise InputError(f"FastConfig.net_width: must be a multiple of 8 up to 256, got {self.net_width}")
+        if self.occupancy_resolution % 32 or self.occupancy_resolution > 512:
+            raise InputError(
+                "FastConfig.occupancy_resolution: must be a multiple of 32 up to 512, "
+                f"got {self.occupancy_resolution}"
+            )
+        for name in ("box_half", "step_scale", "min_step", "scale_ratio", "network_lr_ratio"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"FastConfig.{name}: must be positive, got {getattr(self, name)}")
+        if self.max_step < self.min_step:
+            raise InputError(
+                f"FastConfig.max_step: must be at least min_step = {self.min_step}, got {self.max_step}"
+            )
+        if not 0 <= self.lr_hold < 1:
+            raise InputError(f"FastConfig.lr_hold: must be in [0, 1), got {self.lr_hold}")
+        if not 0 <= self.attenuation_cutoff < 1:
+            raise InputError(
+                f"FastConfig.attenuation_cutoff: must be in [0, 1), got {self.attenuation_cutoff}"
+            )
+
+    def for_images(self, width: int) -> FastConfig:
+        """The same with every field that is 0 chosen for images of this width (the widest, of several scales)."""
+        levels, finest, table, cells = next(sizes for widest, *sizes in _FAST_SIZES if width <= widest)
+        return dataclasses.replace(
+            self,
+            levels=self.levels or levels,
+            finest_resolution=self.finest_resolution or finest,
+            log2_table_size=self.log2_table_size or table,
+            occupancy_resolution=self.occupancy_resolution or cells,
+        )
+
+
+# Image width up to which: levels, finest resolution, log2 of the table size, occupancy resolution. A pixel at the
+# middle of a Blender scene is about 1 / image width of the box; the finest level is somewhat finer.
+_FAST_SIZES: tuple[tuple[int, int, int, int, int], ...] = (
+    (128, 6, 160, 16, 64),
+    (256, 8, 256, 17, 96),
+    (512, 8, 640, 18, 128),
+    (2**31, 8, 1600, 19, 128),
+)
+
+ModelConfig = MipNerfConfig | NerfConfig | FastConfig
 
 
 @dataclass(frozen=True)
@@ -131,7 +229,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=MipNerfConfig)
     """The network and its sampling."""
     batch_size: int = 4096
-    """Rays per step."""
+    """Rays per step; for the fast model samples per step, of as many rays as that makes."""
     batching: Literal["all_images", "single_image"] = "all_images"
     """Draw the pixels of a batch from all images, or from one."""
     max_steps: int = 1_000_000
@@ -196,12 +294,11 @@ def _at_least(config: Any, minimum: float, *names: str) -> None:
             raise InputError(f"{type(config).__name__}.{name}: must be at least {minimum}, got {value}")
 
 
-def _one_of(config: Any, name: str, *allowed: str) -> None:
+def _one_of(config: Any, name: str, *allowed: str | int) -> None:
     value = getattr(config, name)
     if value not in allowed:
-        raise InputError(
-            f"{type(config).__name__}.{name}: expected one of {', '.join(allowed)}, got {value!r}"
-        )
+        names = ", ".join(map(str, allowed))
+        raise InputError(f"{type(config).__name__}.{name}: expected one of {names}, got {value!r}")
 
 
 _PAPER = TrainConfig()
@@ -221,6 +318,21 @@ _SMALL = TrainConfig(
     test_every=1000,
     print_every=20,
 )
+_FAST = TrainConfig(
+    model=FastConfig(),
+    batch_size=8192,
+    max_steps=30_000,
+    lr_init=2e-2,
+    lr_final=6e-4,
+    lr_delay_steps=150,
+    adam_eps=1e-15,
+    loss="smooth_l1",
+    loss_beta=0.1,
+    disable_multiscale_loss=True,
+    save_every=5000,
+    test_every=5000,
+    print_every=100,
+)
 
 PRESETS: dict[str, TrainConfig] = {
     "paper": _PAPER,
@@ -234,6 +346,7 @@ PRESETS: dict[str, TrainConfig] = {
     "separate-mlps": dataclasses.replace(_PAPER, model=MipNerfConfig(separate_mlps=True)),
     "small": _SMALL,
     "demo": dataclasses.replace(_SMALL, max_steps=2500, save_every=500, test_every=0),
+    "fast": _FAST,
 }
 PRESET_NOTES: dict[str, str] = {
     "paper": "mip-NeRF as published, for multi-scale data",
@@ -245,6 +358,7 @@ PRESET_NOTES: dict[str, str] = {
     "separate-mlps": "ablation: a network of its own for each level",
     "small": "3 layers of 64 and 2 x 32 samples, for a laptop's CPU",
     "demo": "the small model for two minutes, used by `make demo`",
+    "fast": "the scale-aware hash grid: minutes on a laptop's CPU",
 }
 
 
@@ -258,7 +372,11 @@ def preset(name: str) -> TrainConfig:
     return PRESETS[name]
 
 
-_MODELS: dict[str, type[ModelConfig]] = {"mipnerf": MipNerfConfig, "nerf": NerfConfig}
+_MODELS: dict[str, type[ModelConfig]] = {
+    "mipnerf": MipNerfConfig,
+    "nerf": NerfConfig,
+    "fast": FastConfig,
+}
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

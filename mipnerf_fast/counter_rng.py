@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Streams: one per use within a step. Level k of a model adds k.
-PIXELS, IMAGES, FENCEPOSTS, NOISE = 0, 1, 16, 32
+PIXELS, IMAGES, FENCEPOSTS, NOISE, FAST_RAYS, OCCUPANCY = 0, 1, 16, 32, 48, 49
 
 _ROUNDS = 10
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57

@@ -17,8 +17,7 @@ from torch import Tensor
 from . import metrics, ops
 from .durable_files import write_durably
 from .environment import device_name, revision
-from .model import MipNerf
-from .nerf import Nerf
+from .model import Model
 from .pictures import to_uint8, write_png
 from .progress import Progress
 from .rendering import render_image
@@ -188,7 +187,7 @@ def score(prediction: Tensor, target: Tensor, lpips: Lpips | None = None) -> Sco
 
 
 def evaluate(
-    model: MipNerf | Nerf,
+    model: Model,
     data: Dataset,
     *,
     steps: int = 0,

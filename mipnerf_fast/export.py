@@ -17,8 +17,7 @@ from .camera_paths import Surroundings
 from .cameras import Rays
 from .durable_files import write_durably
 from .errors import InputError
-from .model import MipNerf
-from .nerf import Nerf
+from .model import Model
 from .pictures import to_uint8
 from .progress import Progress
 from .rendering import render_image
@@ -90,7 +89,7 @@ def default_box(around: Surroundings) -> tuple[NDArray[np.float64], NDArray[np.f
 
 @torch.no_grad()
 def density_grid(
-    model: MipNerf | Nerf,
+    model: Model,
     low: NDArray[np.float64],
     high: NDArray[np.float64],
     resolution: int = 128,
@@ -177,7 +176,7 @@ def choose_threshold(grid: DensityGrid, given: float | None = None) -> Threshold
 
 
 def extract_mesh(
-    model: MipNerf | Nerf, grid: DensityGrid, threshold: Threshold, chunk_rays: int | None = None
+    model: Model, grid: DensityGrid, threshold: Threshold, chunk_rays: int | None = None
 ) -> Mesh:
     """The surface of a grid by marching cubes, coloured by the model.
 

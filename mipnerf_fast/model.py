@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from . import ops
 from .cameras import Rays
-from .config import MipNerfConfig, ModelConfig, NerfConfig
+from .config import FastConfig, MipNerfConfig, ModelConfig, NerfConfig
 from .counter_rng import FENCEPOSTS, NOISE, Generator, draw_normal, draw_uniform
+from .fast_model import FastModel
 from .nerf import Nerf
 from .reference import (
     Activations,
@@ -158,6 +159,11 @@ def _build_mlp(config: MipNerfConfig) -> ops.MipMLP:
     )
 
 
-def build_model(config: ModelConfig) -> MipNerf | Nerf:
+Model = MipNerf | Nerf | FastModel
+
+
+def build_model(config: ModelConfig) -> Model:
     """The model that a configuration describes, with freshly drawn weights (from torch's global generator)."""
+    if isinstance(config, FastConfig):
+        return FastModel(config)
     return Nerf(config) if isinstance(config, NerfConfig) else MipNerf(config)

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from .camera_paths import camera_path
-from .model import MipNerf
-from .nerf import Nerf
+from .model import Model
 from .pictures import Picture, colour_map, to_uint8, write_png
 from .rendering import distance_range, picture, render_image
 
@@ -75,7 +74,7 @@ def strip(rows: Sequence[Sequence[Picture]], labels: Sequence[str]) -> Picture:
 
 
 def view_strip(
-    model: MipNerf | Nerf, data: Dataset, views: Sequence[int], path: Path, gain: float = ERROR_GAIN
+    model: Model, data: Dataset, views: Sequence[int], path: Path, gain: float = ERROR_GAIN
 ) -> None:
     """Write a PNG with a row per view: ground truth, render, error x gain, depth, normals.
 

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from .camera_paths import Camera
 from .cameras import Rays
-from .config import MipNerfConfig
+from .config import FastConfig, MipNerfConfig
 from .errors import InputError
-from .model import MipNerf
-from .nerf import Nerf
+from .model import Model
 from .pictures import Picture, Video, VideoUnavailableError, colour_map, to_uint8, write_png
 from .progress import Progress
 
@@ -41,12 +40,15 @@ class Rendering(NamedTuple):
     acc: Tensor
 
 
-def rays_per_chunk(model: MipNerf | Nerf, device: torch.device) -> int:
+def rays_per_chunk(model: Model, device: torch.device) -> int:
     """How many rays to render at once so that the activations fit: a power of two, at least 64.
 
     Counted per sample: the features three times over (encoding and its temporaries) and three layers' outputs.
     """
     config = model.config
+    if isinstance(config, FastConfig):
+        # Groups of rays are fused: only the rays themselves and their colours take memory.
+        return _MAX_CHUNK
     if isinstance(config, MipNerfConfig):
         samples = config.num_samples
         features = 6 * (config.max_deg_point - config.min_deg_point)
@@ -63,7 +65,7 @@ def rays_per_chunk(model: MipNerf | Nerf, device: torch.device) -> int:
 
 @torch.no_grad()
 def render_image(
-    model: MipNerf | Nerf,
+    model: Model,
     rays: Rays,
     white_background: bool = True,
     chunk_rays: int | None = None,
@@ -176,7 +178,7 @@ def picture(kind: str, camera: Camera, rays: Rays, rendering: Rendering, ends: D
 
 
 def render_path(
-    model: MipNerf | Nerf,
+    model: Model,
     cameras: Sequence[Camera],
     folder: Path,
     *,

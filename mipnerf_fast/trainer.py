@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import __version__
 from .cameras import Rays
-from .checkpoint import MOMENTS, Checkpoint, CheckpointInfo, save_checkpoint
-from .config import MipNerfConfig, TrainConfig
+from .checkpoint import MOMENTS, Checkpoint
+from .config import MipNerfConfig, NerfConfig, TrainConfig
 from .counter_rng import CounterRandom
 from .cpu_setup import free_memory
 from .data import Dataset, RayBatches
-from .environment import revision
-from .errors import InputError
 from .losses import weighted_loss
 from .model import build_model
 from .schedules import log_lerp, warm_up
+from .trainer_base import DivergedError, StepResult, TrainerBase
 
 _BETAS = (0.9, 0.999)
 # Share of the free memory that one pass may take.
 _MEMORY_SHARE = 0.5
-
-
-class DivergedError(InputError):
-    """The loss or the gradient of a step is not finite; the weights are those from before it."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Of one optimiser step: the loss, and the mean squared error of the finest level."""
-
-    loss: float
-    mse: float
 
 
 def bytes_per_ray(config: TrainConfig) -> int:
@@ -51,10 +35,12 @@ def bytes_per_ray(config: TrainConfig) -> int:
         samples = model.num_samples * model.num_levels
         features = 6 * (model.max_deg_point - model.min_deg_point)
         view_layers = model.net_depth_condition
-    else:
+    elif isinstance(model, NerfConfig):
         samples = 2 * model.num_coarse + model.num_fine
         features = 3 + 6 * model.max_deg_point
         view_layers = 1
+    else:
+        raise TypeError("bytes_per_ray: the fast model keeps no graph")
     skips = (model.net_depth - 1) // model.skip_layer
     layers = 2 * model.net_depth * model.net_width + 2 * view_layers * model.net_width_condition
     inputs = skips * (model.net_width + features) + 2 * model.net_width + 3 + 6 * model.deg_view
@@ -93,7 +79,7 @@ def clip_gradients(gradients: list[Tensor], max_value: float, max_norm: float) -
     return norm
 
 
-class Trainer:
+class Trainer(TrainerBase):
     """A model, its optimiser and its batches: everything that a step needs and a checkpoint holds.
 
     Random numbers depend on (seed, step, ray) alone, so a trainer built from a checkpoint goes on exactly as the one
@@ -116,7 +102,7 @@ class Trainer:
         max_seconds: float = math.inf,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        self.config, self.device, self.max_seconds = config, torch.device(device), max_seconds
+        super().__init__(config, device, max_seconds, checkpoint)
         self.white_background = dataset.white_background
         self.batches = RayBatches(dataset, self.device, config.batching)
         self.rows = torch.arange(config.batch_size, device=self.device)
@@ -127,8 +113,6 @@ class Trainer:
         if checkpoint is not None:
             model.load_state_dict(checkpoint.weights())
         self.model = model.to(self.device)
-        self.step = checkpoint.info.step if checkpoint else 0
-        self.seconds = checkpoint.info.seconds if checkpoint else 0.0
         remembered = checkpoint.info.chunk_rays if checkpoint and not config.chunk_rays else 0
         self.chunk_rays = remembered or choose_chunk(config, self.device)
         self.names = [name for name, _ in self.model.named_parameters()]
@@ -146,16 +130,10 @@ class Trainer:
             steps_done = torch.tensor(float(self.step), device=self.device)
             self.optimizer.state[parameter] = {"step": steps_done, **moments}
 
-    @property
-    def is_done(self) -> bool:
-        """Whether the steps or the time are used up."""
-        return self.step >= self.config.max_steps or self.seconds >= self.max_seconds
-
     def learning_rate(self) -> float:
         """Of the next step; steps count from 1."""
         config, step = self.config, self.step + 1
-        progress = max(step / config.max_steps, self.seconds / self.max_seconds)
-        rate = log_lerp(progress, config.lr_init, config.lr_final)
+        rate = log_lerp(self.progress, config.lr_init, config.lr_final)
         return float(rate * warm_up(step, config.lr_delay_steps, config.lr_delay_mult))
 
     def train_step(self) -> StepResult:
@@ -176,12 +154,13 @@ class Trainer:
             raise DivergedError(
                 f"step {step}: the loss is {loss_value}, the norm of its gradient {norm_value}"
             )
+        self.last_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = self.last_rate
         self.optimizer.step()
         self.step = step
         self.seconds += time.perf_counter() - start
-        return StepResult(loss_value, mse_value)
+        return StepResult(loss_value, mse_value, self.config.batch_size)
 
     def accumulate_gradients(self, step: int, rays: Rays, target: Tensor) -> tuple[Tensor, Tensor]:
         """Add the gradient of a batch's loss to the parameters' .grad, chunk by chunk.
@@ -226,21 +205,14 @@ class Trainer:
             loss_sum += decay.detach()
         return loss_sum, squares / (3 * count)
 
-    def save(self, path: Path, test_psnr: float | None) -> None:
-        """Write a checkpoint."""
-        info = CheckpointInfo(
-            step=self.step,
-            seconds=self.seconds,
-            config=self.config,
-            chunk_rays=self.chunk_rays,
-            test_psnr=test_psnr,
-            package=__version__,
-            revision=revision(),
-            torch=torch.__version__,
-        )
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """Of Adam: {"exp_avg": {parameter name: tensor}, "exp_avg_sq": ...}."""
         states = [self.optimizer.state[parameter] for parameter in self.parameters]
-        moments = {
+        return {
             moment: {name: state[moment] for name, state in zip(self.names, states, strict=True)}
             for moment in MOMENTS
         }
-        save_checkpoint(path, info, self.model, moments)
+
+    def describe_batch(self) -> str:
+        """What a step takes, in words."""
+        return f"{self.config.batch_size:,} rays a step in chunks of {self.chunk_rays:,}"

@@ -26,13 +26,14 @@ from .checkpoint import (
     list_checkpoints,
     prune_checkpoints,
 )
-from .config import TrainConfig
+from .config import FastConfig, TrainConfig
 from .cpu_setup import cpu_setup
 from .data import Dataset, RayBatches, blender, load_dataset, multiscale
 from .data.scene_files import read_json
 from .durable_files import remove_partial_files
 from .environment import choose_device, device_name, revision
 from .errors import InputError
+from .fast_training import FastTrainer
 from .metrics import mse_to_psnr
 from .rendering import render_image
 from .run_folder import (
@@ -43,7 +44,8 @@ from .run_folder import (
     check_writable,
     fingerprint,
 )
-from .trainer import DivergedError, StepResult, Trainer
+from .trainer import Trainer
+from .trainer_base import DivergedError, StepResult
 from .training_reports import ProgressLine, Reports
 
 # Test pixels whose PSNR says which checkpoint is the best: the same ones every time.
@@ -65,6 +67,18 @@ class TrainResult:
     test_psnr: float | None
     checkpoint: Path
     interrupted: bool
+
+
+def make_trainer(
+    config: TrainConfig,
+    dataset: Dataset,
+    device: torch.device | str = "cpu",
+    max_seconds: float = math.inf,
+    checkpoint: Checkpoint | None = None,
+) -> Trainer | FastTrainer:
+    """The trainer of the configured model's family; arguments as of `Trainer`."""
+    kind = FastTrainer if isinstance(config.model, FastConfig) else Trainer
+    return kind(config, dataset, device, max_seconds, checkpoint)
 
 
 class StopSignals:
@@ -102,7 +116,7 @@ class _StopRenderingError(Exception):
 class _Tester:
     """Measures a trainer's model on test views, outside the training time."""
 
-    def __init__(self, trainer: Trainer, test: Dataset, stop: StopSignals) -> None:
+    def __init__(self, trainer: Trainer | FastTrainer, test: Dataset, stop: StopSignals) -> None:
         self._trainer, self._test, self._stop = trainer, test, stop
         sample = min(_TEST_SAMPLE, test.pixels.shape[0])
         self._rays, self._target = RayBatches(test, trainer.device).draw(_TEST_SEED, 0, sample)
@@ -134,19 +148,21 @@ class _Tester:
 class _Window:
     """Means over the steps since the last report."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer | FastTrainer) -> None:
         self._trainer = trainer
         self.start()
 
     def start(self) -> None:
         """Begin again."""
-        self.steps, self._loss, self._mse, self._since = 0, 0.0, 0.0, self._trainer.seconds
+        self.steps, self._rays, self._since = 0, 0, self._trainer.seconds
+        self._loss, self._mse = 0.0, 0.0
 
     def add(self, result: StepResult) -> None:
         """Count a step."""
         self.steps += 1
         self._loss += result.loss
         self._mse += result.mse
+        self._rays += result.rays
 
     @property
     def psnr(self) -> float:
@@ -157,8 +173,7 @@ class _Window:
     @property
     def rays_per_second(self) -> float:
         """Of training alone."""
-        rays = self.steps * self._trainer.config.batch_size
-        return rays / max(self._trainer.seconds - self._since, 1e-9)
+        return self._rays / max(self._trainer.seconds - self._since, 1e-9)
 
     def row(self) -> dict[str, Any]:
         """The columns of the metrics."""
@@ -168,7 +183,7 @@ class _Window:
             "seconds": round(trainer.seconds, 3),
             "loss": self._loss / self.steps,
             "psnr": self.psnr,
-            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "lr": trainer.last_rate,
             "rays_per_second": round(self.rays_per_second, 1),
         }
 
@@ -178,7 +193,7 @@ class _Run:
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: Trainer | FastTrainer,
         test: Dataset | None,
         run_dir: Path,
         reports: Reports,
@@ -284,6 +299,8 @@ def run_training(
     run_dir = Path(run_dir)
     if max_minutes is not None and not 0 < max_minutes < math.inf:
         raise InputError(f"--max-minutes: must be positive, got {max_minutes}")
+    if isinstance(config.model, FastConfig):
+        device = _device_of_fast_model(device, backend)
     place = choose_device(device)
     _check_backend(backend)
     check_writable(run_dir)
@@ -317,7 +334,10 @@ def _load_and_train(
     train = load_dataset(run.data, "train", run.background, run.downscale)
     has_test = _has_test_split(run.data)
     test = load_dataset(run.data, "test", run.background, run.downscale) if has_test else None
-    run = dataclasses.replace(run, dataset=fingerprint(train))
+    config = run.train
+    if isinstance(config.model, FastConfig):
+        config = dataclasses.replace(config, model=config.model.for_images(int(train.width.max())))
+    run = dataclasses.replace(run, dataset=fingerprint(train), train=config)
     checkpoint = None
     if old is not None:
         # A run may have been killed before its first checkpoint: then it starts over.
@@ -341,7 +361,7 @@ def _train_in_folder(
     config = run.train
     configure_backend(run.backend)
     max_seconds = math.inf if run.max_minutes is None else 60 * run.max_minutes
-    trainer = Trainer(config, train, device, max_seconds, checkpoint)
+    trainer = make_trainer(config, train, device, max_seconds, checkpoint)
     (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
     remove_partial_files(run_dir)
     remove_partial_files(run_dir / FOLDER)
@@ -362,16 +382,15 @@ def _train_in_folder(
 
 
 def _opening(
-    run: RunConfig, trainer: Trainer, train: Dataset, test: Dataset | None, notes: list[str]
+    run: RunConfig, trainer: Trainer | FastTrainer, train: Dataset, test: Dataset | None, notes: list[str]
 ) -> list[str]:
     views = f"{len(train)} training views" + (f", {len(test)} test views" if test else ", no test views")
     limit = f"{run.train.max_steps:,} steps" + (f" or {run.max_minutes:g} min" if run.max_minutes else "")
-    size = sum(parameter.numel() for parameter in trainer.parameters)
+    size = sum(parameter.numel() for parameter in trainer.model.parameters())
     lines = [
         f"train: {run.data}, downscale {run.downscale}, {run.background} background: {views}",
-        f"train: preset {run.preset}, {size:,} parameters, {run.train.batch_size:,} rays a step in chunks of "
-        f"{trainer.chunk_rays:,}, for {limit}; backend {current_backend()}, {device_name(trainer.device)}, "
-        f"torch {run.torch}",
+        f"train: preset {run.preset}, {size:,} parameters, {trainer.describe_batch()}, for {limit}; "
+        f"backend {current_backend()}, {device_name(trainer.device)}, torch {run.torch}",
     ]
     if notes:
         lines.append(f"train: {'; '.join(notes)}")
@@ -395,6 +414,17 @@ def _check_backend(name: str) -> None:
         raise InputError(f"--backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "native" and not _native.available():
         raise InputError(f"--backend: native was asked for, but {_native.why_missing()}")
+
+
+def _device_of_fast_model(device: str, backend: str) -> str:
+    """The CPU, for which its training kernels are."""
+    if device == "cuda":
+        raise InputError("--device: the fast model trains on the CPU; leave it at auto, or say cpu")
+    if backend == "reference":
+        raise InputError("--backend: the fast model trains with the native library; leave it at auto")
+    if not _native.available():
+        raise InputError(f"--preset: the fast model needs the native library, but {_native.why_missing()}")
+    return "cpu"
 
 
 def _has_test_split(data: str) -> bool:

@@ -91,7 +91,9 @@ def test_bad_dictionaries_are_named() -> None:
         from_dict({k: v for k, v in good.items() if k != "loss"})
     with pytest.raises(InputError, match="batch_size: expected int, found '4096'"):
         from_dict({**good, "batch_size": "4096"})
-    with pytest.raises(InputError, match=r"model\.kind: expected one of mipnerf, nerf, found 'gaussians'"):
+    with pytest.raises(
+        InputError, match=r"model\.kind: expected one of mipnerf, nerf, fast, found 'gaussians'"
+    ):
         from_dict({**good, "model": {"kind": "gaussians"}})
     with pytest.raises(InputError, match="model: expected an object, found NoneType"):
         from_dict({k: v for k, v in good.items() if k != "model"})

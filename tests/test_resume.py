@@ -22,7 +22,8 @@ from tiny_runs import TINY, same_tensors, tiny, write_scene
 
 from mipnerf_fast import InputError, MipNerfConfig, TrainConfig, durable_files, training_reports
 from mipnerf_fast.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
-from mipnerf_fast.trainer import StepResult, Trainer
+from mipnerf_fast.trainer import Trainer
+from mipnerf_fast.trainer_base import StepResult
 from mipnerf_fast.training import run_training
 
 # The run of these tests: density noise, so that every stream of random numbers is in use, and clipping.

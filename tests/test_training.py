@@ -31,7 +31,8 @@ from mipnerf_fast.counter_rng import CounterRandom
 from mipnerf_fast.data import Dataset, load_dataset
 from mipnerf_fast.data.procedural import demo_scene
 from mipnerf_fast.rendering import render_image
-from mipnerf_fast.trainer import DivergedError, Trainer, bytes_per_ray, choose_chunk, clip_gradients
+from mipnerf_fast.trainer import Trainer, bytes_per_ray, choose_chunk, clip_gradients
+from mipnerf_fast.trainer_base import DivergedError
 from mipnerf_fast.training import run_training
 from mipnerf_fast.training_reports import ProgressLine
 

@@ -10,6 +10,7 @@
 //   rounded         add_rn, sub_rn, mul_rn, fma_rn; reciprocal
 //   pairs           Pair<T>{hi, lo}, two_sum, two_difference, two_product, pair_times
 //   integers        rounding_shift, nearest_integer, negate_if_odd
+//   roots           square_root
 //   exponentials    exp2_nonpositive, exp_nonpositive, one_minus_exp_negative
 //   activations     reciprocal_near_one, softplus, sigmoid
 //   sine and cosine sincospi_half: |r| <= 0.502, in units of pi
@@ -243,6 +244,16 @@ MIPNERF_HOST_DEVICE float negate_if_odd(float value, float shifted) {
 
 MIPNERF_HOST_DEVICE double negate_if_odd(double value, double shifted) {
     return bits_double(double_bits(value) ^ (double_bits(shifted) << 63));
+}
+
+// ---- roots: bare sqrt(float) would be C's, in double, where only <math.h> declares it
+// -----------------------------------------------------------------------------------------------------------
+
+MIPNERF_HOST_DEVICE float square_root(float x) {
+    return sqrtf(x);
+}
+MIPNERF_HOST_DEVICE double square_root(double x) {
+    return sqrt(x);
 }
 
 // ---- exponentials

@@ -2,9 +2,20 @@
 
 from ..reference import Composite
 from .composite import composite, composite_resample
+from .fast_step import (
+    draw_rays,
+    fast_render,
+    fast_train_step,
+    occupancy_masks,
+    occupancy_update,
+    sparse_adam,
+)
 from .frustum_ipe import frustum_ipe
+from .hash_encode import hash_encode
 from .implementations import Implementation, backend_in_use, implementations
+from .march import march
 from .mlp import MipMLP
+from .packed_composite import packed_composite
 from .resample import resample
 
 __all__ = [
@@ -14,7 +25,16 @@ __all__ = [
     "backend_in_use",
     "composite",
     "composite_resample",
+    "draw_rays",
+    "fast_render",
+    "fast_train_step",
     "frustum_ipe",
+    "hash_encode",
     "implementations",
+    "march",
+    "occupancy_masks",
+    "occupancy_update",
+    "packed_composite",
     "resample",
+    "sparse_adam",
 ]

@@ -10,7 +10,9 @@ from torch import Tensor
 from .. import _native
 from ..backend import current_backend
 
+# Of the exact model, which `backend_in_use` sums up; and of the fast one.
 OPERATIONS = ("frustum_ipe", "composite", "resample", "mlp")
+FAST_OPERATIONS = ("hash_encode", "march", "packed_composite", "fast_step")
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,6 +22,10 @@ _KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "composite": {"cpu": (*_FLOATS, torch.float64), "cuda": _FLOATS},
     "resample": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
     "mlp": {},
+    "hash_encode": {"cpu": (torch.float32, torch.float64)},
+    "march": {"cpu": (torch.float32, torch.float64)},
+    "packed_composite": {"cpu": (torch.float32, torch.float64)},
+    "fast_step": {"cpu": (torch.float32,)},
 }
 
 # Decided when the package is imported: torch.compile can read module globals but not look for a library.
@@ -50,7 +56,9 @@ def implementations(
         ...     {implementation.used for implementation in ops.implementations()}
         {'reference'}
     """
-    return [_implementation(name, torch.device(device).type, dtype) for name in OPERATIONS]
+    return [
+        _implementation(name, torch.device(device).type, dtype) for name in (*OPERATIONS, *FAST_OPERATIONS)
+    ]
 
 
 def takes_kernel(operation: str, tensor: Tensor, unsupported: str = "") -> bool:
@@ -95,7 +103,8 @@ def _implementation(operation: str, device_type: str, dtype: torch.dtype) -> Imp
 
 def backend_in_use(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """The implementations in one word: "native", "reference", or "mixed" with those that are native."""
-    used = {entry.operation: entry.used for entry in implementations(device, dtype)}
+    entries = implementations(device, dtype)
+    used = {entry.operation: entry.used for entry in entries if entry.operation in OPERATIONS}
     native = [name for name, kind in used.items() if kind == "native"]
     if not native:
         return "reference"

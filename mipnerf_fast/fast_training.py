@@ -1,0 +1,191 @@
+"""Training of the fast model: one step from drawn pixels to updated parameters."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .checkpoint import MOMENTS, Checkpoint
+from .config import FastConfig, TrainConfig
+from .data import Dataset
+from .fast_model import FastModel
+from .ops.fast_step import FastGradients, PixelSource
+from .schedules import log_lerp, warm_up
+from .trainer_base import DivergedError, StepResult, TrainerBase
+
+BETA1, BETA2 = 0.9, 0.99
+# Rays per step stay in this range, whatever the number of samples a ray takes.
+MIN_RAYS, MAX_RAYS = 192, 8192
+_GROUP_RAYS = 64
+# Steps in a row without a finite gradient after which nothing will come of it.
+MAX_FAILURES = 100
+# Steps between updates of the occupancy grid; until _EARLY_STEPS one cell in 16 is visited each time and what was
+# there is soon forgotten, later one in 64.
+UPDATE_EVERY = 16
+_EARLY_STEPS = 400
+_EARLY_STRIDE, _LATE_STRIDE = 16, 64
+_EARLY_DECAY, _LATE_DECAY = 0.4, 0.8
+# A cell counts as occupied where a step through it would absorb this share of the light.
+_OCCUPIED_OPACITY = 0.01
+# Half of the cone's radius at t = 1, for a pixel one unit wide there: radius 1/sqrt(3), deviation radius/2.
+_DEVIATION_PER_PIXEL = 0.5 / math.sqrt(3.0)
+
+
+class FastTrainer(TrainerBase):
+    """Trains a `FastModel` on a dataset; nothing but its checkpoint decides how it goes on, bit by bit.
+
+    A step draws pixels by counter-based random numbers, runs `ops.fast_train_step` and Adam on the entries that were
+    touched, and every UPDATE_EVERY steps renews the occupancy grid. The number of rays follows the number of samples
+    that a ray takes, so that a step has `config.batch_size` samples. A step whose gradient is not finite changes
+    nothing and is counted in `model.skipped_steps`; many in a row end the run.
+
+    Args:
+        config: of the run; its model is a `FastConfig` for the images (see `FastConfig.for_images`).
+        dataset: training views; scales are told apart by `Dataset.scale`.
+        device: the CPU.
+        max_seconds: of training; the learning rate follows max(step / max_steps, seconds / max_seconds).
+        checkpoint: to go on from, or None.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        device: torch.device | str = "cpu",
+        max_seconds: float = math.inf,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        super().__init__(config, device, max_seconds, checkpoint)
+        if not isinstance(config.model, FastConfig) or self.device.type != "cpu":
+            raise ValueError(
+                f"FastTrainer: takes a FastConfig on the CPU, not {type(config.model).__name__} on {device}"
+            )
+        self.settings = config.model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model: FastModel = FastModel(config.model)
+        self.source = pixel_source(dataset, self.settings.scale_ratio)
+        self.random_background = self.settings.random_background and dataset.pixels.shape[1] == 4
+        self.background = 1.0 if dataset.white_background else 0.0
+        side = 2 * self.settings.box_half
+        low = (dataset.near / dataset.focal).min().item() * _DEVIATION_PER_PIXEL / side
+        high = (dataset.far / dataset.focal).max().item() * _DEVIATION_PER_PIXEL / side
+        self.model.scale_range.copy_(torch.tensor([low, high]))
+        middle = 0.5 * float(dataset.near.min() + dataset.far.max())
+        pixel = middle / float(dataset.focal.max())
+        self._cell_scale = pixel * _DEVIATION_PER_PIXEL / side
+        step = min(max(self.settings.step_scale * pixel, self.settings.min_step), self.settings.max_step)
+        self._max_threshold = _OCCUPIED_OPACITY / step
+        if checkpoint is not None:
+            self.model.load_state_dict(checkpoint.weights())
+        self._parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        self._gradients = {name: torch.zeros_like(tensor) for name, tensor in self._parameters.items()}
+        self._moments = {
+            moment: {
+                name: torch.zeros_like(tensor)
+                if checkpoint is None
+                else checkpoint.moments(moment)[name].clone()
+                for name, tensor in self._parameters.items()
+            }
+            for moment in MOMENTS
+        }
+        self._gradient_buffers = FastGradients(
+            *(self._gradients.get(name) for name in FastGradients._fields)  # type: ignore[arg-type]
+        )
+        self._failures = 0
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """Of Adam: {"exp_avg": {parameter name: tensor}, "exp_avg_sq": ...}."""
+        return self._moments
+
+    def describe_batch(self) -> str:
+        """What a step takes, in words."""
+        return f"{self.config.batch_size:,} samples a step"
+
+    def learning_rate(self) -> float:
+        """Of the tables: a warm-up by steps, constant for lr_hold of the run, then log-linear to lr_final."""
+        config, hold = self.config, self.settings.lr_hold
+        decayed = log_lerp((self.progress - hold) / (1 - hold), config.lr_init, config.lr_final)
+        return float(decayed * warm_up(self.step + 1, config.lr_delay_steps, config.lr_delay_mult))
+
+    def train_step(self) -> StepResult:
+        """Do one step; it is timed.
+
+        Errors: DivergedError after MAX_FAILURES steps in a row whose gradient was not finite.
+        """
+        start = time.perf_counter()
+        config, model, step = self.config, self.model, self.step
+        fields = model.fields()
+        if step % UPDATE_EVERY == 0:
+            is_early = step < _EARLY_STEPS
+            ops.occupancy_update(
+                model.densities,
+                self._cell_scale,
+                config.seed,
+                step,
+                _EARLY_STRIDE if is_early else _LATE_STRIDE,
+                _EARLY_DECAY if is_early else _LATE_DECAY,
+                self._max_threshold,
+                fields,
+            )
+        samples_per_ray = model.samples_per_ray.item()
+        wanted = min(max(config.batch_size / samples_per_ray, MIN_RAYS), MAX_RAYS)
+        count = math.ceil(wanted / _GROUP_RAYS) * _GROUP_RAYS
+        rays, target = ops.draw_rays(
+            self.source, config.seed, step, count, self.random_background, self.background
+        )
+        found = ops.fast_train_step(rays, target, config.loss_beta, fields, self._gradient_buffers)
+        self.last_rate = self.learning_rate()
+        self.step += 1
+        model.samples_per_ray.fill_(0.8 * samples_per_ray + 0.2 * max(0.5, found.samples / count))
+        if found.is_finite:
+            self._failures = 0
+            self._update(self.last_rate)
+        else:
+            self._failures += 1
+            model.skipped_steps += 1
+        self.seconds += time.perf_counter() - start
+        if self._failures == MAX_FAILURES:
+            raise DivergedError(
+                f"step {self.step}: {MAX_FAILURES} steps in a row had a gradient that is not finite"
+            )
+        return StepResult(found.loss, found.squared_error, count)
+
+    def _update(self, rate: float) -> None:
+        for name, values in self._parameters.items():
+            ops.sparse_adam(
+                values,
+                self._gradients[name],
+                self._moments["exp_avg"][name],
+                self._moments["exp_avg_sq"][name],
+                rate if name == "tables" else rate * self.settings.network_lr_ratio,
+                BETA1,
+                BETA2,
+                self.config.adam_eps,
+                self.step,
+            )
+
+
+def pixel_source(dataset: Dataset, scale_ratio: float) -> PixelSource:
+    """A dataset as `ops.draw_rays` takes it; each coarser scale is drawn scale_ratio times as often."""
+    scales = sorted(set(dataset.scale.tolist()))
+    weights = torch.tensor([scale_ratio**k for k in range(len(scales))], dtype=torch.float64)
+    shares = (weights.cumsum(0) / weights.sum()).to(torch.float32)
+    shares[-1] = 1.0
+    return PixelSource(
+        dataset.pixels.contiguous(),
+        dataset.offsets,
+        dataset.height.contiguous(),
+        dataset.width.contiguous(),
+        dataset.c2w.contiguous(),
+        dataset.focal.to(torch.float32),
+        dataset.near.contiguous(),
+        dataset.far.contiguous(),
+        torch.argsort(dataset.scale, stable=True),
+        torch.tensor([int((dataset.scale <= scale).sum()) for scale in scales]),
+        shares,
+    )

@@ -1,0 +1,184 @@
+"""The fused operations of the fast model: a training step, rendering, the occupancy grid's update, Adam."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+
+class FastFields(NamedTuple):
+    """A fast model as the native operators take it: its parameters, its masks, its numbers; see `FastConfig`."""
+
+    tables: Tensor
+    density_in: Tensor
+    density_out: Tensor
+    colour_in: Tensor
+    colour_hidden: Tensor | None
+    colour_out: Tensor
+    masks: Tensor
+    resolutions: list[int]
+    table_size: int
+    attenuation: str
+    cutoff: float
+    scale_input: bool
+    scale_low: float
+    scale_high: float
+    occupancy_resolution: int
+    box_half: float
+    step_scale: float
+    min_step: float
+    max_step: float
+
+
+class FastGradients(NamedTuple):
+    """Buffers like the parameters, to which `fast_train_step` adds."""
+
+    tables: Tensor
+    density_in: Tensor
+    density_out: Tensor
+    colour_in: Tensor
+    colour_hidden: Tensor | None
+    colour_out: Tensor
+
+
+class MarchRays(NamedTuple):
+    """Rays as they are marched: origins, directions [B, 3], radii, near, far, phase [B, 1], background [B, 3]."""
+
+    origins: Tensor
+    directions: Tensor
+    radii: Tensor
+    near: Tensor
+    far: Tensor
+    phase: Tensor | None
+    background: Tensor
+
+
+class StepStatistics(NamedTuple):
+    """What a training step found: loss and mean squared error over channels, numbers of samples, finiteness."""
+
+    loss: float
+    squared_error: float
+    samples: int
+    counted: int
+    is_finite: bool
+
+
+def _operators() -> Any:
+    if not _native.available():
+        raise RuntimeError(f"the fast model's fused step needs the native library: {_native.why_missing()}")
+    return torch.ops.mipnerf_fast
+
+
+def fast_train_step(
+    rays: MarchRays, target: Tensor, loss_beta: float, fields: FastFields, gradients: FastGradients
+) -> StepStatistics:
+    """March, encode, evaluate, composite and differentiate a batch of rays in one fused pass.
+
+    The loss is the mean over rays and channels of smooth L1 with its bend at loss_beta. Gradients are added to
+    `gradients` unless one of them is not finite; the sums are taken in a fixed order, so the result does not
+    depend on the number of threads.
+
+    Args:
+        rays: float32 on the CPU.
+        target: [B, 3], colours over the rays' background.
+        loss_beta: where the loss turns linear.
+        fields: the model.
+        gradients: where to add.
+
+    Errors: RuntimeError naming the argument that is wrong, or why there is no native library.
+    """
+    values = _operators().fast_train_step(*rays, target, loss_beta, *fields, *gradients).tolist()
+    return StepStatistics(values[0], values[1], int(values[2]), int(values[3]), values[4] == 1.0)
+
+
+def fast_render(rays: MarchRays, fields: FastFields) -> tuple[Tensor, Tensor, Tensor]:
+    """Colour [B, 3], expected distance [B] (near where the ray is empty) and opacity [B] of rays."""
+    rgb, distance, acc = _operators().fast_render(*rays, *fields)
+    return rgb, distance, acc
+
+
+def occupancy_update(
+    densities: Tensor,
+    cell_scale: float,
+    seed: int,
+    step: int,
+    stride: int,
+    decay: float,
+    max_threshold: float,
+    fields: FastFields,
+) -> tuple[float, float]:
+    """Visit one of every `stride` cells, and as many of the occupied ones; make the masks anew.
+
+    A visited cell becomes max(decay x its density, the density at a random point in it); the masks hold the cells
+    above min(max_threshold, mean of the grid).
+
+    Args:
+        densities: [R, R, R], changed in place, as are fields.masks.
+        cell_scale: standard deviation, in units of the box's side, with which the densities are taken.
+        seed, step: of the random numbers.
+
+    Returns:
+        The share of occupied cells and the threshold.
+    """
+    share, threshold = (
+        _operators()
+        .occupancy_update(densities, cell_scale, seed, step, stride, decay, max_threshold, *fields)
+        .tolist()
+    )
+    return share, threshold
+
+
+def occupancy_masks(densities: Tensor, max_threshold: float, masks: Tensor) -> tuple[float, float]:
+    """Write the masks of a grid of densities [R, R, R] into `masks`; see `occupancy_update` for the result."""
+    share, threshold = _operators().occupancy_masks(densities, max_threshold, masks).tolist()
+    return share, threshold
+
+
+def sparse_adam(
+    values: Tensor,
+    gradient: Tensor,
+    moment1: Tensor,
+    moment2: Tensor,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+) -> None:
+    """One step of Adam in place wherever the gradient is not zero; the gradient is zeroed.
+
+    Source: Kingma and Ba 2015; entries without a gradient are left alone, as in Mueller et al. 2022.
+    """
+    _operators().sparse_adam(values, gradient, moment1, moment2, learning_rate, beta1, beta2, eps, step)
+
+
+class PixelSource(NamedTuple):
+    """Posed images as `draw_rays` takes them; the first nine as in `Dataset`, images of one scale in one group."""
+
+    pixels: Tensor
+    offsets: Tensor
+    heights: Tensor
+    widths: Tensor
+    c2w: Tensor
+    focals: Tensor
+    nears: Tensor
+    fars: Tensor
+    order: Tensor
+    group_ends: Tensor
+    group_shares: Tensor
+
+
+def draw_rays(
+    source: PixelSource, seed: int, step: int, count: int, random_background: bool, background: float
+) -> tuple[MarchRays, Tensor]:
+    """The rays of a training step and their colours; nothing but (seed, step) decides which.
+
+    A scale is drawn by its share, then one of its images, then a pixel; where the images have alpha and
+    random_background is set, every ray gets a background of its own.
+    """
+    *fields, target = _operators().draw_rays(*source, seed, step, count, random_background, background)
+    return MarchRays(*fields), target

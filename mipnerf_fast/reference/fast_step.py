@@ -1,0 +1,150 @@
+"""The fast model's rendering and training step, composed of its parts: the truth of the fused kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .hash_encode import HashGrid, hash_encode, hash_grid_of, scale_inputs
+from .march import PackedSamples, march
+from .occupancy import unpack_masks
+from .packed_composite import PackedComposite, packed_composite
+from .tiny_mlp import colour_network, density_network, fast_density, spherical_harmonics
+
+
+class FieldsLike(Protocol):
+    """A fast model: see `ops.fast_step.FastFields`."""
+
+    @property
+    def tables(self) -> Tensor: ...
+    @property
+    def density_in(self) -> Tensor: ...
+    @property
+    def density_out(self) -> Tensor: ...
+    @property
+    def colour_in(self) -> Tensor: ...
+    @property
+    def colour_hidden(self) -> Tensor | None: ...
+    @property
+    def colour_out(self) -> Tensor: ...
+    @property
+    def masks(self) -> Tensor: ...
+    @property
+    def resolutions(self) -> list[int]: ...
+    @property
+    def table_size(self) -> int: ...
+    @property
+    def attenuation(self) -> str: ...
+    @property
+    def cutoff(self) -> float: ...
+    @property
+    def scale_input(self) -> bool: ...
+    @property
+    def scale_low(self) -> float: ...
+    @property
+    def scale_high(self) -> float: ...
+    @property
+    def occupancy_resolution(self) -> int: ...
+    @property
+    def box_half(self) -> float: ...
+    @property
+    def step_scale(self) -> float: ...
+    @property
+    def min_step(self) -> float: ...
+    @property
+    def max_step(self) -> float: ...
+
+
+class Query(NamedTuple):
+    """Colour [S, 3] and density [S] of samples."""
+
+    rgb: Tensor
+    density: Tensor
+
+
+def fast_query(means: Tensor, scales: Tensor, viewdirs: Tensor, rays: Tensor, fields: FieldsLike) -> Query:
+    """Colour and density of Gaussians.
+
+    Args:
+        means: [S, 3] in the unit box. scales: [S], deviations in units of its side.
+        viewdirs: [B, 3], unit length. rays: int64 [S], which of them each Gaussian is seen along.
+        fields: the model.
+    """
+    grid: HashGrid = hash_grid_of(fields.resolutions, fields.table_size)
+    encoded = hash_encode(means, scales, fields.tables, grid, fields.attenuation, fields.cutoff)
+    extra = scale_inputs(scales, fields.scale_input, fields.scale_low, fields.scale_high)
+    geometry = density_network(torch.cat([encoded, extra], -1), fields.density_in, fields.density_out)
+    rgb = colour_network(
+        geometry,
+        spherical_harmonics(viewdirs),
+        rays,
+        fields.colour_in,
+        fields.colour_hidden,
+        fields.colour_out,
+    )
+    return Query(rgb, fast_density(geometry))
+
+
+def fast_samples(
+    origins: Tensor,
+    directions: Tensor,
+    radii: Tensor,
+    near: Tensor,
+    far: Tensor,
+    phase: Tensor | None,
+    fields: FieldsLike,
+) -> PackedSamples:
+    """The samples of rays: see `march`; without a phase, half a step."""
+    return march(
+        origins,
+        directions,
+        radii,
+        near,
+        far,
+        torch.full_like(near, 0.5) if phase is None else phase,
+        unpack_masks(fields.masks, fields.occupancy_resolution),
+        fields.box_half,
+        fields.step_scale,
+        fields.min_step,
+        fields.max_step,
+    )
+
+
+def fast_composite(
+    samples: PackedSamples, directions: Tensor, near: Tensor, background: Tensor, fields: FieldsLike
+) -> PackedComposite:
+    """Evaluate and composite given samples; differentiable in the parameters."""
+    norms = torch.linalg.vector_norm(directions, dim=-1)
+    rgb, density = fast_query(
+        samples.means, samples.scales, directions / norms[:, None], samples.rays, fields
+    )
+    return packed_composite(
+        rgb,
+        density,
+        (samples.t1 - samples.t0) * norms[samples.rays],
+        0.5 * (samples.t0 + samples.t1),
+        samples.ray_starts,
+        background,
+        near,
+    )
+
+
+def fast_render(
+    origins: Tensor,
+    directions: Tensor,
+    radii: Tensor,
+    near: Tensor,
+    far: Tensor,
+    phase: Tensor | None,
+    background: Tensor,
+    fields: FieldsLike,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Colour [B, 3], expected distance [B] and opacity [B] of rays: march, query, composite.
+
+    Arguments as in `ops.fast_step.MarchRays`; differentiable in the parameters.
+    """
+    samples = fast_samples(origins, directions, radii, near, far, phase, fields)
+    result = fast_composite(samples, directions, near, background, fields)
+    return result.rgb, result.distance, result.acc

@@ -1,0 +1,80 @@
+"""The two small networks of the fast model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DENSITY_BIAS, DENSITY_RANGE = -2.0, (-12.0, 9.0)
+MAX_LOGIT, RGB_PADDING = 12.0, 0.001
+
+
+def spherical_harmonics(directions: Tensor) -> Tensor:
+    """The 16 real spherical harmonics of degrees 0 to 3: [..., 16] from unit vectors [..., 3].
+
+    Source: Sloan 2008, "Stupid spherical harmonics tricks", appendix A2.
+    """
+    x, y, z = directions.unbind(-1)
+    x2, y2, z2 = x * x, y * y, z * z
+    return torch.stack(
+        [
+            torch.full_like(x, 0.28209479177387814),
+            -0.48860251190291987 * y,
+            0.48860251190291987 * z,
+            -0.48860251190291987 * x,
+            1.0925484305920792 * x * y,
+            -1.0925484305920792 * y * z,
+            0.94617469575755997 * z2 - 0.31539156525251999,
+            -1.0925484305920792 * x * z,
+            0.54627421529603959 * (x2 - y2),
+            0.59004358992664352 * y * (y2 - 3 * x2),
+            2.8906114426405538 * x * y * z,
+            0.45704579946446572 * y * (1 - 5 * z2),
+            0.3731763325901154 * z * (5 * z2 - 3),
+            0.45704579946446572 * x * (1 - 5 * z2),
+            1.4453057213202769 * z * (x2 - y2),
+            0.59004358992664352 * x * (3 * y2 - x2),
+        ],
+        -1,
+    )
+
+
+def density_network(features: Tensor, density_in: Tensor, density_out: Tensor) -> Tensor:
+    """The 16 geometry features [S, 16] of encoded samples [S, I]: density_out relu(density_in f), without biases.
+
+    Inputs that are missing at the end of f count as zero: the rows are padded to a multiple of 4.
+    """
+    hidden = torch.relu(features @ density_in[:, : features.shape[1]].T)
+    return hidden @ density_out.T
+
+
+def fast_density(geometry: Tensor) -> Tensor:
+    """Density [S] from the first geometry feature: exp(clamp(g_0 - 2, -12, 9)); no gradient passes the clamp."""
+    return torch.exp(torch.clamp(geometry[:, 0] + DENSITY_BIAS, *DENSITY_RANGE))
+
+
+def colour_network(
+    geometry: Tensor,
+    harmonics: Tensor,
+    rays: Tensor,
+    colour_in: Tensor,
+    colour_hidden: Tensor | None,
+    colour_out: Tensor,
+) -> Tensor:
+    """Colours [S, 3] of samples; the view direction enters as one bias per ray.
+
+    h = relu(W_g g + (W_v harmonics)[ray]), again relu(colour_hidden h) where there is a second layer, and
+    rgb = sigmoid(clamp(colour_out h, -12, 12)) (1 + 2 padding) - padding.
+
+    Args:
+        geometry: [S, 16].
+        harmonics: [B, 16], of each ray's direction.
+        rays: int64 [S].
+        colour_in: [H, 32], W_g and W_v side by side. colour_hidden: [H, H] or None. colour_out: [3, H].
+    """
+    bias = harmonics @ colour_in[:, 16:].T
+    hidden = torch.relu(geometry @ colour_in[:, :16].T + bias[rays])
+    if colour_hidden is not None:
+        hidden = torch.relu(hidden @ colour_hidden.T)
+    logits = torch.clamp(hidden @ colour_out.T, -MAX_LOGIT, MAX_LOGIT)
+    return torch.sigmoid(logits) * (1 + 2 * RGB_PADDING) - RGB_PADDING
