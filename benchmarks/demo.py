@@ -43,10 +43,10 @@ def evenly(data: Dataset, count: int) -> list[int]:
     return [round((k + 0.5) * len(data) / count - 0.5) for k in range(count)]
 
 
-def make_demo(folder: Path, minutes: float, downscale: int = DOWNSCALE) -> bool:
+def make_demo(folder: Path, minutes: float, downscale: int = DOWNSCALE, name: str = "demo") -> bool:
     """Train, evaluate and draw everything into a new folder; False where training was interrupted."""
     run_dir = folder / "run"
-    result = run_training("demo", preset("demo"), "demo", run_dir, downscale=downscale, max_minutes=minutes)
+    result = run_training("demo", preset(name), name, run_dir, downscale=downscale, max_minutes=minutes)
     if result.interrupted:
         return False
     model, _, checkpoint = load_model(run_dir, choose_device())
@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder to make or replace")
     parser.add_argument("--minutes", type=float, default=2.0, help="of training")
     parser.add_argument("--downscale", type=int, default=DOWNSCALE, help="of the scene's 200 x 200 views")
+    parser.add_argument("--preset", default="demo", help="of the model")
     arguments = parser.parse_args(argv)
     out: Path = arguments.out
     partial, previous = (out.with_name(f"{out.name}.{state}") for state in ("partial", "previous"))
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         for leftover in (partial, previous):
             if leftover.exists():
                 shutil.rmtree(leftover)
-        if not make_demo(partial, arguments.minutes, arguments.downscale):
+        if not make_demo(partial, arguments.minutes, arguments.downscale, arguments.preset):
             print(f"demo: interrupted; what there is lies in {partial}", file=sys.stderr)
             return 130
         if out.exists():

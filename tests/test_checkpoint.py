@@ -153,7 +153,7 @@ def test_a_mismatch_says_which_tensor_or_field(run_dir: Path, dataset: Dataset) 
     edit(path, step="ten")
     refused("header field 'step': expected int, found 'ten'")
     edit(path, config={"model": {"kind": "voxels"}})
-    refused("config: model.kind: expected one of mipnerf, nerf, found 'voxels'")
+    refused("config: model.kind: expected one of mipnerf, nerf, fast, found 'voxels'")
 
 
 def test_the_previous_good_one_is_used(run_dir: Path, dataset: Dataset) -> None:
