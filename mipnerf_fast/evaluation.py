@@ -17,6 +17,7 @@ from torch import Tensor
 from . import metrics, ops
 from .durable_files import write_durably
 from .environment import device_name, revision
+from .fast_model import FastModel
 from .model import Model
 from .pictures import to_uint8, write_png
 from .progress import Progress
@@ -225,11 +226,12 @@ def evaluate(
             )
             if pictures is not None:
                 write_png(pictures / f"{i:04d}.png", to_uint8(prediction))
+    operations = ops.FAST_OPERATIONS if isinstance(model, FastModel) else ops.OPERATIONS
     run = {
         "device": device_name(parameter.device),
         "torch": torch.__version__,
         "revision": revision(),
-        "backend": ops.backend_in_use(parameter.device, parameter.dtype),
+        "backend": ops.backend_in_use(parameter.device, parameter.dtype, operations),
         "precision": str(parameter.dtype).removeprefix("torch."),
         "steps": steps,
         "seconds": seconds,

@@ -12,13 +12,15 @@ from .fast_step import (
 )
 from .frustum_ipe import frustum_ipe
 from .hash_encode import hash_encode
-from .implementations import Implementation, backend_in_use, implementations
+from .implementations import FAST_OPERATIONS, OPERATIONS, Implementation, backend_in_use, implementations
 from .march import march
 from .mlp import MipMLP
 from .packed_composite import packed_composite
 from .resample import resample
 
 __all__ = [
+    "FAST_OPERATIONS",
+    "OPERATIONS",
     "Composite",
     "Implementation",
     "MipMLP",

@@ -101,10 +101,17 @@ def _implementation(operation: str, device_type: str, dtype: torch.dtype) -> Imp
     return Implementation(operation, "unavailable" if backend == "native" else "reference", missing)
 
 
-def backend_in_use(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """The implementations in one word: "native", "reference", or "mixed" with those that are native."""
+def backend_in_use(
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    operations: tuple[str, ...] = OPERATIONS,
+) -> str:
+    """The implementations of a model's operations (OPERATIONS of the exact one, FAST_OPERATIONS) in one word.
+
+    "native", "reference", or "mixed" with those that are native.
+    """
     entries = implementations(device, dtype)
-    used = {entry.operation: entry.used for entry in entries if entry.operation in OPERATIONS}
+    used = {entry.operation: entry.used for entry in entries if entry.operation in operations}
     native = [name for name, kind in used.items() if kind == "native"]
     if not native:
         return "reference"
