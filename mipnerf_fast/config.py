@@ -357,7 +357,7 @@ PRESET_NOTES: dict[str, str] = {
     "no-misc": "ablation: ReLU density, no bias, no padding of the colours",
     "separate-mlps": "ablation: a network of its own for each level",
     "small": "3 layers of 64 and 2 x 32 samples, for a laptop's CPU",
-    "demo": "the small model for two minutes, used by `make demo`",
+    "demo": "the small model for two minutes on the built-in scene: `benchmarks/demo.py --preset demo`",
     "fast": "the scale-aware hash grid: minutes on a laptop's CPU",
 }
 
