@@ -189,7 +189,7 @@ def test_an_unknown_attenuation_is_named_by_every_operator() -> None:
         lambda: ops.fast_train_step(rays, torch.rand(70, 3), 0.1, fields, _zeros(fields)),
         lambda: ops.occupancy_update(model.densities, 0.01, 0, 0, 16, 0.5, 1.0, fields),
     ):
-        with pytest.raises(ValueError, match="attenuation must be .*, got 'sinc'"):
+        with pytest.raises(ValueError, match=r"attenuation must be .*, got 'sinc'"):
             run()
 
 

@@ -157,5 +157,5 @@ def test_wrong_arguments_are_named() -> None:
         ops.hash_encode(points, scales, tables[1:], _grid())
     with pytest.raises(RuntimeError, match="tables must be"):
         torch.ops.mipnerf_fast.hash_encode_forward(points, scales, tables, [3, 9], 256, 1, 0.02)
-    with pytest.raises(RuntimeError, match="attenuation must be 0 .*, got 3"):
+    with pytest.raises(RuntimeError, match=r"attenuation must be 0 .*, got 3"):
         torch.ops.mipnerf_fast.hash_encode_forward(points, scales, tables, [3, 8, 20], 256, 3, 0.02)
