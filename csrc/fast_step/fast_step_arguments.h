@@ -6,7 +6,6 @@
 
 #include <memory>
 #include <optional>
-#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -23,7 +22,7 @@ struct FastModelArguments {
     torch::stable::Tensor colour_out, masks;
     std::vector<int64_t> resolutions;
     int64_t table_size;
-    std::string attenuation;
+    int64_t attenuation;
     double cutoff;
     bool scale_input;
     double scale_low, scale_high;
@@ -83,7 +82,7 @@ class CheckedModel {
         check.that(given.box_half > 0, "box_half", "positive", given.box_half);
         check.that(given.min_step > 0 && given.max_step >= given.min_step, "min_step",
                    "positive and at most max_step", given.min_step);
-        model_.encode = {attenuation_named(check, given.attenuation), static_cast<float>(given.cutoff),
+        model_.encode = {attenuation_coded(check, given.attenuation), static_cast<float>(given.cutoff),
                          given.scale_input, static_cast<float>(given.scale_low),
                          static_cast<float>(given.scale_high)};
         model_.march = {static_cast<float>(given.box_half), static_cast<float>(given.step_scale),
