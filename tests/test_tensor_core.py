@@ -15,9 +15,9 @@ def product(dtype, a, b, c, seed=0, fault=0, checks=harness.CHECKS):
     store = to_bfloat16 if dtype == "bfloat16" else lambda x: x.astype(np.float16)
     arrays = {"a": store(a), "b": store(b), "c": c}
     outputs = {"d": (c.shape, np.float32)}
-    return run(
-        "tensor_core", arrays, outputs, {"kernel": "product", "fault": fault}, seed, checks=checks
-    )["d"]
+    return run("tensor_core", arrays, outputs, {"kernel": "product", "fault": fault}, seed, checks=checks)[
+        "d"
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -25,7 +25,9 @@ def test_product_of_a_warp(dtype):
     rng = np.random.default_rng(1)
     a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((16, 16), (16, 8)))
     c = rng.normal(size=(16, 8)).astype(np.float32)
-    load = (lambda x: from_bfloat16(to_bfloat16(x))) if dtype == "bfloat16" else lambda x: x.astype(np.float16)
+    load = (
+        (lambda x: from_bfloat16(to_bfloat16(x))) if dtype == "bfloat16" else lambda x: x.astype(np.float16)
+    )
     a, b = (load(x).astype(np.float64) for x in (a, b))
     # Whole numbers: exact, so that one misplaced element shows.
     for left, right in ((a, b), (np.arange(256.0).reshape(16, 16), np.arange(128.0).reshape(16, 8) - 64)):
@@ -41,12 +43,8 @@ def test_matrices_reach_the_lanes_that_the_isa_names():
     y = run("tensor_core", {"x": x.view(np.float16)}, outputs, {"kernel": "matrices"})["y"]
     group, quad = LANES // 4, LANES % 4
     for j, matrix in enumerate(x.reshape(4, 8, 8).astype(np.uint32)):
-        np.testing.assert_array_equal(
-            y[0, :, j], matrix[group, 2 * quad] | matrix[group, 2 * quad + 1] << 16
-        )
-        np.testing.assert_array_equal(
-            y[1, :, j], matrix[2 * quad, group] | matrix[2 * quad + 1, group] << 16
-        )
+        np.testing.assert_array_equal(y[0, :, j], matrix[group, 2 * quad] | matrix[group, 2 * quad + 1] << 16)
+        np.testing.assert_array_equal(y[1, :, j], matrix[2 * quad, group] | matrix[2 * quad + 1, group] << 16)
 
 
 @pytest.mark.parametrize(("fault", "sentence"), [(1, "divergence"), (2, "divergence: lane")])
