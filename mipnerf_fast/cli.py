@@ -34,6 +34,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["auto", "native", "reference"]
 Split = Literal["train", "val", "test"]
 Checkpoint = Literal["latest", "best"]
+Mode = Literal["exact", "fast"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Eval:
     """Native kernels or the reference."""
     chunk_rays: int | None = None
     """Rays at once; by default as many as fit."""
+    mode: Mode = "exact"
+    """fast: leave out what contributes less than half an 8-bit level, and print the error that this makes."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ class Render:
     """Native kernels or the reference."""
     chunk_rays: int | None = None
     """Rays at once; by default as many as fit."""
+    mode: Mode = "exact"
+    """fast: leave out what contributes less than half an 8-bit level, and print the error that this makes."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +269,7 @@ def run_eval(verb: Eval) -> int:
         seconds=checkpoint.seconds,
         chunk_rays=verb.chunk_rays,
         pictures=folder / "images" if verb.images else None,
+        mode=verb.mode,
     )
     print(terminal_table(evaluation))
     print(f"\nwritten: {', '.join(map(str, write_reports(evaluation, folder)))}")
@@ -287,6 +293,7 @@ def run_render(verb: Render) -> int:
         white_background=data.white_background,
         chunk_rays=verb.chunk_rays,
         frames_per_second=verb.fps,
+        mode=verb.mode,
     )
     print("\n".join(lines))
     return DONE

@@ -21,7 +21,8 @@ from .fast_model import FastModel
 from .model import Model
 from .pictures import to_uint8, write_png
 from .progress import Progress
-from .rendering import render_image
+from .rendering import add_deviation, render_image
+from .rendering_modes import Deviation, check_mode
 
 if TYPE_CHECKING:
     from .data.dataset import Dataset
@@ -57,8 +58,8 @@ class ViewScores:
 class Evaluation:
     """What `evaluate` found.
 
-    split, background: of the data. views: one per image. run: device, torch, revision, backend, precision, steps,
-    seconds. lpips_note: the network behind LPIPS, or why there is none.
+    split, background: of the data. views: one per image. run: device, torch, revision, backend, precision, mode,
+    steps, seconds. lpips_note: the network behind LPIPS, or why there is none.
     """
 
     split: str
@@ -104,10 +105,12 @@ class Evaluation:
         run = self.run
         sizes = sorted({(view.scale, view.width, view.height) for view in self.views})
         scales = ", ".join(f"1/{scale} ({width} x {height})" for scale, width, height in sizes)
+        mode = "" if run["mode"] == "exact" else f"; {run['mode']}"
         return (
             f"{self.split} split, {len(self.views)} images, {self.background} background, scale {scales}; "
             f"{run['precision']}, backend {run['backend']}, {run['device']}, torch {run['torch']}, "
-            f"revision {run['revision']}, after {run['steps']} steps in {_number(run['seconds'], 1)} s of training"
+            f"revision {run['revision']}, after {run['steps']} steps in "
+            f"{_number(run['seconds'], 1)} s of training{mode}"
         )
 
     def rows(self) -> list[tuple[str, str, str, str, str, str]]:
@@ -195,6 +198,7 @@ def evaluate(
     seconds: float | None = None,
     chunk_rays: int | None = None,
     pictures: Path | None = None,
+    mode: str = "exact",
 ) -> Evaluation:
     """Render every view of a data set and compare it with the truth.
 
@@ -204,17 +208,25 @@ def evaluate(
         steps, seconds: of the training, for the record.
         chunk_rays: see `render_image`.
         pictures: a folder to write the predictions to as PNG, or None.
+        mode: "exact", or "fast": then the record says how far from exact.
 
     Returns:
         Evaluation.
+
+    Errors: InputError for a mode that the model does not have.
     """
+    check_mode(model, mode)
+    deviation = Deviation(data.pixels.shape[0])
     parameter = next(model.parameters())
     lpips, note = find_lpips(parameter.device)
     views = []
     with Progress("evaluating", sum(image.shape[0] * image.shape[1] for image in data.images), "rays") as bar:
         for i, name in enumerate(data.names):
             target = data.target(i, parameter.device)
-            prediction = render_image(model, data.rays(i), data.white_background, chunk_rays, bar).rgb
+            rays = data.rays(i)
+            prediction = render_image(model, rays, data.white_background, chunk_rays, bar, mode).rgb
+            if mode == "fast":
+                add_deviation(deviation, model, rays, prediction, data.white_background, chunk_rays)
             views.append(
                 ViewScores(
                     name,
@@ -233,6 +245,7 @@ def evaluate(
         "revision": revision(),
         "backend": ops.backend_in_use(parameter.device, parameter.dtype, operations),
         "precision": str(parameter.dtype).removeprefix("torch."),
+        "mode": str(deviation) if mode == "fast" else mode,
         "steps": steps,
         "seconds": seconds,
     }

@@ -74,6 +74,68 @@ class MipNerf(nn.Module):
         levels = self._levels(rays.flatten(), randomized, white_background, generator)
         return [level.unflatten(rays.batch_shape) for level in levels]
 
+    @property
+    def activations(self) -> Activations:
+        """What turns the network's raw outputs into colours and densities, as `composite` takes it."""
+        config = self.config
+        return {
+            "density_activation": config.density_activation,
+            "density_bias": config.density_bias,
+            "rgb_activation": "sigmoid",
+            "rgb_padding": config.rgb_padding,
+        }
+
+    def render_rays(self, rays: Rays, white_background: bool = True) -> Composite:
+        """The finest level alone, without randomness: bit by bit that of `forward`, in less time.
+
+        Of the coarse levels only the weights are needed, so their colour branch is left out.
+
+        Args:
+            rays: of any leading shape.
+            white_background: white or black behind everything.
+
+        Returns:
+            Composite in the leading shape of rays.
+        """
+        flat = rays.flatten()
+        t_vals, _ = self.propose(flat)
+        raw = self.finest(t_vals, flat)
+        level = ops.composite(*raw, t_vals, flat.directions, white_background, **self.activations)
+        return level.unflatten(rays.batch_shape)
+
+    def propose(self, rays: Rays) -> tuple[Tensor, Tensor | None]:
+        """The fenceposts of the finest level, without randomness, from the densities of the levels before it.
+
+        Args:
+            rays: of one leading dimension, [B, .].
+
+        Returns:
+            t_vals [B, N+1] and the opacity [B] of the last level before the finest; None where there is only one.
+        """
+        config = self.config
+        t_vals = sample_t_vals(rays.near, rays.far, config.num_samples, None, config.lindisp)
+        acc = None
+        for number in range(config.num_levels - 1):
+            raw_density = self._mlp(number).density(self._features(number, t_vals, rays))
+            no_rgb = raw_density.new_zeros(*raw_density.shape[:-1], 3)
+            level, t_vals = ops.composite_resample(
+                no_rgb,
+                raw_density,
+                t_vals,
+                rays.directions,
+                False,
+                **self.activations,
+                padding=config.resample_padding,
+            )
+            acc = level.acc
+        return t_vals, acc
+
+    def finest(self, t_vals: Tensor, rays: Rays) -> tuple[Tensor, Tensor]:
+        """Raw rgb [B, N, 3] and raw density [B, N, 1] of the finest network between the fenceposts t_vals [B, N+1]."""
+        config = self.config
+        viewdirs_enc = pos_enc(rays.viewdirs, 0, config.deg_view) if config.use_viewdirs else None
+        return self._raw(config.num_levels - 1, t_vals, rays, viewdirs_enc)
+
     def _levels(
         self, rays: Rays, randomized: bool, white_background: bool, generator: Generator
     ) -> list[Composite]:
@@ -85,12 +147,7 @@ class MipNerf(nn.Module):
                 return None
             return draw_uniform(generator, FENCEPOSTS + level, config.num_samples + 1, rays.origins)
 
-        activations: Activations = {
-            "density_activation": config.density_activation,
-            "density_bias": config.density_bias,
-            "rgb_activation": "sigmoid",
-            "rgb_padding": config.rgb_padding,
-        }
+        activations = self.activations
         t_vals = sample_t_vals(rays.near, rays.far, config.num_samples, uniforms(0), config.lindisp)
         levels: list[Composite] = []
         for level in range(config.num_levels):
@@ -111,8 +168,17 @@ class MipNerf(nn.Module):
     def _raw(
         self, level: int, t_vals: Tensor, rays: Rays, viewdirs_enc: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        raw: tuple[Tensor, Tensor] = self._mlp(level)(self._features(level, t_vals, rays), viewdirs_enc)
+        return raw
+
+    def _mlp(self, level: int) -> ops.MipMLP:
+        mlp = self.mlps[level if self.config.separate_mlps else 0]
+        assert isinstance(mlp, ops.MipMLP)
+        return mlp
+
+    def _features(self, level: int, t_vals: Tensor, rays: Rays) -> Tensor:
         config = self.config
-        features = ops.frustum_ipe(
+        return ops.frustum_ipe(
             t_vals,
             rays.origins,
             rays.directions,
@@ -122,8 +188,6 @@ class MipNerf(nn.Module):
             config.ray_shape,
             integrated=not config.disable_integration,
         )
-        raw: tuple[Tensor, Tensor] = self.mlps[level if config.separate_mlps else 0](features, viewdirs_enc)
-        return raw
 
     def query(self, points: Tensor, viewdirs: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         """Colour and density of the finest network in isotropic Gaussians, for grids and meshes.

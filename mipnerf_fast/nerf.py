@@ -64,6 +64,15 @@ class Nerf(nn.Module):
         levels = self._levels(rays.flatten(), randomized, white_background, generator)
         return [level.unflatten(rays.batch_shape) for level in levels]
 
+    def render_rays(self, rays: Rays, white_background: bool = True) -> Composite:
+        """The fine level alone, without randomness: that of `forward`, the coarse network's colours left out."""
+        flat, config = rays.flatten(), self.config
+        t_vals = sample_t_vals(flat.near, flat.far, config.num_coarse - 1, None, config.lindisp)
+        coarse = self._weights(self.mlps[0].density(self._features(t_vals, flat)), t_vals, flat)  # type: ignore[operator]
+        t_vals = self._fine_t_vals(t_vals, coarse, None)
+        viewdirs_enc = pos_enc(flat.viewdirs, 0, config.deg_view)
+        return self._render(1, t_vals, flat, viewdirs_enc, white_background).unflatten(rays.batch_shape)
+
     def _levels(
         self, rays: Rays, randomized: bool, white_background: bool, generator: Generator
     ) -> list[Composite]:
@@ -77,22 +86,30 @@ class Nerf(nn.Module):
             rays.near, rays.far, config.num_coarse - 1, uniforms(0, config.num_coarse), config.lindisp
         )
         coarse = self._render(0, t_vals, rays, viewdirs_enc, white_background)
-        mids = (t_vals[:, 1:] + t_vals[:, :-1]) / 2
-        drawn = sample_piecewise_constant(
-            mids, coarse.weights[:, 1:-1] + _WEIGHT_PADDING, config.num_fine, uniforms(1, config.num_fine)
-        )
-        t_vals = torch.sort(torch.cat([t_vals, drawn], -1), -1).values
+        t_vals = self._fine_t_vals(t_vals, coarse.weights, uniforms(1, config.num_fine))
         return [coarse, self._render(1, t_vals, rays, viewdirs_enc, white_background)]
+
+    def _fine_t_vals(self, t_vals: Tensor, weights: Tensor, u: Tensor | None) -> Tensor:
+        """The coarse points and those drawn from their weights, sorted."""
+        mids = (t_vals[:, 1:] + t_vals[:, :-1]) / 2
+        drawn = sample_piecewise_constant(mids, weights[:, 1:-1] + _WEIGHT_PADDING, self.config.num_fine, u)
+        return torch.sort(torch.cat([t_vals, drawn], -1), -1).values
+
+    def _features(self, t_vals: Tensor, rays: Rays) -> Tensor:
+        points = rays.origins[:, None] + rays.directions[:, None] * t_vals[..., None]
+        return pos_enc(points, 0, self.config.max_deg_point)
+
+    def _weights(self, raw_density: Tensor, t_vals: Tensor, rays: Rays) -> Tensor:
+        gaps = torch.cat([t_vals[:, 1:] - t_vals[:, :-1], torch.full_like(t_vals[:, :1], _LAST_LENGTH)], -1)
+        lengths = gaps * torch.linalg.vector_norm(rays.directions, dim=-1, keepdim=True)
+        return weights_from_density(activate_density(raw_density[..., 0], "relu"), lengths)
 
     def _render(
         self, level: int, t_vals: Tensor, rays: Rays, viewdirs_enc: Tensor, white_background: bool
     ) -> Composite:
-        points = rays.origins[:, None] + rays.directions[:, None] * t_vals[..., None]
-        raw_rgb, raw_density = self.mlps[level](pos_enc(points, 0, self.config.max_deg_point), viewdirs_enc)
+        raw_rgb, raw_density = self.mlps[level](self._features(t_vals, rays), viewdirs_enc)
         rgb = activate_rgb(raw_rgb, "sigmoid")
-        gaps = torch.cat([t_vals[:, 1:] - t_vals[:, :-1], torch.full_like(t_vals[:, :1], _LAST_LENGTH)], -1)
-        lengths = gaps * torch.linalg.vector_norm(rays.directions, dim=-1, keepdim=True)
-        weights = weights_from_density(activate_density(raw_density[..., 0], "relu"), lengths)
+        weights = self._weights(raw_density, t_vals, rays)
         acc = weights.sum(-1)
         colour = (weights[..., None] * rgb).sum(-2)
         if white_background:

@@ -13,10 +13,12 @@ from torch import Tensor
 from .camera_paths import Camera
 from .cameras import Rays
 from .config import FastConfig, MipNerfConfig
+from .cpu_setup import free_memory
 from .errors import InputError
-from .model import Model
+from .model import MipNerf, Model
 from .pictures import Picture, Video, VideoUnavailableError, colour_map, to_uint8, write_png
 from .progress import Progress
+from .rendering_modes import Deviation, check_mode, render_rays_fast
 
 KINDS = ("rgb", "depth", "opacity", "normals")
 FRAMES_PER_SECOND = 30.0
@@ -58,7 +60,9 @@ def rays_per_chunk(model: Model, device: torch.device) -> int:
     bytes_per_ray = 4 * samples * (3 * features + 3 * config.net_width)
     budget = float(_CPU_BYTES)
     if device.type == "cuda":
-        budget = _GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+        # What torch keeps for itself but does not use is as good as free.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = _GPU_SHARE * (free_memory(device) + kept)
     count = max(64, min(_MAX_CHUNK, int(budget / bytes_per_ray)))
     return 1 << (count.bit_length() - 1)
 
@@ -70,6 +74,7 @@ def render_image(
     white_background: bool = True,
     chunk_rays: int | None = None,
     progress: Callable[[int], None] | None = None,
+    mode: str = "exact",
 ) -> Rendering:
     """Render rays with the finest level of a model, deterministically and without gradients.
 
@@ -80,11 +85,12 @@ def render_image(
         chunk_rays: rays at once; None: by memory (`rays_per_chunk`). The result does not depend on it but for
             rounding.
         progress: called with the number of rays done, after each chunk.
+        mode: "exact", or "fast": see `rendering_modes.render_rays_fast`.
 
     Returns:
         Rendering on the model's device, in the leading shape of rays.
 
-    Errors: ValueError for chunk_rays below 1.
+    Errors: ValueError for chunk_rays below 1; InputError for a mode that the model does not have.
 
     Example:
         >>> model = MipNerf(MipNerfConfig(num_samples=8, net_depth=2, net_width=16))
@@ -99,13 +105,17 @@ def render_image(
         chunk_rays = rays_per_chunk(model, like.device)
     if chunk_rays < 1:
         raise ValueError(f"render_image: chunk_rays must be at least 1, got {chunk_rays}")
+    check_mode(model, mode)
     shape, flat = rays.batch_shape, rays.flatten()
     count = flat.origins.shape[0]
     parts = []
     for start in range(0, count, chunk_rays):
         stop = min(start + chunk_rays, count)
         chunk = Rays(*(field[start:stop].to(like) for field in flat))
-        level = model(chunk, randomized=False, white_background=white_background)[-1]
+        if mode == "fast" and isinstance(model, MipNerf):
+            level = render_rays_fast(model, chunk, white_background)
+        else:
+            level = model.render_rays(chunk, white_background)
         parts.append(Rendering(level.rgb, level.distance, level.acc))
         if progress is not None:
             progress(stop - start)
@@ -114,6 +124,29 @@ def render_image(
         return Rendering(like.new_zeros(*shape, 3), empty, empty)
     rgb, distance, acc = (torch.cat(fields) for fields in zip(*parts, strict=True))
     return Rendering(rgb.reshape(*shape, 3), distance.reshape(shape), acc.reshape(shape))
+
+
+def add_deviation(
+    deviation: Deviation,
+    model: Model,
+    rays: Rays,
+    rgb: Tensor,
+    white_background: bool,
+    chunk_rays: int | None = None,
+) -> None:
+    """Compare a picture rendered in the fast mode with the exact one, on the subset that the deviation names.
+
+    Args:
+        deviation: of all pictures together; this one is added.
+        rays: of the picture, any leading shape.
+        rgb: as the fast mode rendered it, [..., 3].
+        model, white_background, chunk_rays: as it was rendered.
+    """
+    flat = rays.flatten()
+    subset = deviation.subset(flat.origins.shape[0])
+    chosen = Rays(*(field[subset.to(field.device)] for field in flat))
+    exact = render_image(model, chosen, white_background, chunk_rays)
+    deviation.add(rgb.reshape(-1, 3)[subset.to(rgb.device)], exact.rgb)
 
 
 def normals_from_distance(rays: Rays, distance: Tensor) -> Tensor:
@@ -186,6 +219,7 @@ def render_path(
     white_background: bool = True,
     chunk_rays: int | None = None,
     frames_per_second: float = FRAMES_PER_SECOND,
+    mode: str = "exact",
 ) -> list[str]:
     """Render a camera path to `folder/<kind>/<frame>.png` and `folder/<kind>.mp4`.
 
@@ -200,15 +234,17 @@ def render_path(
         white_background: white or black behind the colours.
         chunk_rays: see `render_image`.
         frames_per_second: of the videos.
+        mode: "exact", or "fast": then the result says how far from exact.
 
     Returns:
-        One sentence per thing written or skipped.
+        One sentence per thing written or skipped, and in the fast mode its deviation.
 
     Errors: InputError for bad arguments; OSError where the folder cannot be written.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise InputError(f"--kinds: expected some of {', '.join(KINDS)}, got {' '.join(unknown) or 'none'}")
+    check_mode(model, mode)
     if not frames_per_second > 0:
         raise InputError(f"--fps: must be positive, got {frames_per_second}")
     if min(min(camera.height, camera.width) for camera in cameras) < 2 and "normals" in kinds:
@@ -223,11 +259,14 @@ def render_path(
     videos = {kind: Video(partial / f"{kind}.mp4", frames_per_second) for kind in kinds if not skipped}
     ends = None
     total = sum(camera.height * camera.width for camera in cameras)
+    deviation = Deviation(total)
     try:
         with Progress(f"rendering {folder.name}", total, "rays") as progress:
             for index, camera in enumerate(cameras):
                 rays = camera.rays()
-                rendering = render_image(model, rays, white_background, chunk_rays, progress)
+                rendering = render_image(model, rays, white_background, chunk_rays, progress, mode)
+                if mode == "fast":
+                    add_deviation(deviation, model, rays, rendering.rgb, white_background, chunk_rays)
                 ends = ends or distance_range(camera, rendering)
                 for kind in kinds:
                     frame = picture(kind, camera, rays, rendering, ends)
@@ -244,6 +283,8 @@ def render_path(
         shutil.rmtree(folder)
     partial.rename(folder)
     lines = [f"{len(cameras)} frames each: {', '.join(str(folder / kind) for kind in kinds)}"]
+    if mode == "fast":
+        lines.append(str(deviation))
     if skipped:
         return [*lines, f"mp4 skipped: {skipped}"]
     return lines + [f"video: {folder / kind}.mp4" for kind in kinds]

@@ -30,6 +30,10 @@ class Ball(nn.Module):
         rgb = torch.where(hit[..., None], colour, torch.full_like(colour, float(white_background)))
         return [Composite(rgb, t, acc, acc[..., None])]
 
+    def render_rays(self, rays: Rays, white_background: bool = True) -> Composite:
+        """As `MipNerf.render_rays`."""
+        return self(rays, False, white_background)[-1]
+
     def query(self, points: Tensor, viewdirs: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         """The density falls across the surface like a sigmoid of 0.05; the colour says where one looks to."""
         share = torch.sigmoid((self.radius - points.norm(dim=-1)) / 0.05)

@@ -19,7 +19,7 @@ from mipnerf_fast import Composite, metrics
 from mipnerf_fast.data import Dataset
 from mipnerf_fast.evaluation import evaluate, markdown_table, score, terminal_table, write_reports
 
-RUN_KEYS = {"device", "torch", "revision", "backend", "precision", "steps", "seconds"}
+RUN_KEYS = {"device", "torch", "revision", "backend", "precision", "mode", "steps", "seconds"}
 
 
 class Constant(Ball):

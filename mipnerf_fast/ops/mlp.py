@@ -55,3 +55,8 @@ class MipMLP(nn.Module):
         return reference.mip_mlp(
             features, viewdirs_enc, self.linears, self.net_depth, self.net_depth_condition, self.skip_layer
         )
+
+    @reports_non_finite("mlp", "density")
+    def density(self, features: Tensor) -> Tensor:
+        """Raw density [B, N, 1] alone, bit by bit that of the forward pass, without the colour branch's cost."""
+        return reference.mip_mlp_density(features, self.linears, self.net_depth, self.skip_layer)

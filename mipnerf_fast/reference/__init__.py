@@ -23,7 +23,7 @@ from .hash_encode import (
 )
 from .ipe import integrated_pos_enc, pos_enc
 from .march import PackedSamples, march, mask_for_width, sample_gaussians
-from .mlp import mip_mlp, mip_mlp_shapes
+from .mlp import mip_mlp, mip_mlp_density, mip_mlp_shapes
 from .occupancy import (
     occupancy_layout,
     occupancy_masks,
@@ -67,6 +67,7 @@ __all__ = [
     "march",
     "mask_for_width",
     "mip_mlp",
+    "mip_mlp_density",
     "mip_mlp_shapes",
     "occupancy_layout",
     "occupancy_masks",

@@ -35,11 +35,7 @@ def mip_mlp(
     Source: algorithm 1.5. The official code's last trunk layer never gets the skip (i = depth - 1 = 7 for the
     paper); where skip_layer divides depth - 1 the heads take the widened activation, as its code does.
     """
-    x = features
-    for i in range(net_depth):
-        x = torch.relu(linears[i](x))
-        if i % skip_layer == 0 and i > 0:
-            x = torch.cat([x, features], -1)
+    x = _trunk(features, linears, net_depth, skip_layer)
     density = linears[net_depth](x)
     if viewdirs_enc is None:
         return linears[net_depth + 1](x), density
@@ -48,6 +44,31 @@ def mip_mlp(
     for i in range(net_depth_condition):
         x = torch.relu(linears[net_depth + 2 + i](x))
     return linears[net_depth + 2 + net_depth_condition](x), density
+
+
+def mip_mlp_density(
+    features: Tensor,
+    linears: Sequence[nn.Linear] | nn.ModuleList,
+    net_depth: int = 8,
+    skip_layer: int = 4,
+) -> Tensor:
+    """The raw density [B, N, 1] of `mip_mlp` alone; arguments as there.
+
+    Source: algorithm 1.5.
+    """
+    density: Tensor = linears[net_depth](_trunk(features, linears, net_depth, skip_layer))
+    return density
+
+
+def _trunk(
+    features: Tensor, linears: Sequence[nn.Linear] | nn.ModuleList, net_depth: int, skip_layer: int
+) -> Tensor:
+    x = features
+    for i in range(net_depth):
+        x = torch.relu(linears[i](x))
+        if i % skip_layer == 0 and i > 0:
+            x = torch.cat([x, features], -1)
+    return x
 
 
 def mip_mlp_shapes(
