@@ -7,7 +7,6 @@ their sizes; the result is then rounded to the operand type.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,9 +114,9 @@ NETWORKS = {
     "odd features, skip in heads and view": (Network(90, 64, 5, 4, 48, 2), 127, 1),
     "half, three tiles": (Network(6, 64, 8, 2, 64, 3, "float16"), 3, 100),
     "width 128": (Network(96, 128, 3, 2, 64, 1), 43, 3),
-    "half, skip in heads, no view": (Network(24, 128, 4, 3, dtype="float16"), 130, 1),
+    "half, skip in heads, no view": (Network(24, 64, 4, 3, dtype="float16"), 130, 1),
     "the paper's": (PAPER, 1, 129),
-    "half, width 256": (Network(48, 256, 2, 1, 16, 1, "float16"), 11, 3),
+    "narrow view": (Network(48, 256, 2, 1, 16, 1), 11, 3),
     "width 256, no view": (Network(30, 256, 3, 5), 5, 8),
 }
 
@@ -263,6 +262,7 @@ def run_case(
     encoding: dict[str, np.ndarray] | None = None,
     checks: Sequence[str] = harness.CHECKS,
     program: str | Path = "mlp",
+    defines: Sequence[str] = (),
     **scalars: int,
 ) -> Case:
     net, samples = case.net, case.samples
@@ -277,7 +277,10 @@ def run_case(
     }
     arrays = dict(case.arrays)
     if inference:
-        outputs |= {"inference_rgb": ((samples, 3), np.float32), "inference_density": ((samples,), np.float32)}
+        outputs |= {
+            "inference_rgb": ((samples, 3), np.float32),
+            "inference_density": ((samples,), np.float32),
+        }
     if encoding is not None:
         del arrays["features"]
         arrays |= encoding
@@ -294,7 +297,7 @@ def run_case(
     names = ("features", "width", "depth", "skip_layer", "view_width", "view_depth")
     values = {name: getattr(net, name) for name in names}
     values |= {"samples": samples, "samples_per_ray": case.samples_per_ray, "splits": splits, **scalars}
-    case.out = run(program, arrays, outputs, values, seed, checks=checks)
+    case.out = run(program, arrays, outputs, values, seed, checks=checks, defines=defines)
     return case
 
 
@@ -371,12 +374,8 @@ def check_backward(case: Case, roundings_of_sums: int) -> None:
         bound += relative * (np.abs(exact) + bound) + smallest
         assert_within(deltas[hidden], exact, bound * case.masks(hidden), f"deltas of hidden layer {hidden}")
     if "grad_features" in case.out:
-        readers = [
-            (layer, slice(layer.input_columns, None)) for layer in net.layers if layer.feature_columns
-        ]
-        assert_within(
-            case.out["grad_features"], *back(readers, features.shape), "gradients of the features"
-        )
+        readers = [(layer, slice(layer.input_columns, None)) for layer in net.layers if layer.feature_columns]
+        assert_within(case.out["grad_features"], *back(readers, features.shape), "gradients of the features")
 
     for number, (layer, (weight_at, bias_at)) in enumerate(
         zip(net.layers, gradient_offsets(net), strict=False)
@@ -402,3 +401,221 @@ def test_forward_and_backward(name: str) -> None:
     case = run_case(make_case(net, rays, samples_per_ray))
     check_forward(case)
     check_backward(case, case.samples // 16 + 2)
+
+
+@pytest.mark.parametrize("given", ["rgb", "density"])
+def test_a_missing_gradient_is_zero(given: str) -> None:
+    case = make_case(Network(12, 64, 2, 4, 16, 1), 3, 3)
+    del case.arrays["grad_density" if given == "rgb" else "grad_rgb"]
+    check_backward(run_case(case, inference=False, checks=["memory"]), 3)
+
+
+def test_without_gradients_of_the_features() -> None:
+    case = make_case(Network(128, 64, 3, 1, 32, 1), 2, 9)
+    check_backward(run_case(case, grad_features=False, inference=False), 4)
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_split_sums(atomic: bool) -> None:
+    """Five ranges of samples, one of them empty and the last cut short."""
+    case = make_case(Network(20, 64, 2, 1, 32, 2), 1, 125)
+    found = []
+    for seed in range(2):
+        check_backward(
+            run_case(case, seed, splits=5, atomic=atomic, inference=False, checks=harness.CHECKS[seed:]),
+            125 // 16 + 2 + 5,
+        )
+        found.append(case.out["gradients"].copy())
+    if not atomic:  # in a fixed order
+        ends = [
+            (weight, weight + layer.weight.size)
+            for layer, (weight, _) in zip(case.net.layers, gradient_offsets(case.net), strict=False)
+        ]
+        for begin, end in ends:
+            np.testing.assert_array_equal(found[0][begin:end], found[1][begin:end])
+
+
+@pytest.mark.parametrize(
+    ("degrees", "min_deg", "cylinder", "integrated"), [(16, 0, 0, 1), (5, 1, 1, 1), (3, 0, 0, 0)]
+)
+def test_encoding_inside(degrees: int, min_deg: int, cylinder: int, integrated: int) -> None:
+    """The features computed by the forward are, bit for bit, those that frustum_ipe_math.h gives outside."""
+    rays, samples_per_ray = 7, 19
+    case = make_case(Network(6 * degrees, 64, 2, 1, 32, 1), rays, samples_per_ray)
+    rng = np.random.default_rng(3)
+    encoding = {
+        "t_vals": np.sort(rng.uniform(2, 6, (rays, samples_per_ray + 1)), 1),
+        "origins": rng.normal(size=(rays, 3)),
+        "directions": rng.normal(size=(rays, 3)),
+        "radii": rng.uniform(1e-3, 1e-2, (rays, 1)),
+    }
+    run_case(
+        case,
+        backward=False,
+        encoding={name: array.astype(np.float32) for name, array in encoding.items()},
+        min_deg=min_deg,
+        cylinder=cylinder,
+        integrated=integrated,
+    )
+    assert np.abs(case.net.load(case.out["encoded"])).max() > 0.5
+    check_forward(case)
+
+
+# ---- broken kernels
+
+# The sources with one fault each, chosen at run time: file, what stands there, what stands there when broken.
+FAULTS: list[tuple[str, str, str, str, str, str]] = [
+    (
+        "no barrier before a tile is overwritten",
+        "mlp_kernels.cuh",
+        "block_sync();  // every warp has read the tile\n            const auto masks",
+        "if (!fault) block_sync();\n            const auto masks",
+        "races",
+        "race: .* of shared memory|has not written",
+    ),
+    (
+        "a stage refilled while it is read",
+        "mlp_tile.cuh",
+        "        block_sync();  // the stage is there for every warp, and the one used last is free\n        issue(",
+        "        if (fault) issue(reading_ == 0 ? G::kStages - 1 : reading_ - 1);\n"
+        "        block_sync();  // the stage is there\n        if (!fault) issue(",
+        "races",
+        "may still be writing|race: .* of shared memory",
+    ),
+    (
+        "no barrier after the weights have landed",
+        "mlp_tile.cuh",
+        "block_sync();  // the stage is there",
+        "if (!fault) block_sync();  // the stage is there",
+        "races",
+        "may still be writing|race: .* of shared memory|has not written",
+    ),
+    (
+        "a wait for one group too few",
+        "mlp_tile.cuh",
+        "async_wait<G::kStages - 2>();",
+        "if (fault) async_wait<G::kStages - 1>(); else async_wait<G::kStages - 2>();",
+        "races",
+        "may still be writing",
+    ),
+    (
+        "features read before they have landed",
+        "mlp_kernels.cuh",
+        "    async_commit();\n    async_wait<0>();",
+        "    async_commit();\n    if (!fault) async_wait<0>();",
+        "races",
+        "may still be writing",
+    ),
+    (
+        "the last row but one",
+        "mlp_tile.cuh",
+        "while (row < rows) {",
+        "while (row < rows + fault) {",
+        "memory",
+        "AddressSanitizer",
+    ),
+    (
+        "wgrad waits for one group too few",
+        "mlp_backward_kernels.cuh",
+        "async_wait<kWgradStages - 2>();",
+        "if (fault) async_wait<kWgradStages - 1>(); else async_wait<kWgradStages - 2>();",
+        "races",
+        "may still be writing",
+    ),
+    # Wrong numbers, without a word from the checks.
+    (
+        "neighbours' masks",
+        "mlp_backward_kernels.cuh",
+        "masks.value[r] >> (4 * product + k) & 1",
+        "masks.value[r] >> (4 * product + (k ^ fault)) & 1",
+        "values",
+        "deltas of hidden layer",
+    ),
+    (
+        "a stale stage",
+        "mlp_tile.cuh",
+        "stages() + reading_ * kStageBytes",
+        "stages() + (fault ? 1 - reading_ : reading_) * kStageBytes",
+        "values",
+        "layer|head",
+    ),
+    (
+        "a sample left out",
+        "mlp_backward_kernels.cuh",
+        "const bool valid = row < rows && first + column < columns;\n            async",
+        "const bool valid = row < rows - fault && first + column < columns;\n            async",
+        "values",
+        "gradient of weight",
+    ),
+    (
+        "the bias of the next ray",
+        "mlp_kernels.cuh",
+        "static_cast<int>(sample / in.samples_per_ray)",
+        "static_cast<int>((sample + fault) / in.samples_per_ray)",
+        "memory",
+        "AddressSanitizer",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def broken() -> Path:
+    """emulate_mlp.cpp over a copy of the sources with every fault built in, each behind its number."""
+    folder = harness.CACHE / "broken_mlp"
+    sources = {path.name: path.read_text() for path in (harness.ROOT / "csrc" / "mlp").glob("mlp_*.*h")}
+    for number, (_, file, sound, faulty, _, _) in enumerate(FAULTS, 1):
+        assert sources[file].count(sound) == 1, (
+            f"{sound!r} stands {sources[file].count(sound)} times in {file}"
+        )
+        faulty = faulty.replace("fault", f"(mlp_fault == {number})")
+        sources[file] = sources[file].replace(sound, faulty)
+    sources["mlp_plan.h"] = sources["mlp_plan.h"].replace(
+        "namespace mipnerf {", "namespace mipnerf {\ninline int mlp_fault = 0;", 1
+    )
+    program = (harness.HERE / "emulate_mlp.cpp").read_text()
+    program = program.replace(
+        "const auto width =",
+        'mlp_fault = static_cast<int>(program.integer("fault"));\n    const auto width =',
+        1,
+    )
+    (folder / "mlp").mkdir(parents=True, exist_ok=True)
+    for name in ("common", "frustum_ipe"):
+        link = folder / name
+        if not link.is_symlink():
+            link.symlink_to(harness.ROOT / "csrc" / name)
+    for path, text in [
+        *((folder / "mlp" / name, text) for name, text in sources.items()),
+        (folder / "emulate_broken_mlp.cpp", program),
+    ]:
+        path.write_text(text)
+    return folder / "emulate_broken_mlp.cpp"
+
+
+def run_broken(program: Path, fault: int, seed: int, checks: Sequence[str]) -> Case:
+    case = make_case(Network(16, 64, 2, 4, 16, 1), 11, 3, seed)
+    return run_case(
+        case, seed, program=program, fault=fault, checks=checks, defines=("MIPNERF_ONE_INSTANCE",)
+    )
+
+
+def check_both(case: Case) -> None:
+    check_forward(case)
+    check_backward(case, case.samples // 16 + 3)
+
+
+def test_the_copy_without_a_fault_is_sound(broken: Path) -> None:
+    for seed in SEEDS:
+        check_both(run_broken(broken, 0, seed, harness.CHECKS))
+
+
+@pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=[fault[0] for fault in FAULTS])
+def test_a_broken_kernel_is_caught_for_every_seed(broken: Path, number: int) -> None:
+    *_, check, sentence = FAULTS[number - 1]
+    for seed in SEEDS:
+        if check == "values":
+            case = run_broken(broken, number, seed, ["memory"])
+            with pytest.raises(AssertionError, match=sentence):
+                check_both(case)
+        else:
+            with pytest.raises(EmulationError, match=sentence):
+                run_broken(broken, number, seed, [check])

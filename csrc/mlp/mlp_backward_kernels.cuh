@@ -166,28 +166,29 @@ MIPNERF_DEVICE T* stage_at(T* half, int row, int column) {
     return half + row * WgradGeometry<W>::kTile + (((column >> 3) ^ (row & 7)) << 3) + (column & 7);
 }
 
-// Columns first .. first + kTile of 32 rows of a matrix, zeros where it ends.
+// Columns first .. first + kTile of the 32 rows from `sample` on of a matrix, zeros where it ends.
 template <int W, typename T>
 MIPNERF_DEVICE void load_half_stage(T* half, const T* matrix, std::int64_t sample, std::int64_t samples,
                                     int first, int columns) {
-    constexpr int kPieces = WgradGeometry<W>::kTile / 8;
-    const bool in_pieces = columns % 8 == 0;
-    for (int i = thread_rank(); i < kWgradSamples * kPieces; i += kThreads) {
-        const int row = i / kPieces, column = i % kPieces * 8;
-        T* to = stage_at<W>(half, row, column);
-        const T* from = matrix + (sample + row) * columns + first + column;
-        if (in_pieces) {
-            const bool valid = sample + row < samples && first + column < columns;
-            async_copy16(to, valid ? from : matrix, valid);
-        } else {
-            Pack<T, 8> eight;
+    constexpr int kTile = WgradGeometry<W>::kTile, kPieces = kTile / 8;
+    const int rows = samples - sample < kWgradSamples ? static_cast<int>(samples - sample) : kWgradSamples;
+    const T* from = matrix + sample * columns + first;
+    if (columns % 8 == 0) {  // then every row starts at a multiple of 16 bytes
 #pragma unroll
-            for (int k = 0; k < 8; ++k)
-                eight.value[k] = sample + row < samples && first + column + k < columns
-                                     ? load_pack<1>(from + k).value[0]
-                                     : from_float<T>(0.0f);
-            store_pack_shared(to, eight);
+        for (int i = thread_rank(); i < kWgradSamples * kPieces; i += kThreads) {
+            const int row = i / kPieces, column = i % kPieces * 8;
+            const bool valid = row < rows && first + column < columns;
+            async_copy16(stage_at<W>(half, row, column), valid ? from + row * columns + column : matrix,
+                         valid);
         }
+        return;
+    }
+#pragma unroll 1
+    for (int i = thread_rank(); i < kWgradSamples * kTile; i += kThreads) {
+        const int row = i / kTile, column = i % kTile;
+        const bool valid = row < rows && first + column < columns;
+        *stage_at<W>(half, row, column) =
+            valid ? load_pack<1>(from + row * columns + column).value[0] : from_float<T>(0.0f);
     }
 }
 
@@ -209,15 +210,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     const T* inputs =
         matrix.input_column < 0 ? in.features : in.activations + matrix.input_column * in.samples;
 
-    const std::int64_t stages = ceil_div(in.samples, std::int64_t{kWgradSamples});
-    const std::int64_t begin = stages * split / in.splits, end = stages * (split + 1) / in.splits;
+    const std::int64_t all = ceil_div(in.samples, std::int64_t{kWgradSamples});
+    const std::int64_t begin = all * split / in.splits;
+    const int stages = static_cast<int>(all * (split + 1) / in.splits - begin);
     T* shared = shared_memory<T>();
-    const auto issue = [&](std::int64_t stage) {
-        if (stage < end) {
-            T* half = shared + static_cast<int>((stage - begin) % kWgradStages) * 2 * G::kHalfStage;
-            load_half_stage<W>(half, deltas, stage * kWgradSamples, in.samples, first_row,
-                               matrix.delta_pitch);
-            load_half_stage<W>(half + G::kHalfStage, inputs, stage * kWgradSamples, in.samples, first_column,
+    const auto issue = [&](int stage, int place) {
+        if (stage < stages) {
+            T* half = shared + place * 2 * G::kHalfStage;
+            const std::int64_t sample = (begin + stage) * kWgradSamples;
+            load_half_stage<W>(half, deltas, sample, in.samples, first_row, matrix.delta_pitch);
+            load_half_stage<W>(half + G::kHalfStage, inputs, sample, in.samples, first_column,
                                matrix.columns);
         }
         async_commit();
@@ -226,18 +228,22 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Lane lane;
     const int warp_row = warp_index() / G::kWarpsAcross * 16 * G::kRowBlocks;
     const int warp_column = warp_index() % G::kWarpsAcross * 16 * G::kPairs;
-    const bool sums_bias = matrix.bias >= 0 && first_column == 0 && warp_column == 0;
+    // The biases of a block of rows are summed by one of the warps that have it.
+    const int bias_block =
+        matrix.bias >= 0 && first_column == 0 ? warp_index() % G::kWarpsAcross : G::kRowBlocks;
     const unsigned ones = detail::bit_copy<unsigned>(pack_from_float<T>(Floats<2>{{1.0f, 1.0f}}));
-    float result[G::kRowBlocks][2 * G::kPairs][4] = {}, bias[G::kRowBlocks][4] = {};
+    float result[G::kRowBlocks][2 * G::kPairs][4] = {}, bias[4] = {};
 
 #pragma unroll
-    for (int stage = 0; stage < kWgradStages - 1; ++stage) issue(begin + stage);
+    for (int stage = 0; stage < kWgradStages - 1; ++stage) issue(stage, stage);
+    int place = 0;  // of the stage in the ring
 #pragma unroll 1
-    for (std::int64_t stage = begin; stage < end; ++stage) {
+    for (int stage = 0; stage < stages; ++stage) {
         async_wait<kWgradStages - 2>();
         block_sync();  // the stage is there for every warp, and the one used last is free
-        issue(stage + kWgradStages - 1);
-        T* half = shared + static_cast<int>((stage - begin) % kWgradStages) * 2 * G::kHalfStage;
+        issue(stage + kWgradStages - 1, place == 0 ? kWgradStages - 1 : place - 1);
+        T* half = shared + place * 2 * G::kHalfStage;
+        place = place + 1 == kWgradStages ? 0 : place + 1;
 #pragma unroll
         for (int step = 0; step < kWgradSamples / 16; ++step) {
             unsigned a[G::kRowBlocks][4];
@@ -256,10 +262,9 @@ __global__ void __launch_bounds__(kThreads, 2)
                     mma_m16n8k16<T>(result[r][2 * pair + 1], a[r], b[2], b[3]);
                 }
             }
-            if (sums_bias) {  // the columns of a product with ones are the sums
 #pragma unroll
-                for (int r = 0; r < G::kRowBlocks; ++r) mma_m16n8k16<T>(bias[r], a[r], ones, ones);
-            }
+            for (int r = 0; r < G::kRowBlocks; ++r)  // the columns of a product with ones are the sums
+                if (r == bias_block) mma_m16n8k16<T>(bias, a[r], ones, ones);
         }
     }
     async_wait<0>();
@@ -284,11 +289,11 @@ __global__ void __launch_bounds__(kThreads, 2)
                     store_pack(to + column, two);
                 }
             }
-            if (sums_bias && lane.q == 0) {
+            if (r == bias_block && lane.q == 0) {
                 if (in.atomic)
-                    atomic_add(gradients + matrix.bias + row, bias[r][2 * half]);
+                    atomic_add(gradients + matrix.bias + row, bias[2 * half]);
                 else
-                    gradients[matrix.bias + row] = bias[r][2 * half];
+                    gradients[matrix.bias + row] = bias[2 * half];
             }
         }
 }

@@ -117,23 +117,22 @@ struct ForwardParameters {
 // others after a barrier.
 template <int W, typename T>
 MIPNERF_DEVICE void load_features(T* tile, const T* features, int columns, const TileRows& rows) {
-    const int pieces = (columns + 15) / 16 * 2;
+    const int padded = (columns + 15) / 16 * 16, pieces = padded / 8;
     const T* first = features + rows.first * columns;
-    const bool in_pieces = columns % 8 == 0;  // then every row starts at a multiple of 16 bytes
-    for (int i = thread_rank(); i < kTileRows * pieces; i += kThreads) {
-        const int row = i / pieces, column = 8 * (i % pieces);
-        T* to = tile_at<W>(tile, row, column);
-        const T* from = first + row * columns + column;
-        if (in_pieces) {
+    if (columns % 8 == 0) {  // then every row starts at a multiple of 16 bytes
+        for (int i = thread_rank(); i < kTileRows * pieces; i += kThreads) {
+            const int row = i / pieces, column = 8 * (i % pieces);
             const bool valid = row < rows.count && column < columns;
-            async_copy16(to, valid ? from : features, valid);
-        } else {
-            Pack<T, 8> eight;
-#pragma unroll
-            for (int k = 0; k < 8; ++k)
-                eight.value[k] = row < rows.count && column + k < columns ? load_pack<1>(from + k).value[0]
-                                                                          : from_float<T>(0.0f);
-            store_pack_shared(to, eight);
+            async_copy16(tile_at<W>(tile, row, column), valid ? first + row * columns + column : features,
+                         valid);
+        }
+    } else {
+#pragma unroll 1
+        for (int i = thread_rank(); i < kTileRows * padded; i += kThreads) {
+            const int row = i / padded, column = i % padded;
+            const bool valid = row < rows.count && column < columns;
+            *tile_at<W>(tile, row, column) =
+                valid ? load_pack<1>(first + row * columns + column).value[0] : from_float<T>(0.0f);
         }
     }
     async_commit();
@@ -271,9 +270,10 @@ MIPNERF_DEVICE void multiply_heads(float (&channels)[4], T* tile, const unsigned
     }
 }
 
-template <typename T>
-MIPNERF_DEVICE void store_heads(const float (&channels)[4], const ForwardParameters<T>& in, int given,
-                                const TileRows& rows) {
+// Calls f(number in global memory, value) for each of the given channels that this thread has.
+template <typename T, typename F>
+MIPNERF_DEVICE void for_each_channel(float (&channels)[4], const ForwardParameters<T>& in, int given,
+                                     const TileRows& rows, const F& f) {
     const Lane lane;
     if (lane.q > 1) return;
 #pragma unroll
@@ -281,10 +281,34 @@ MIPNERF_DEVICE void store_heads(const float (&channels)[4], const ForwardParamet
         const int row = 16 * warp_index() + lane.g + 8 * half;
         if (row >= rows.count) continue;
         const std::int64_t sample = rows.first + row;
-        if (given >> (2 * lane.q) & 1) in.rgb[3 * sample + 2 * lane.q] = channels[2 * half];
+        if (given >> (2 * lane.q) & 1) f(in.rgb + 3 * sample + 2 * lane.q, channels[2 * half]);
         if (given >> (2 * lane.q + 1) & 1)
-            *(lane.q == 0 ? in.rgb + 3 * sample + 1 : in.density + sample) = channels[2 * half + 1];
+            f(lane.q == 0 ? in.rgb + 3 * sample + 1 : in.density + sample, channels[2 * half + 1]);
     }
+}
+
+// The part of the heads that reads the tile as it is: the first `steps` of their weights, on top of the
+// biases, or the others, on top of what the first gave. (To wait in registers it would cost the product
+// beside it too many.)
+template <int W, typename T>
+MIPNERF_DEVICE void give_heads(T* tile, const ForwardParameters<T>& in, const MlpPass& pass,
+                               const TileRows& rows, Source source) {
+    const unsigned char* weights = in.packed + 16ll * pass.head_weights;
+    float channels[4] = {};
+    if (source == kFromTile) {
+        const Lane lane;
+        if (lane.q < 2) {
+            const auto bias = load_pack<2>(in.biases + pass.head_bias + 2 * lane.q);
+            channels[0] = channels[2] = bias.value[0];
+            channels[1] = channels[3] = bias.value[1];
+        }
+    } else {
+        weights += pass.steps[kFromTile] * kUnitsPerBlock * 16;
+        for_each_channel(channels, in, pass.head_channels, rows,
+                         [](const float* at, float& value) { value = *at; });
+    }
+    multiply_heads<W>(channels, tile, weights, pass.steps[source]);
+    for_each_channel(channels, in, pass.head_channels, rows, [](float* at, float value) { *at = value; });
 }
 
 // Who: a block has a tile of samples, and the next one gridDim.x further. Shared: mlp_tile.cuh. Written:
@@ -302,18 +326,8 @@ __global__ void __launch_bounds__(kThreads, Geometry<W>::kBlocksTogether)
 #pragma unroll 1
         for (int i = 0; i < in.passes.count; ++i) {
             const MlpPass& pass = in.passes.pass[i];
-            const unsigned char* head_weights = in.packed + 16ll * pass.head_weights;
             const bool has_heads = pass.head_weights >= 0;
-            float channels[4] = {};
-            if (has_heads) {
-                const Lane lane;
-                if (lane.q < 2) {
-                    const auto bias = load_pack<2>(in.biases + pass.head_bias + 2 * lane.q);
-                    channels[0] = channels[2] = bias.value[0];
-                    channels[1] = channels[3] = bias.value[1];
-                }
-                multiply_heads<W>(channels, tile, head_weights, pass.steps[kFromTile]);
-            }
+            if (has_heads) give_heads<W>(tile, in, pass, rows, kFromTile);
             Result<W> result;
             if (pass.columns > 0) {
                 start_with_bias(result, in, pass, part, rows);
@@ -328,12 +342,8 @@ __global__ void __launch_bounds__(kThreads, Geometry<W>::kBlocksTogether)
                 block_sync();
                 if (pass.columns > 0)
                     multiply_tile(result, stream, tile, part, pass.steps[kFromFeatures], pass.columns);
-                if (has_heads)
-                    multiply_heads<W>(channels, tile,
-                                      head_weights + pass.steps[kFromTile] * kUnitsPerBlock * 16,
-                                      pass.steps[kFromFeatures]);
+                if (has_heads) give_heads<W>(tile, in, pass, rows, kFromFeatures);
             }
-            if (has_heads) store_heads(channels, in, pass.head_channels, rows);
             if (pass.columns == 0) continue;
             block_sync();  // every warp has read the tile
             const auto masks = activate(tile, result, part, pass.columns);

@@ -59,7 +59,7 @@ class WeightStream {
         : passes_(passes), packed_(packed), tiles_(tiles) {
         advance();
 #pragma unroll
-        for (int stage = 0; stage < G::kStages - 1; ++stage) issue();
+        for (int stage = 0; stage < G::kStages - 1; ++stage) issue(stage);
     }
 
     // The next kStageSteps steps of the weights, or as many as the source has left. Every thread of the block
@@ -67,7 +67,7 @@ class WeightStream {
     MIPNERF_DEVICE const unsigned char* next() {
         async_wait<G::kStages - 2>();
         block_sync();  // the stage is there for every warp, and the one used last is free
-        issue();
+        issue(reading_ == 0 ? G::kStages - 1 : reading_ - 1);
         const unsigned char* stage = stages() + reading_ * kStageBytes;
         reading_ = reading_ + 1 == G::kStages ? 0 : reading_ + 1;
         return stage;
@@ -76,18 +76,17 @@ class WeightStream {
   private:
     static MIPNERF_DEVICE unsigned char* stages() { return shared_memory<unsigned char>(G::kTileBytes); }
 
-    MIPNERF_DEVICE void issue() {
+    MIPNERF_DEVICE void issue(int stage) {
         if (tiles_ > 0) {
             const int steps = left_ < G::kStageSteps ? left_ : G::kStageSteps;
             const int bytes = steps * step_bytes_;
-            unsigned char* to = stages() + writing_ * kStageBytes;
+            unsigned char* to = stages() + stage * kStageBytes;
             for (int i = 16 * thread_rank(); i < bytes; i += 16 * kThreads) async_copy16(to + i, from_ + i);
             from_ += bytes;
             left_ -= steps;
             if (left_ == 0) advance();
         }
         async_commit();
-        writing_ = writing_ + 1 == G::kStages ? 0 : writing_ + 1;
     }
 
     // To the next source that has steps, of this pass, the next, or the first of the next tile.
@@ -117,7 +116,7 @@ class WeightStream {
     int source_ = kSources - 1;
     int left_ = 0;  // steps of the source
     int step_bytes_ = 0;
-    int reading_ = 0, writing_ = 0;
+    int reading_ = 0;
 };
 
 // ---- the product
