@@ -19,18 +19,18 @@ from .ops.fast_step import FastFields, FastGradients, MarchRays, PixelSource, St
 _SAMPLES_PER_ROUND = 8
 
 
-def _unit(words: Tensor) -> Tensor:
-    """Uniform in [0, 1) from 32-bit words."""
-    return (words >> 8).to(torch.float32) * 2.0**-24
+def _unit(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uniform in [0, 1) from 32-bit words; exact in float32."""
+    return (words >> 8).to(dtype) * 2.0**-24
 
 
 def draw_rays(
     source: PixelSource, seed: int, step: int, count: int, random_background: bool, background: float
 ) -> tuple[MarchRays, Tensor]:
     """The rays of a training step and their colours: see `ops.draw_rays`."""
-    device = source.pixels.device
+    device, dtype = source.pixels.device, source.c2w.dtype
     words = counter_uint32(seed, step, FAST_RAYS, torch.arange(count, device=device), 8)
-    group = torch.searchsorted(source.group_shares, _unit(words[:, 0]), right=True)
+    group = torch.searchsorted(source.group_shares, _unit(words[:, 0], source.group_shares.dtype), right=True)
     group = group.clamp(max=len(source.group_shares) - 1)
     first = torch.cat([source.group_ends.new_zeros(1), source.group_ends[:-1]])
     sizes = source.group_ends - first
@@ -48,12 +48,12 @@ def draw_rays(
         source.fars[image],
         torch.ones_like(source.focals[image]),
     )
-    colour = source.pixels[source.offsets[image] + pixel].to(torch.float32) / 255
+    colour = source.pixels[source.offsets[image] + pixel].to(dtype) / 255
     alpha = colour[:, 3:] if colour.shape[1] == 4 else torch.ones_like(colour[:, :1])
-    behind = _unit(words[:, 4:7]) if random_background else torch.full_like(colour[:, :3], background)
+    behind = _unit(words[:, 4:7], dtype) if random_background else torch.full_like(colour[:, :3], background)
     target = colour[:, :3] * alpha + (1 - alpha) * behind
     marched = MarchRays(
-        rays.origins, rays.directions, rays.radii, rays.near, rays.far, _unit(words[:, 3:4]), behind
+        rays.origins, rays.directions, rays.radii, rays.near, rays.far, _unit(words[:, 3:4], dtype), behind
     )
     return marched, target
 
@@ -116,7 +116,7 @@ def occupancy_update(
         inside = drawn < len(candidates)
         visited = candidates[drawn[inside]]
         corner = torch.stack([visited % cells, visited // cells % cells, visited // cells**2], -1)
-        points = (corner + _unit(words[inside, 1:])) * (1 / cells)
+        points = (corner + _unit(words[inside, 1:], flat.dtype)) * (1 / cells)
         # The density does not depend on a direction; the colour that comes with it does.
         down = points.new_tensor([[0.0, 0.0, -1.0]])
         found = reference.fast_query(
