@@ -150,7 +150,8 @@ def test_the_plain_step_counts_and_adds_alike() -> None:
     assert found.counted < found.samples < everything
     for mine, other in zip(gradients, plain, strict=True):
         if mine is not None and other is not None:
-            assert (mine - other).norm() <= 100 * 2.0**-23 * other.norm()  # both round; the truth is tested above
+            # Both round; how far from the truth is tested above.
+            assert (mine - other).norm() <= 100 * 2.0**-23 * other.norm()
 
 
 def test_the_result_does_not_depend_on_threads() -> None:

@@ -79,6 +79,7 @@ def test_a_wrong_kernel_fails_and_is_named(
         return level._replace(weights=level.weights * factor)
 
     monkeypatch.setattr(ops, "composite", wrong)
+    monkeypatch.setattr(verification, "FAST_CASES", ())
     assert cli.main(["verify", "--device", "cpu"]) == cli.FAILED
     failures = [line for line in capsys.readouterr().out.splitlines() if "**FAIL**" in line]
     assert any("composite | activated: weights | float32" in line for line in failures)
