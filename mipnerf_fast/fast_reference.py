@@ -81,6 +81,11 @@ def fast_train_step(
     return StepStatistics(float(loss.detach()), squared, marched, counted, is_finite)
 
 
+def fast_render(rays: MarchRays, fields: FastFields) -> tuple[Tensor, Tensor, Tensor]:
+    """Colour, expected distance and opacity of rays: see `ops.fast_render`."""
+    return reference.fast_render(*rays, fields)
+
+
 def _marched_samples(ray_starts: Tensor, weights: Tensor) -> tuple[int, int]:
     """How many samples the fused step marches, which stops a ray that has ended, and how many of them count."""
     totals = ray_starts.diff()

@@ -172,7 +172,12 @@ def _networks(generator: torch.Generator, layers: int) -> Tensors:
 
 def _fields(a: Tensors) -> FastFields:
     return FastFields(
-        *(a.get(name) for name in FastGradients._fields),  # type: ignore[arg-type]
+        tables=a["tables"],
+        density_in=a["density_in"],
+        density_out=a["density_out"],
+        colour_in=a["colour_in"],
+        colour_hidden=a.get("colour_hidden"),
+        colour_out=a["colour_out"],
         masks=a["masks"],
         resolutions=list(_GRID.resolutions),
         table_size=_GRID.table_size,
@@ -182,7 +187,10 @@ def _fields(a: Tensors) -> FastFields:
         scale_low=1e-3,
         scale_high=2e-2,
         occupancy_resolution=_CELLS,
-        **_MARCH,
+        box_half=_MARCH["box_half"],
+        step_scale=_MARCH["step_scale"],
+        min_step=_MARCH["min_step"],
+        max_step=_MARCH["max_step"],
     )
 
 
@@ -196,7 +204,7 @@ def _marched(a: Tensors) -> MarchRays:
 
 def _render(a: Tensors, out_dtype: torch.dtype | None) -> Tensors:
     del out_dtype
-    render = ops.fast_render if _native() else lambda rays, fields: reference.fast_render(*rays, fields)
+    render = ops.fast_render if _native() else fast_reference.fast_render
     return dict(zip(("rgb", "distance", "acc"), render(_marched(a), _fields(a)), strict=True))
 
 
@@ -360,7 +368,7 @@ def _adam(a: Tensors, out_dtype: torch.dtype | None) -> Tensors:
     del out_dtype
     mine = {name: a[name].clone() for name in _ADAM}
     adam = ops.sparse_adam if _native() else fast_reference.sparse_adam
-    adam(*mine.values(), 1e-2, 0.9, 0.99, 1e-15, 7)
+    adam(mine["values"], mine["gradient"], mine["moment1"], mine["moment2"], 1e-2, 0.9, 0.99, 1e-15, 7)
     return mine
 
 
