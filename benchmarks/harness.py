@@ -117,7 +117,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _time_once(run: Callable[[], Any], device: torch.device) -> float:
+def time_once(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call; what it returns is freed after the clock has stopped."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -152,7 +152,7 @@ class Control:
 
         # Warm first, and the best of three: what the call before has left in the caches is not the machine's doing.
         run()
-        return min(_time_once(run, self.device) for _ in range(3))
+        return min(time_once(run, self.device) for _ in range(3))
 
     def moved(self, seconds: float) -> bool:
         return abs(seconds / self.usual - 1) > CONTROL_TOLERANCE
@@ -163,10 +163,10 @@ def copy_bandwidth(device: torch.device, num_bytes: int = 256 << 20) -> float:
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    return 2 * num_bytes / min(_time_once(lambda: target.copy_(source), device) for _ in range(7))
+    return 2 * num_bytes / min(time_once(lambda: target.copy_(source), device) for _ in range(7))
 
 
-def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     """Memory one call needs on top of its inputs, its outputs included; None where the system does not tell."""
     gc.collect()
     if device.type == "cuda":
@@ -266,7 +266,7 @@ def measure(
             continue
         for number in range(WARM_UP):
             run(rotation[number % sets])
-        row.peak_bytes = _peak_bytes(partial(run, first), device)
+        row.peak_bytes = peak_bytes(partial(run, first), device)
         calls[name] = run
     graphs = {name: _captured(partial(run, first), 20) for name, run in calls.items()} if case.graph else {}
 
@@ -282,9 +282,9 @@ def measure(
             row, inputs = rows[name], rotation[number % sets]
             if name in graphs:
                 replay, repeats = graphs[name]
-                seconds = _time_once(replay, device) / repeats
+                seconds = time_once(replay, device) / repeats
             else:
-                seconds = _time_once(partial(run, inputs), device)
+                seconds = time_once(partial(run, inputs), device)
             after = control()
             if control.moved(before) or control.moved(after):
                 row.discarded += 1
