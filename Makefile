@@ -7,6 +7,8 @@ TORCH_INDEX ?=
 # Of cuda-build: an environment of its own, and a torch whose index entry comes with CUDA.
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.11.*
+# Of gpu-check: its stages, all of them by default.
+STAGE ?=
 # More for pytest, such as ARGS="-k composite".
 ARGS ?=
 
@@ -30,7 +32,7 @@ NATIVE_STAMP := build/native.stamp
 BUILT_FOR := $(shell cat $(NATIVE_STAMP) 2>/dev/null)
 BUILT := $(wildcard mipnerf_fast/_C*.so)
 
-.PHONY: help setup demo test lint format clean cuda-check cuda-build check-machine always
+.PHONY: help setup demo test lint format clean cuda-check cuda-build gpu-check check-machine always
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -41,6 +43,8 @@ help:
 	@echo 'make format  let ruff and clang-format rewrite the sources'
 	@echo 'make cuda-check  compile every CUDA kernel for every architecture; registers, spills, instructions (nvcc, no GPU)'
 	@echo 'make cuda-build  the library with its kernels for a torch with CUDA, in build/cuda (nvcc, no GPU; gigabytes)'
+	@echo 'make gpu-check   on a machine with a GPU: build for it, tests, sanitizer, verify, benchmarks, training, profile'
+	@echo '                 (STAGE="verify steps" for some; MIPNERF_FAST_REVISION=... where there is no git)'
 	@echo 'make setup   only the set-up: virtual environment, torch, the package, the native library'
 	@echo 'make clean   remove what was built (the virtual environment stays)'
 	@echo
@@ -112,6 +116,10 @@ cuda-check: $(INSTALLED)
 # so it must not take the place of the one that `make setup` builds.
 cuda-build: | check-machine
 	$(PYTHON) benchmarks/cuda_build.py --venv '$(CUDA_VENV)' --torch '$(CUDA_TORCH)'
+
+# With VENV=none the interpreter is used as it is; the library is built by the first stage, for this GPU alone.
+gpu-check: $(INSTALLED)
+	$(PYTHON_RUN) benchmarks/gpu_check.py --stage '$(STAGE)' $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info mipnerf_fast/_C*.so .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,558 @@
+"""Everything that only a GPU can show, in stages: `make gpu-check [STAGE="verify steps"] [VENV=none]`.
+
+Stages, in this order: build (the library, for this GPU alone), tests (all that run on CUDA), sanitizer (memcheck and
+racecheck over every kernel), verify (every operation against float64), kernels (their benchmarks), steps (a training
+step beside PyTorch's), training (the paper's network on multi-scale data, evaluated, and its rendered frame), profile
+(where a step's time goes).
+
+Each stage is bounded to nine minutes and writes what it found to FOLDER/STAGE.json after every one of its commands,
+before the next begins; a stage that fails or runs out of time does not keep the others from running. FOLDER is named
+after the GPU and the revision (from git, or MIPNERF_FAST_REVISION where there is no checkout). Nothing is installed
+or downloaded: what a stage needs and does not find is named, and the stage left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+STAGE_SECONDS = 540.0
+# The end of what a command printed is kept, so many characters of it.
+_TAIL = 6000
+PASSED, FAILED, OUT_OF_TIME, NOT_RUN = "passed", "failed", "out of time", "not run"
+# What the package imports when it is used from Python; its command line needs tyro besides.
+_PACKAGE = ("torch", "numpy", "imageio", "PIL", "safetensors", "tqdm", "matplotlib", "tensorboard")
+# Names of kernels in what compute-sanitizer reports.
+_IN_KERNEL = re.compile(r"(?:at|in) (?:.*?\+0x[0-9a-f]+ in )?(?:void )?(?:mipnerf::)?([\w:]+_kernel)\b")
+
+
+@dataclass
+class Command:
+    """One process of a stage.
+
+    name: in the results. argv: what to run. seconds: at most. collect: reads what it left behind, after it ended, in
+    whatever way; the result goes into the stage's file. judge: from exit status and output to a fault, or "".
+    """
+
+    name: str
+    argv: list[str]
+    seconds: float
+    collect: Callable[[], Any] | None = None
+    judge: Callable[[int, str], str] = lambda status, output: f"exit status {status}" if status else ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What became of a command."""
+
+    name: str
+    state: str
+    seconds: float = 0.0
+    note: str = ""
+    result: Any = None
+    tail: str = ""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the check. needs: packages that its commands import; commands: made when the stage begins."""
+
+    name: str
+    what: str
+    needs: tuple[str, ...]
+    commands: Callable[[], list[Command]]
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+def run_command(command: Command) -> Outcome:
+    """Run a command for at most its time; what it started ends with it."""
+    start = time.monotonic()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **command.environment}
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        try:
+            process = subprocess.Popen(
+                command.argv,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Outcome(command.name, NOT_RUN, note=f"{command.argv[0]}: {error.strerror or error}")
+        try:
+            status: int | None = process.wait(max(0.0, command.seconds))
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            _end(process)
+        log.seek(0)
+        output = log.read()
+    outcome = Outcome(command.name, PASSED, round(time.monotonic() - start, 1), tail=output[-_TAIL:])
+    if status is None:
+        outcome.state, outcome.note = OUT_OF_TIME, f"ended after {command.seconds:.0f} s"
+    elif fault := command.judge(status, output):
+        outcome.state, outcome.note = FAILED, fault
+    if command.collect is not None:
+        try:
+            outcome.result = command.collect()
+        except (OSError, ValueError, KeyError) as error:
+            if outcome.state == PASSED:
+                outcome.state, outcome.note = FAILED, f"left no result: {error}"
+    return outcome
+
+
+def _end(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
+    """End a process and whatever it started: the session is its own."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def missing_packages(names: Sequence[str]) -> list[str]:
+    """Those that this interpreter cannot import."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def run_stage(stage: Stage, folder: Path, facts: dict[str, Any], seconds: float = STAGE_SECONDS) -> str:
+    """Run a stage's commands within the time left to it, writing folder/STAGE.json after each.
+
+    Returns:
+        Its state: that of the worst of its commands.
+    """
+    outcomes: list[Outcome] = []
+
+    def write() -> str:
+        state = worst([outcome.state for outcome in outcomes])
+        content = {"stage": stage.name, "what": stage.what, "state": state, "environment": facts}
+        content["commands"] = [asdict(outcome) for outcome in outcomes]
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{stage.name}.json.partial"
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(folder / f"{stage.name}.json")
+        return state
+
+    print(f"\n== {stage.name}: {stage.what}", flush=True)
+    if lacking := missing_packages(stage.needs):
+        outcomes.append(Outcome("imports", NOT_RUN, note=f"this interpreter lacks {', '.join(lacking)}"))
+        print(f"   not run: {outcomes[-1].note}", flush=True)
+        return write()
+    end = time.monotonic() + seconds
+    for command in stage.commands():
+        left = end - time.monotonic()
+        if left < 1:
+            outcomes.append(
+                Outcome(command.name, NOT_RUN, note="the commands before it took the stage's time")
+            )
+        else:
+            outcomes.append(run_command(dataclasses.replace(command, seconds=min(command.seconds, left))))
+        last = outcomes[-1]
+        print(f"   {last.name}: {last.state} in {last.seconds:.0f} s {last.note}", flush=True)
+        if last.state in (FAILED, OUT_OF_TIME):
+            print("\n".join(f"   | {line}" for line in last.tail.splitlines()[-15:]), flush=True)
+        write()
+    return write()
+
+
+def worst(states: Sequence[str]) -> str:
+    """The one that decides about a stage."""
+    for state in (FAILED, OUT_OF_TIME, NOT_RUN):
+        if state in states:
+            return state
+    return PASSED if states else NOT_RUN
+
+
+# ------------------------------------------------------------------------------------------------- the stages
+
+
+def architecture_of(capability: tuple[int, int]) -> str:
+    """As TORCH_CUDA_ARCH_LIST has it; Hopper's own instructions need the "a"."""
+    return f"{capability[0]}.{capability[1]}{'a' if capability == (9, 0) else ''}"
+
+
+def sanitizer_fault(status: int, output: str) -> str:
+    """What compute-sanitizer found: errors or hazards, in which kernels."""
+    summary = re.search(
+        r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", output.replace("\n", " ")
+    )
+    if summary is None:
+        return f"no summary (exit status {status})"
+    found = int(summary[1] or summary[2])
+    if not found and status:
+        return f"exit status {status}"
+    if not found:
+        return ""
+    kernels = sorted(set(_IN_KERNEL.findall(output)))
+    return f"{found} found, in {', '.join(kernels) or 'kernels that the output does not name'}"
+
+
+def tests_result(report: Path) -> dict[str, Any]:
+    """The counts and the failures of a JUnit file.
+
+    Errors: ValueError where no test ran: that is no pass.
+    """
+    import xml.etree.ElementTree as ElementTree
+
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    bad = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in cases
+        if any(child.tag in ("failure", "error") for child in case)
+    ]
+    skipped = sum(any(child.tag == "skipped" for child in case) for case in cases)
+    if len(cases) == skipped:
+        raise ValueError("no test ran")
+    return {"ran": len(cases) - skipped, "skipped": skipped, "failed": bad}
+
+
+def make_stages(scratch: Path, architecture: str, python: str = sys.executable) -> list[Stage]:
+    """All stages, in order.
+
+    Args:
+        scratch: a folder for what commands leave to each other.
+        architecture: of this GPU.
+        python: the interpreter of all commands.
+    """
+    script = str(Path(__file__).resolve())
+
+    def step(name: str, seconds: float, *arguments: str, result: str = "", **options: Any) -> Command:
+        collect = (lambda: json.loads((scratch / result).read_text())) if result else None
+        return Command(name, [python, *arguments], seconds, collect, **options)
+
+    def build() -> list[Command]:
+        only_this = {"TORCH_CUDA_ARCH_LIST": architecture}
+        loads = "import torch; from mipnerf_fast import _native; print(_native.build_info()); "
+        loads += "raise SystemExit(_native.why_missing() or not _native.build_info().get('cuda'))"
+        return [
+            step("compile", 520, "setup.py", "--quiet", "build_ext", "--inplace", environment=only_this),
+            step("load", 60, "-c", loads),
+        ]
+
+    def tests() -> list[Command]:
+        report = scratch / "tests.xml"
+        choice = "cuda and not test_cuda_check and not test_cuda_emulation"
+        arguments = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", choice]
+        arguments.append(f"--junitxml={report}")
+        return [Command("pytest on CUDA", arguments, 535, lambda: tests_result(report))]
+
+    def sanitizer() -> list[Command]:
+        tool = shutil.which("compute-sanitizer") or "compute-sanitizer"
+        touch = [python, script, "--touch-kernels"]
+        return [
+            Command("memcheck", [tool, "--tool", "memcheck", *touch], 265, judge=sanitizer_fault),
+            Command("racecheck", [tool, "--tool", "racecheck", *touch], 265, judge=sanitizer_fault),
+        ]
+
+    def verify() -> list[Command]:
+        code = (
+            "import json, sys; from mipnerf_fast import verification as v; r = v.verify(['cuda']); "
+            "print(v.markdown(r)); open(sys.argv[1], 'w').write(json.dumps(v.to_dict(r))); "
+            "raise SystemExit(not r.passed)"
+        )
+        return [step("verify", 535, "-c", code, str(scratch / "verify.json"), result="verify.json")]
+
+    def kernels() -> list[Command]:
+        scripts = kernel_benchmarks()
+        share = 530 / max(1, len(scripts))
+        return [
+            step(
+                path.stem.removeprefix("bench_"),
+                share,
+                str(path),
+                "--device",
+                "cuda",
+                "--out",
+                str(scratch),
+                result=f"{path.stem.removeprefix('bench_')}_cuda.json",
+            )
+            for path in scripts
+        ]
+
+    def steps() -> list[Command]:
+        out = ["--device", "cuda", "--out", str(scratch), "--seconds", "4"]
+        return [
+            step(
+                name,
+                seconds,
+                "benchmarks/bench_train.py",
+                *out,
+                "--sizes",
+                *sizes,
+                result="train_cuda.json",
+            )
+            for name, seconds, sizes in (
+                ("4096 rays", 360, ["paper:4096"]),
+                ("1024 and 16384 rays", 175, ["paper:1024", "paper:16384"]),
+            )
+        ]
+
+    def training() -> list[Command]:
+        run = scratch / "run"
+        out = ["--device", "cuda", "--out", str(scratch), "--seconds", "4", "--no-compile"]
+        render = ["benchmarks/bench_render.py", *out, "--run-dir", str(run)]
+        return [
+            step("train and evaluate", 380, script, "--train", str(scratch), result="training.json"),
+            step("render", 150, *render, result="render_cuda.json"),
+        ]
+
+    def profile() -> list[Command]:
+        return [step("profile", 300, script, "--profile", str(scratch), result="profile.json")]
+
+    return [
+        Stage(
+            "build",
+            f"the library for {architecture} alone",
+            ("torch", "ninja", "pybind11", "setuptools"),
+            build,
+        ),
+        Stage("tests", "all tests that run on CUDA", (*_PACKAGE, "pytest", "hypothesis"), tests),
+        Stage("sanitizer", "memcheck and racecheck over every kernel", ("torch", "numpy"), sanitizer),
+        Stage("verify", "every operation against the float64 reference", ("torch", "numpy"), verify),
+        Stage("kernels", "the benchmark of each operation", ("torch", "numpy"), kernels),
+        Stage("steps", "a training step beside PyTorch's", ("torch", "numpy", "safetensors"), steps),
+        Stage("training", "multi-scale training, evaluation, a rendered frame", _PACKAGE, training),
+        Stage("profile", "where the time of a step goes", ("torch", "numpy", "safetensors"), profile),
+    ]
+
+
+def kernel_benchmarks() -> list[Path]:
+    """bench_<operation>.py of every operation that has CUDA sources."""
+    scripts = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+    return [path for path in scripts if list((ROOT / "csrc" / path.stem.removeprefix("bench_")).glob("*.cu"))]
+
+
+# --------------------------------------------------------------------- what runs in a process of its own
+
+
+def touch_kernels() -> int:
+    """Launch every kernel of the exact model on small shapes, forward and backward: what the sanitizer watches."""
+    import torch
+
+    from benchmarks.bench_train import engine_names
+    from mipnerf_fast import MipNerf, MipNerfConfig, cameras, ops, use_backend
+
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    rays = cameras.pinhole_rays(torch.eye(4)[:3], 5, 7, 8.0).flatten().map(lambda field: field.to(device))
+    for samples, width in ((33, 64), (128, 256)):
+        base = MipNerfConfig(
+            num_samples=samples, net_depth=6, net_width=width, net_width_condition=width // 2
+        )
+        for engine, dtype, name, why_not in engine_names(MipNerf(base).mlp, device):
+            if why_not:
+                print(f"{name}: not run: {why_not}")
+                continue
+            config = dataclasses.replace(base, mlp_backend=engine, mlp_dtype=dtype)
+            model = MipNerf(config).to(device)
+            loss = sum(level.rgb.square().mean() for level in model(rays, True, True, generator))
+            assert isinstance(loss, torch.Tensor)
+            loss.backward()
+            with torch.no_grad():
+                model.render_rays(rays)
+            print(f"{name}, {samples} samples, width {width}: loss {float(loss):.4f}")
+    # Gradients to the rays themselves, in every precision of the features.
+    t_vals = torch.linspace(2, 6, 34, device=device).repeat(35, 1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        leaves = [x.clone().requires_grad_() for x in (t_vals, rays.origins, rays.directions, rays.radii)]
+        with use_backend("native"):
+            ops.frustum_ipe(*leaves, out_dtype=dtype).float().square().sum().backward()
+    torch.cuda.synchronize()
+    return 0
+
+
+def train_multiscale(scratch: Path, minutes: float = 3.0) -> int:
+    """Train the paper's network on the built-in scene at four scales, evaluate it, leave training.json and run/."""
+    import torch
+
+    from mipnerf_fast import preset
+    from mipnerf_fast.checkpoint import load_model
+    from mipnerf_fast.data import load_dataset, multiscale
+    from mipnerf_fast.evaluation import evaluate, terminal_table
+    from mipnerf_fast.training import run_training
+
+    data = multiscale.convert("demo", scratch / "scene", 1, 4)
+    config = dataclasses.replace(preset("paper"), test_every=0, save_every=100_000)
+    result = run_training(str(data), config, "paper", scratch / "run", max_minutes=minutes, device="cuda")
+    model, _, checkpoint = load_model(scratch / "run", torch.device("cuda"))
+    start = time.monotonic()
+    evaluation = evaluate(
+        model.eval(), load_dataset(str(data), "test"), steps=checkpoint.step, seconds=checkpoint.seconds
+    )
+    found = {
+        "steps": result.step,
+        "training_seconds": result.seconds,
+        "rays_per_second": result.step * config.batch_size / result.seconds,
+        "evaluation_seconds": time.monotonic() - start,
+        "evaluation": evaluation.to_dict(),
+    }
+    (scratch / "training.json").write_text(json.dumps(found))
+    print(terminal_table(evaluation))
+    # Half a minute of a GPU gets past this; a network that learns nothing stays below.
+    psnr = evaluation.mean().psnr
+    return int(psnr is None or psnr < 20)
+
+
+def profile_steps(scratch: Path, steps: int = 10) -> int:
+    """The kernels of the paper's step by their time, launched one by one and replayed from the graph."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from benchmarks.bench_train import random_images
+    from mipnerf_fast import preset
+    from mipnerf_fast.trainer import Trainer
+
+    found: dict[str, Any] = {}
+    for captured in (False, True):
+        config = dataclasses.replace(preset("paper"), capture=captured)
+        trainer = Trainer(config, random_images(100, 400), "cuda")
+        for _ in range(10):
+            trainer.train_step()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            for _ in range(steps):
+                trainer.launch_step()
+            trainer.results(wait=True)
+            torch.cuda.synchronize()
+        wall = time.perf_counter() - start
+        kernels = [row for row in trace.key_averages() if row.self_device_time_total > 0]
+        busy = sum(row.self_device_time_total for row in kernels) * 1e-6
+        rows = [
+            {
+                "kernel": row.key[:160],
+                "launches_a_step": row.count / steps,
+                "milliseconds_a_step": row.self_device_time_total / steps * 1e-3,
+                "share": row.self_device_time_total * 1e-6 / max(busy, 1e-12),
+            }
+            for row in sorted(kernels, key=lambda row: -row.self_device_time_total)[:40]
+        ]
+        found["captured" if captured else "launched"] = {
+            "milliseconds_a_step_while_profiled": wall / steps * 1e3,
+            "milliseconds_a_step_on_the_gpu": busy / steps * 1e3,
+            "kernels": rows,
+        }
+        (scratch / "profile.json").write_text(json.dumps(found))
+        for row in rows[:15]:
+            print(f"{row['milliseconds_a_step']:9.3f} ms {row['share']:6.1%}  {row['kernel']}")
+        del trainer
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------- main
+
+
+def gpu_facts() -> tuple[dict[str, Any], tuple[int, int]]:
+    """What results depend on, and the GPU's compute capability.
+
+    Errors: RuntimeError, in one sentence, where there is no torch or it sees no GPU.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise RuntimeError(f"{sys.executable} has no torch; gpu-check uses it as it is and installs nothing")
+    import torch
+
+    from mipnerf_fast.environment import revision
+
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"torch {torch.__version__} of {sys.executable} sees no GPU, and every stage needs one; without a GPU "
+            "`make cuda-check` compiles the kernels and `make test` emulates them"
+        )
+    driver = clocks = ""
+    if shutil.which("nvidia-smi"):
+        query = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
+        asked = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False
+        )
+        driver, _, clocks = asked.stdout.strip().partition(", ")
+    facts = {
+        "gpu": torch.cuda.get_device_name(0),
+        "driver": driver,
+        "clocks, power limit, temperature at the start": clocks,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+        "revision": revision(),
+    }
+    return facts, torch.cuda.get_device_capability(0)
+
+
+def folder_name(gpu: str, revision: str) -> str:
+    """NVIDIA H200, 1a2b3c -> H200-1a2b3c."""
+    words = re.sub(r"[^A-Za-z0-9]+", "-", gpu.removeprefix("NVIDIA ")).strip("-")
+    return f"{words}-{re.sub(r'[^A-Za-z0-9.]+', '-', revision)}"
+
+
+def choose_stages(stages: Sequence[Stage], wanted: str) -> list[Stage]:
+    """Those named, in the order that they run in; all where none is.
+
+    Errors: ValueError naming a stage that there is not.
+    """
+    names = wanted.replace(",", " ").split()
+    known = [stage.name for stage in stages]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"STAGE={name}: there is no such stage, expected some of {', '.join(known)}")
+    return [stage for stage in stages if not names or stage.name in names]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages; 0 where all passed, 1 where one did not, 2 where none could be run."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--stage", default="", help="some stages, by default all")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the folder of results is made")
+    parser.add_argument("--seconds", type=float, default=STAGE_SECONDS, help="of each stage, at most")
+    parser.add_argument("--touch-kernels", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.touch_kernels:
+        return touch_kernels()
+    if options.train is not None:
+        return train_multiscale(options.train)
+    if options.profile is not None:
+        return profile_steps(options.profile)
+    try:
+        # Before anything else, so that a misspelt stage is told even where there is no GPU.
+        choose_stages(make_stages(Path(), ""), options.stage)
+        facts, capability = gpu_facts()
+    except (ValueError, RuntimeError) as error:
+        print(f"gpu-check: {error}", file=sys.stderr)
+        return 2
+    folder = options.out / folder_name(facts["gpu"], facts["revision"])
+    states = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        stages = make_stages(Path(scratch), architecture_of(capability))
+        for stage in choose_stages(stages, options.stage):
+            states[stage.name] = run_stage(stage, folder, facts, min(options.seconds, STAGE_SECONDS))
+    print(f"\n{facts['gpu']}, revision {facts['revision']}: {folder}")
+    for name, state in states.items():
+        print(f"  {name:10} {state}")
+    return int(any(state != PASSED for state in states.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
