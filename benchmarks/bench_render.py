@@ -185,14 +185,10 @@ def variants(frame: Frame, autotuned: bool) -> list[Variant]:
     not_tuned = "" if autotuned else "left out: it compiles for minutes"
 
     def row(name: str, operands: str, why_not: str = "", **options: Any) -> Variant:
-        return Variant(
-            name,
-            PYTORCH,
-            operands,
-            lambda: ReferenceFrame(frame, operands, **options),
-            why_not,
-            bool(options.get("compile_mode")),
-        )
+        def make() -> Any:
+            return ReferenceFrame(frame, operands, **options)
+
+        return Variant(name, PYTORCH, operands, make, why_not, slow="compile_mode" in options)
 
     compiled = {"compile_mode": "max-autotune"}
     rows = [

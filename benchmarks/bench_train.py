@@ -303,14 +303,10 @@ def reference_variants(problem: Problem, autotuned: bool) -> list[Variant]:
     )
 
     def row(name: str, operands: str, why_not: str = "", **options: Any) -> Variant:
-        return Variant(
-            name,
-            PYTORCH,
-            operands,
-            lambda: ReferenceStep(problem, operands, **options),
-            why_not,
-            bool(options.get("compile_mode")),
-        )
+        def make() -> Any:
+            return ReferenceStep(problem, operands, **options)
+
+        return Variant(name, PYTORCH, operands, make, why_not, slow="compile_mode" in options)
 
     compiled = {"compile_mode": "max-autotune"}
     return [

@@ -197,7 +197,7 @@ def tensor_float(allowed: bool) -> Iterator[None]:
 
 
 def ceilings(device: torch.device, size: int | None = None) -> Ceilings:
-    """Measure what the rows are held against: the best of seven copies, the median of ten products of random matrices."""
+    """Measure what the rows are held against: the best of seven copies, the median of ten random products."""
     size = size or (8192 if device.type == "cuda" else 2048)
     products = {}
     for name, dtype in ((BF16, torch.bfloat16), (TF32, torch.float32), (FP32, torch.float32)):

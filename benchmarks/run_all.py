@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mipnerf_fast.durable_files import write_durably
 from mipnerf_fast.environment import choose_device, device_name, revision
 from mipnerf_fast.errors import InputError
 
+ROOT = Path(__file__).resolve().parents[1]
 STATE = "run_all.json"
 # They measure the CPU whatever --device says, or have no such option.
 _CPU_ONLY = ("fast_quality",)
