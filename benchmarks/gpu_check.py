@@ -209,7 +209,7 @@ def sanitizer_fault(status: int, output: str) -> str:
     return f"{found} found, in {', '.join(kernels) or 'kernels that the output does not name'}"
 
 
-def tests_result(report: Path) -> dict[str, Any]:
+def junit_result(report: Path) -> dict[str, Any]:
     """The counts and the failures of a JUnit file.
 
     Errors: ValueError where no test ran: that is no pass.
@@ -256,7 +256,7 @@ def make_stages(scratch: Path, architecture: str, python: str = sys.executable) 
         choice = "cuda and not test_cuda_check and not test_cuda_emulation"
         arguments = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", choice]
         arguments.append(f"--junitxml={report}")
-        return [Command("pytest on CUDA", arguments, 535, lambda: tests_result(report))]
+        return [Command("pytest on CUDA", arguments, 535, lambda: junit_result(report))]
 
     def sanitizer() -> list[Command]:
         tool = shutil.which("compute-sanitizer") or "compute-sanitizer"

@@ -455,7 +455,7 @@ def table_lines(table: dict[str, Any], limits: dict[str, Any]) -> list[str]:
                     _cell(rate, ".3g", 1e-12),
                     _cell(work["folded_flops"] / median, ".3g", 1e-12),
                     _cell(rate / ceiling if ceiling else None, ".0%"),
-                    _cell(row["launches"], "d"),
+                    _cell(row["launches"], ".0f"),
                     _cell(row["peak_bytes"], ",.0f", 2.0**-20),
                     errors,
                     _cell(baseline / median if baseline else None, ".2f", unit=" x"),

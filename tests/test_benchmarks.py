@@ -1,0 +1,396 @@
+"""The benchmarks: every script imports, and the tables say what the numbers say."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import bench_quality, rows, run_all
+from benchmarks.rows import (
+    BF16,
+    FP32,
+    OURS,
+    PYTORCH,
+    Ceilings,
+    Row,
+    Variant,
+    Work,
+    error_bound,
+    folded_multiply_adds,
+    measure_rows,
+    multiply_adds,
+    put_table,
+    rendering_work,
+    training_work,
+)
+from mipnerf_fast import InputError, MipNerfConfig, ops, preset, use_backend
+
+SCRIPTS = sorted(path.stem for path in (Path(rows.__file__).parent).glob("*.py"))
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_can_be_imported(name: str) -> None:
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert module.__doc__
+
+
+# what a step is
+
+
+def test_the_paper_s_network_is_counted_as_it_is_written() -> None:
+    paper = MipNerfConfig()
+    assert multiply_adds(paper) == (610_304, 585_728)
+    assert folded_multiply_adds(paper) == (541_312, 492_160)
+    step = training_work("paper", preset("paper"))
+    assert (step.rays, step.samples) == (4096, 2**20)
+    assert step.flops == 2 * 2**20 * (2 * 610_304 + 585_728)
+    assert step.folded_flops == 2 * 2**20 * (2 * 541_312 + 492_160)
+    frame = rendering_work("frame", paper, 640_000)
+    assert frame.samples == 163_840_000
+    assert frame.flops == 2.0 * 163_840_000 * 610_304
+    # The coarse level: seven products of the trunk beside layer 0, and density.
+    coarse = 24_576 + 262_144 + 90_112 + 131_072 + 256
+    assert frame.folded_flops == 163_840_000 * (541_312 + coarse)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"net_depth": 6, "skip_layer": 2},
+        {"use_viewdirs": False},
+        {"net_depth_condition": 3},
+        {"net_depth": 1},
+    ],
+)
+def test_the_counts_are_those_of_the_products_that_torch_does(change: dict[str, Any]) -> None:
+    config = MipNerfConfig(max_deg_point=4, net_width=32, net_width_condition=16, **change)
+    torch.manual_seed(0)
+    views = 3 + 6 * config.deg_view if config.use_viewdirs else None
+    mlp = ops.MipMLP(
+        24, views, config.net_depth, 32, config.net_depth_condition, 16, skip_layer=config.skip_layer
+    )
+    features, directions = torch.rand(5, 6, 24), None if views is None else torch.rand(5, views)
+    forward, to_inputs = multiply_adds(config)
+    with use_backend("reference"), FlopCounterMode(display=False) as counter:
+        rgb, density = mlp(features, directions)
+        assert counter.get_total_flops() == 2 * 30 * forward
+        (rgb.sum() + density.sum()).backward()
+    # Where the skip's columns are part of a layer, their gradient is computed with the others.
+    assert counter.get_total_flops() == 2 * 30 * (2 * forward + to_inputs)
+    folded, folded_inputs = folded_multiply_adds(config)
+    assert folded < forward or views is None
+    assert folded_inputs < to_inputs or config.net_depth == 1 or views is None
+
+
+# measuring
+
+
+class Fake:
+    """A row's computation that errs by a given amount."""
+
+    repeats = 1
+
+    def __init__(self, error: float) -> None:
+        self.error, self.calls = error, 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+
+    def errors(self) -> dict[str, float]:
+        return {"loss": self.error}
+
+
+class Quiet:
+    """A machine that is always the same, or never."""
+
+    restless = False
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def __call__(self) -> float:
+        return 1.0
+
+    def moved(self, seconds: float) -> bool:
+        return self.restless
+
+
+def variant(name: str, family: str, error: float, operands: str = FP32, why_not: str = "") -> Variant:
+    return Variant(name, family, operands, lambda: Fake(error), why_not)
+
+
+def test_rows_are_timed_only_where_their_error_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "Control", Quiet)
+
+    def broken() -> Fake:
+        raise RuntimeError("no compiler\nfor this")
+
+    found = measure_rows(
+        [
+            variant("eager fp32", PYTORCH, 1e-3),
+            variant("eager bf16 autocast", PYTORCH, 1e-1, BF16),
+            Variant("compiled", PYTORCH, FP32, broken, slow=True),
+            variant("captured", PYTORCH, 0.0, BF16, "a CUDA graph needs a GPU"),
+            variant("ours", OURS, 1.9e-3),
+            variant("ours, wrong", OURS, 2.2e-3),
+            variant("ours, NaN", OURS, math.nan),
+            variant("ours bf16", OURS, 0.15, BF16),
+            variant("ours tf32", OURS, 1e9, "tf32"),
+        ],
+        CPU,
+        runs=3,
+    )
+    by_name = {row.name: row for row in found}
+    assert [row.name for row in found][:3] == ["eager fp32", "eager bf16 autocast", "compiled"]
+    for name in ("eager fp32", "eager bf16 autocast", "ours", "ours bf16"):
+        row = by_name[name]
+        assert row.median is not None and row.kept == 3 and not row.note
+        assert row.p10 is not None and row.p90 is not None and 0 <= row.p10 <= row.median <= row.p90
+    assert by_name["compiled"].note == "not run: RuntimeError: no compiler"
+    assert by_name["captured"].note == "not run: a CUDA graph needs a GPU"
+    assert by_name["ours, wrong"].note == "not timed: its loss is off by 2.2e-03, more than 2.1e-03"
+    assert by_name["ours, NaN"].note == "not timed: its loss is off by nan"
+    for name in ("compiled", "captured", "ours, wrong", "ours, NaN"):
+        assert by_name[name].median is None
+    # Nothing of PyTorch's to hold it against.
+    assert error_bound("tf32", "loss", found) == math.inf
+
+
+def test_a_restless_machine_gives_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "Control", Quiet)
+    monkeypatch.setattr(Quiet, "restless", True)
+    (row,) = measure_rows([variant("eager fp32", PYTORCH, 0.0)], CPU, runs=3)
+    assert row.median is None
+    assert row.note == "not measured: the control moved beside 12 of 12 calls"
+
+
+# tables
+
+
+LIMITS = Ceilings(copy=2e10, products={BF16: 4e12, FP32: 1e12}, size=2048)
+WORK = Work("small, 512 rays", 512, 32_768, 5e10, 4e10)
+
+
+def made_up() -> dict[str, Any]:
+    report = {
+        "benchmark": "A training step",
+        "about": "Medians.",
+        "environment": {
+            "device": "A machine",
+            "vectors": "AVX512",
+            "threads": 2,
+            "torch": "2.13.0",
+            "cuda": "",
+            "revision": "abc",
+            "library": "abc",
+        },
+        "ceilings": dataclasses.asdict(LIMITS),
+        "tables": [],
+    }
+    table = [
+        Row("eager fp32", PYTORCH, FP32, 0.2, 0.19, 0.21, 15, errors={"loss": 1e-6, "gradient": 2e-5}),
+        Row("torch.compile", PYTORCH, FP32, 0.1, 0.09, 0.11, 15, errors={"loss": 1e-6}),
+        Row("captured", PYTORCH, BF16, note="not run: a CUDA graph needs a GPU"),
+        Row(
+            "ours",
+            OURS,
+            FP32,
+            0.05,
+            0.04,
+            0.06,
+            15,
+            launches=7,
+            peak_bytes=3 << 20,
+            errors={"loss": math.nan},
+        ),
+    ]
+    put_table(report, WORK, table)
+    return report
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_a_table_says_what_the_numbers_say() -> None:
+    text = rows.markdown(made_up())
+    lines = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    head = lines[0]
+    assert all(len(line) == len(head) for line in lines)
+    table = {line[0]: dict(zip(head, line, strict=True)) for line in lines[1:]}
+    assert "ceiling: copy, 20 GB/s read plus written" in table
+    assert table["ceiling: product of 2048 x 2048"]["TFLOP/s as written"] in ("4", "1")
+    eager, ours = table["eager fp32"], table["**ours**"]
+    assert (eager["ms"], eager["p10 - p90"], eager["rays/s"], eager["M samples/s"]) == (
+        "200",
+        "190 - 210",
+        "2,560",
+        "0.164",
+    )
+    assert (eager["TFLOP/s as written"], eager["folded"], eager["of its ceiling"]) == ("0.25", "0.2", "25%")
+    assert eager["against eager fp32"] == "1.00 x"
+    assert eager["against the best of PyTorch"] == "0.50 x"
+    assert eager["error against float64"] == "loss 1.0e-06, gradient 2.0e-05"
+    assert (ours["against eager fp32"], ours["against the best of PyTorch"]) == ("4.00 x", "2.00 x")
+    assert (ours["launches"], ours["peak MiB"]) == ("7", "3")
+    assert ours["error against float64"] == "loss nan"
+    assert table["captured"]["ms"] == "not run: a CUDA graph needs a GPU"
+    assert "A machine AVX512, 2 threads, torch 2.13.0, revision abc" in text
+
+
+def test_a_report_is_written_whole_and_without_nan(tmp_path: Path) -> None:
+    report = made_up()
+    rows.write_report(report, tmp_path, "train_cpu")
+    data = json.loads(
+        (tmp_path / "train_cpu.json").read_text(), parse_constant=lambda name: pytest.fail(name)
+    )
+    assert data["tables"][0]["rows"][3]["errors"] == {"loss": "nan"}
+    assert (tmp_path / "train_cpu.md").read_text() == rows.markdown(report)
+    # The same table again takes the place of the first.
+    put_table(report, WORK, [])
+    put_table(report, dataclasses.replace(WORK, title="other"), [])
+    assert [table["work"]["title"] for table in report["tables"]] == [WORK.title, "other"]
+
+
+def test_ceilings_of_this_machine() -> None:
+    found = rows.ceilings(CPU, size=64)
+    assert found.size == 64
+    assert found.copy > 0
+    assert set(found.products) == {BF16, FP32}
+    assert all(rate > 0 for rate in found.products.values())
+
+
+def test_relative_error() -> None:
+    want = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    got = [torch.tensor([3.0, 0.3]), torch.tensor([[4.4]])]
+    assert rows.relative(got, want) == pytest.approx(0.1, rel=1e-6)
+    assert math.isnan(rows.relative([torch.tensor([math.nan, 0.0]), want[1]], want))
+
+
+# quality
+
+
+def test_marks_end_with_the_time() -> None:
+    times = bench_quality.marks(120.0)
+    assert times[0] == pytest.approx(120 / 50)
+    assert times[-1] == pytest.approx(120)
+    ratios = [b / a for a, b in itertools.pairwise(times)]
+    assert max(ratios) == pytest.approx(min(ratios))
+
+
+def curve(name: str, *points: tuple[float, float]) -> dict[str, Any]:
+    return {
+        "backend": {"name": name},
+        "points": [{"seconds": s, "step": int(10 * s), "psnr": p} for s, p in points],
+        "steps": 100,
+        "seconds": points[-1][0],
+        "rays_per_second": 5120.0,
+        "test_psnr": points[-1][1],
+        "test_ssim": None,
+    }
+
+
+def test_time_to_reach_a_psnr() -> None:
+    points = curve("a", (1.0, 10.0), (2.0, 20.0), (4.0, 15.0), (8.0, 25.0))["points"]
+    assert bench_quality.time_to_reach(points, 9) == 1.0
+    assert bench_quality.time_to_reach(points, 15) == 1.5
+    assert bench_quality.time_to_reach(points, 22.5) == 7.0
+    assert bench_quality.time_to_reach(points, 26) is None
+
+
+def test_the_table_and_chart_of_quality(tmp_path: Path) -> None:
+    report = {
+        "title": "lego at 1/8",
+        "about": "lego at 1/8, white.",
+        "environment": {"device": "A machine", "torch": "2.13.0", "revision": "abc"},
+        "curves": [
+            curve("PyTorch fp32", (1.0, 10.0), (2.0, 20.0)),
+            curve("ours", (1.0, 15.0), (2.0, 22.4)),
+            {"backend": {"name": "fused"}, "why": "it runs on a GPU"},
+        ],
+    }
+    lines = bench_quality.markdown(report).splitlines()
+    head = cells(lines[0])
+    assert head[5:] == [f"s to {psnr} dB" for psnr in range(17, 23)]
+    table = {cells(line)[0]: dict(zip(head, cells(line), strict=True)) for line in lines[2:5]}
+    assert table["PyTorch fp32"]["s to 20 dB"] == "2.0"
+    assert table["PyTorch fp32"]["s to 22 dB"] == "-"
+    assert table["ours"]["test PSNR (dB)"] == "22.40"
+    assert table["ours"]["test SSIM"] == "n/a"
+    assert table["fused"]["steps"] == "not run: it runs on a GPU"
+    assert lines[-1].startswith("lego at 1/8, white. A machine, torch 2.13.0")
+    bench_quality.draw(report, tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").stat().st_size > 5000
+
+
+# everything
+
+
+SCRIPT = """
+import argparse, pathlib, sys
+parser = argparse.ArgumentParser()
+parser.add_argument("--device"); parser.add_argument("--out", type=pathlib.Path)
+options = parser.parse_args()
+count = options.out / "{name}.count"
+count.write_text(str(int(count.read_text()) + 1 if count.exists() else 1))
+print("on", options.device)
+sys.exit({status})
+"""
+
+
+@pytest.fixture
+def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
+    """Two scripts in a folder of their own; the result says how often one ran."""
+    (tmp_path / "benchmarks").mkdir()
+    for name, status in (("good", 0), ("bad", 3)):
+        (tmp_path / "benchmarks" / f"bench_{name}.py").write_text(SCRIPT.format(name=name, status=status))
+    monkeypatch.setattr(run_all, "ROOT", tmp_path)
+
+    def count(name: str) -> int:
+        path = tmp_path / "out" / f"{name}.count"
+        return int(path.read_text()) if path.exists() else 0
+
+    return count
+
+
+def test_a_series_goes_on_where_it_stopped(tmp_path: Path, scripts: Callable[[str], int]) -> None:
+    facts, out = {"device": "A machine", "torch": "2.13.0", "revision": "abc"}, tmp_path / "out"
+    chosen = run_all.benchmarks("cpu", None)
+    assert [benchmark.name for benchmark in chosen] == ["bad", "good"]
+    state = run_all.run_all(chosen, out, "cpu", facts)
+    assert state["benchmarks"]["good"]["state"] == "done"
+    assert state["benchmarks"]["bad"]["why"] == "exit status 3: on cpu"
+    assert json.loads((out / "run_all.json").read_text()) == state
+    assert (scripts("good"), scripts("bad")) == (1, 1)
+    # What failed is tried again, what is done is not.
+    run_all.run_all(chosen, out, "cpu", facts)
+    assert (scripts("good"), scripts("bad")) == (1, 2)
+    run_all.run_all(chosen, out, "cpu", facts, again=["good"])
+    assert scripts("good") == 2
+    run_all.run_all(chosen, out, "cpu", facts | {"revision": "def"})
+    assert scripts("good") == 3
+    (out / "run_all.json").write_text("{}")
+    with pytest.raises(InputError, match="not a file of run_all"):
+        run_all.run_all(chosen, out, "cpu", facts)
+
+
+def test_the_series_knows_every_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    names = {benchmark.name for benchmark in run_all.benchmarks("cuda", tmp_path)}
+    on_cpu = {benchmark.name for benchmark in run_all.benchmarks("cpu", tmp_path)}
+    assert {f"bench_{name}" for name in on_cpu} == {name for name in SCRIPTS if name.startswith("bench_")}
+    assert {"train", "render", "quality", "composite"} <= names <= on_cpu
+    assert not any("quality" in benchmark.name for benchmark in run_all.benchmarks("cpu", None))
+    assert run_all.main(["--out", str(tmp_path), "--device", "cpu", "--only", "nothing"]) == 2
+    assert "no benchmark 'nothing' here" in capsys.readouterr().err
