@@ -388,7 +388,7 @@ def _register() -> None:
         )
         return gradients, ray_sums, grad_features
 
-    fakes = (fake_pack, fake_forward, fake_encoded_forward, fake_backward)
+    fakes: tuple[Callable[..., Any], ...] = (fake_pack, fake_forward, fake_encoded_forward, fake_backward)
     for name, fake in zip(_OPERATORS, fakes, strict=True):
         torch.library.register_fake(f"mipnerf_fast::{name}", fake)
         torch.library.register_autograd(f"mipnerf_fast::{name}", _no_derivative)
