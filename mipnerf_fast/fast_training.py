@@ -101,6 +101,7 @@ class FastTrainer(TrainerBase):
             *(self._gradients.get(name) for name in FastGradients._fields)  # type: ignore[arg-type]
         )
         self._failures = 0
+        self.samples = 0  # marched by this trainer
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """Of Adam: {"exp_avg": {parameter name: tensor}, "exp_avg_sq": ...}."""
@@ -144,6 +145,7 @@ class FastTrainer(TrainerBase):
         )
         found = engine.fast_train_step(rays, target, config.loss_beta, fields, self._gradient_buffers)
         self.last_rate = self.learning_rate()
+        self.samples += found.samples
         self.step += 1
         model.samples_per_ray.fill_(0.8 * samples_per_ray + 0.2 * max(0.5, found.samples / count))
         if found.is_finite:
