@@ -215,7 +215,8 @@ def _verdict(holds: bool) -> str:
 def quality_table(results: Path) -> str:
     """PSNR by scale of the parts that are there."""
     lines = [
-        "| training | minutes | PSNR, dB, finest scale first | mean | CPU s of 2 x wall s | load average before, after |",
+        "| training | minutes | PSNR, dB, finest scale first | mean | CPU s of 2 x wall s "
+        "| load average before, after |",
         "| --- | ---: | --- | ---: | ---: | --- |",
     ]
     facts = set()
