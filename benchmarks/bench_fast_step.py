@@ -62,7 +62,9 @@ def training(rays: int) -> Case:
 
         return run
 
-    return _case("training step", rays, model, True, wrap(fast_reference.fast_train_step), wrap(ops.fast_train_step))
+    return _case(
+        "training step", rays, model, True, wrap(fast_reference.fast_train_step), wrap(ops.fast_train_step)
+    )
 
 
 def rendering(rays: int) -> Case:

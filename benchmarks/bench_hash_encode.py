@@ -40,7 +40,9 @@ def case(rays: int, backward: bool) -> Case:
             "points": drawn.means[index].to(device),
             "scales": drawn.scales[index].to(device),
             "tables": tables,
-            "grad": torch.rand(whole, tables.shape[1] * len(grid.resolutions), generator=generator).to(device),
+            "grad": torch.rand(whole, tables.shape[1] * len(grid.resolutions), generator=generator).to(
+                device
+            ),
         }
 
     def wrap(encode: Callable[..., Tensor]) -> Callable[[Inputs], Outputs]:
