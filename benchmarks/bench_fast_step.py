@@ -37,7 +37,7 @@ def _truth(inputs: Inputs, model: FastModel, backward: bool) -> Outputs:
     )
     packed = reference.PackedSamples(found.ray_starts, found.rays, t0, t1, means, scales)
     leaves = {name: value.double().requires_grad_() for name, value in _parameters(model).items()}
-    fields = model.fields()._replace(**leaves)
+    fields = model.fields()._replace(**leaves)  # type: ignore[arg-type]
     result = reference.fast_composite(packed, rays["directions"], rays["near"], rays["background"], fields)
     if not backward:
         return {"rgb": result.rgb.detach(), "acc": result.acc.detach()}

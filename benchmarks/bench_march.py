@@ -29,7 +29,8 @@ def case(rays: int) -> Case:
     masks = reference.unpack_masks(model.masks, config.occupancy_resolution)
 
     def plain(inputs: Inputs) -> reference.PackedSamples:
-        return reference.march(*(inputs[name] for name in NAMES), masks, *numbers)
+        o, d, radii, near, far, phase = (inputs[name] for name in NAMES)
+        return reference.march(o, d, radii, near, far, phase, masks, *numbers)
 
     def make_inputs(seed: int, device: torch.device) -> Inputs:
         drawn = fast_scene.rays(seed, rays + rays // 16)
@@ -47,8 +48,10 @@ def case(rays: int) -> Case:
 
     def native(inputs: Inputs) -> reference.PackedSamples:
         with use_backend("native"):
-            arguments = [inputs[name] for name in NAMES]
-            return ops.march(*arguments, model.masks, config.occupancy_resolution, *numbers)
+            o, d, radii, near, far, phase = (inputs[name] for name in NAMES)
+            return ops.march(
+                o, d, radii, near, far, phase, model.masks, config.occupancy_resolution, *numbers
+            )
 
     count = int(plain(make_inputs(0, torch.device("cpu"))).t0.shape[0])
     return Case(
