@@ -347,14 +347,14 @@ def kernel_benchmarks() -> list[Path]:
 # --------------------------------------------------------------------- what runs in a process of its own
 
 
-def touch_kernels() -> int:
+def touch_kernels(device_name: str = "cuda") -> int:
     """Launch every kernel of the exact model on small shapes, forward and backward: what the sanitizer watches."""
     import torch
 
     from benchmarks.bench_train import engine_names
     from mipnerf_fast import MipNerf, MipNerfConfig, cameras, ops, use_backend
 
-    device = torch.device("cuda")
+    device = torch.device(device_name)
     generator = torch.Generator(device).manual_seed(0)
     rays = cameras.pinhole_rays(torch.eye(4)[:3], 5, 7, 8.0).flatten().map(lambda field: field.to(device))
     for samples, width in ((33, 64), (128, 256)):
@@ -379,12 +379,15 @@ def touch_kernels() -> int:
         leaves = [x.clone().requires_grad_() for x in (t_vals, rays.origins, rays.directions, rays.radii)]
         with use_backend("native"):
             ops.frustum_ipe(*leaves, out_dtype=dtype).float().square().sum().backward()
-    torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return 0
 
 
-def train_multiscale(scratch: Path, minutes: float = 3.0) -> int:
-    """Train the paper's network on the built-in scene at four scales, evaluate it, leave training.json and run/."""
+def train_multiscale(
+    scratch: Path, minutes: float = 3.0, device: str = "cuda", name: str = "paper", downscale: int = 1
+) -> int:
+    """Train on the built-in scene at four scales, evaluate, leave training.json and run/; 1 where it learned nothing."""
     import torch
 
     from mipnerf_fast import preset
@@ -393,10 +396,10 @@ def train_multiscale(scratch: Path, minutes: float = 3.0) -> int:
     from mipnerf_fast.evaluation import evaluate, terminal_table
     from mipnerf_fast.training import run_training
 
-    data = multiscale.convert("demo", scratch / "scene", 1, 4)
-    config = dataclasses.replace(preset("paper"), test_every=0, save_every=100_000)
-    result = run_training(str(data), config, "paper", scratch / "run", max_minutes=minutes, device="cuda")
-    model, _, checkpoint = load_model(scratch / "run", torch.device("cuda"))
+    data = multiscale.convert("demo", scratch / "scene", downscale, 4)
+    config = dataclasses.replace(preset(name), test_every=0, save_every=100_000)
+    result = run_training(str(data), config, name, scratch / "run", max_minutes=minutes, device=device)
+    model, _, checkpoint = load_model(scratch / "run", torch.device(device))
     start = time.monotonic()
     evaluation = evaluate(
         model.eval(), load_dataset(str(data), "test"), steps=checkpoint.step, seconds=checkpoint.seconds
@@ -415,9 +418,8 @@ def train_multiscale(scratch: Path, minutes: float = 3.0) -> int:
     return int(psnr is None or psnr < 20)
 
 
-def profile_steps(scratch: Path, steps: int = 10) -> int:
-    """The kernels of the paper's step by their time, launched one by one and replayed from the graph."""
-    import torch
+def profile_steps(scratch: Path, device: str = "cuda", name: str = "paper", steps: int = 10) -> int:
+    """The kernels of a step by their time, launched one by one and replayed from the graph."""
     from torch.profiler import ProfilerActivity, profile
 
     from benchmarks.bench_train import random_images
@@ -426,17 +428,16 @@ def profile_steps(scratch: Path, steps: int = 10) -> int:
 
     found: dict[str, Any] = {}
     for captured in (False, True):
-        config = dataclasses.replace(preset("paper"), capture=captured)
-        trainer = Trainer(config, random_images(100, 400), "cuda")
-        for _ in range(10):
+        config = dataclasses.replace(preset(name), capture=captured)
+        trainer = Trainer(config, random_images(100, 400 if device == "cuda" else 50), device)
+        # Until the step is recorded, and some more.
+        for _ in range(10 if device == "cuda" else 1):
             trainer.train_step()
-        torch.cuda.synchronize()
         start = time.perf_counter()
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
             for _ in range(steps):
                 trainer.launch_step()
             trainer.results(wait=True)
-            torch.cuda.synchronize()
         wall = time.perf_counter() - start
         kernels = [row for row in trace.key_averages() if row.self_device_time_total > 0]
         busy = sum(row.self_device_time_total for row in kernels) * 1e-6
