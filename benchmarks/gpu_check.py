@@ -372,7 +372,7 @@ def touch_kernels(device_name: str = "cuda") -> int:
             loss.backward()
             with torch.no_grad():
                 model.render_rays(rays)
-            print(f"{name}, {samples} samples, width {width}: loss {float(loss):.4f}")
+            print(f"{name}, {samples} samples, width {width}: loss {loss.item():.4f}")
     # Gradients to the rays themselves, in every precision of the features.
     t_vals = torch.linspace(2, 6, 34, device=device).repeat(35, 1)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -387,7 +387,7 @@ def touch_kernels(device_name: str = "cuda") -> int:
 def train_multiscale(
     scratch: Path, minutes: float = 3.0, device: str = "cuda", name: str = "paper", downscale: int = 1
 ) -> int:
-    """Train on the built-in scene at four scales, evaluate, leave training.json and run/; 1 where it learned nothing."""
+    """Train on the built-in scene at four scales, evaluate, leave training.json and run/; 1 if it learned nothing."""
     import torch
 
     from mipnerf_fast import preset
@@ -426,29 +426,35 @@ def profile_steps(scratch: Path, device: str = "cuda", name: str = "paper", step
     from mipnerf_fast import preset
     from mipnerf_fast.trainer import Trainer
 
+    on_gpu = torch.device(device).type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+
+    def microseconds(row: Any) -> float:
+        return float(row.self_device_time_total if on_gpu else row.self_cpu_time_total)
+
     found: dict[str, Any] = {}
     for captured in (False, True):
         config = dataclasses.replace(preset(name), capture=captured)
-        trainer = Trainer(config, random_images(100, 400 if device == "cuda" else 50), device)
+        trainer = Trainer(config, random_images(100, 400 if on_gpu else 50), device)
         # Until the step is recorded, and some more.
-        for _ in range(10 if device == "cuda" else 1):
+        for _ in range(10 if on_gpu else 1):
             trainer.train_step()
         start = time.perf_counter()
-        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        with profile(activities=[activity]) as trace:
             for _ in range(steps):
                 trainer.launch_step()
             trainer.results(wait=True)
         wall = time.perf_counter() - start
-        kernels = [row for row in trace.key_averages() if row.self_device_time_total > 0]
-        busy = sum(row.self_device_time_total for row in kernels) * 1e-6
+        kernels = [row for row in trace.key_averages() if microseconds(row) > 0]
+        busy = sum(map(microseconds, kernels)) * 1e-6
         rows = [
             {
                 "kernel": row.key[:160],
                 "launches_a_step": row.count / steps,
-                "milliseconds_a_step": row.self_device_time_total / steps * 1e-3,
-                "share": row.self_device_time_total * 1e-6 / max(busy, 1e-12),
+                "milliseconds_a_step": microseconds(row) / steps * 1e-3,
+                "share": microseconds(row) * 1e-6 / max(busy, 1e-12),
             }
-            for row in sorted(kernels, key=lambda row: -row.self_device_time_total)[:40]
+            for row in sorted(kernels, key=microseconds, reverse=True)[:40]
         ]
         found["captured" if captured else "launched"] = {
             "milliseconds_a_step_while_profiled": wall / steps * 1e3,
