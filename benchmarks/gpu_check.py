@@ -426,7 +426,7 @@ def profile_steps(scratch: Path, device: str = "cuda", name: str = "paper", step
     from mipnerf_fast import preset
     from mipnerf_fast.trainer import Trainer
 
-    on_gpu = torch.device(device).type == "cuda"
+    on_gpu = device.startswith("cuda")
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
 
     def microseconds(row: Any) -> float:
