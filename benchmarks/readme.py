@@ -73,9 +73,18 @@ CHART = "steps.png"
 
 
 def whole_reports(results: Path) -> list[dict[str, Any]]:
-    """The reports of bench_train.py and bench_render.py that are there, steps first."""
-    names = [f"{name}_{device}.json" for name in ("train", "render") for device in ("cuda", "cpu")]
-    return [json.loads((results / n).read_text(encoding="utf-8")) for n in names if (results / n).is_file()]
+    """The reports of bench_train.py and bench_render.py that are there: those of gpu-check, then of the CPU."""
+    found = []
+    for name in ("steps", "training"):
+        for path in sorted(results.glob(f"gpu/*/{name}.json")):
+            commands = json.loads(path.read_text(encoding="utf-8"))["commands"]
+            found += [
+                c["result"] for c in commands if isinstance(c["result"], dict) and "tables" in c["result"]
+            ]
+    names = [f"{name}_{device}.json" for device in ("cuda", "cpu") for name in ("train", "render")]
+    return found + [
+        json.loads((results / n).read_text(encoding="utf-8")) for n in names if (results / n).is_file()
+    ]
 
 
 def steps(results: Path) -> str:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import math
@@ -233,6 +234,13 @@ def count_launches(call: Callable[[], Any], device: torch.device) -> int | None:
 # --------------------------------------------------------------------------------------------------- measuring
 
 
+def release_pages() -> None:
+    """Give the system what malloc keeps, so that what a call takes can be seen."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def error_bound(operands: str, name: str, rows: Sequence[Row]) -> float:
     """What a row of ours may be off by: twice the largest error of PyTorch's rows with these operands, plus FLOOR."""
     of_pytorch = [
@@ -260,6 +268,10 @@ def _prepare(variant: Variant, row: Row, rows: Sequence[Row], device: torch.devi
         row.note = f"not run: {variant.why_not}"
         return None
     row.note = ""
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     try:
         with tensor_float(variant.operands == TF32):
             call = variant.make()
@@ -271,7 +283,12 @@ def _prepare(variant: Variant, row: Row, rows: Sequence[Row], device: torch.devi
                 call()
             launches = count_launches(call, device)
             row.launches = None if launches is None else round(launches / call.repeats)
-            row.peak_bytes = peak_bytes(call, device)
+            if on_cuda:
+                # Since it was built: what a captured step takes, it took when it was recorded.
+                row.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+            else:
+                release_pages()
+                row.peak_bytes = peak_bytes(call, device)
     except Exception as error:
         # One row must not end the others: a compiler that is missing, too little memory.
         row.note = f"not run: {_first_line(error)}"

@@ -45,7 +45,8 @@ class Rendering(NamedTuple):
 def rays_per_chunk(model: Model, device: torch.device) -> int:
     """How many rays to render at once so that the activations fit: a power of two, at least 64.
 
-    Counted per sample: the features three times over (encoding and its temporaries) and three layers' outputs.
+    Counted per sample: the features three times over (encoding and its temporaries) and three layers' outputs; less
+    where the network's engine needs less.
     """
     config = model.config
     if isinstance(config, FastConfig) and config.sampling == "proposal":
@@ -62,9 +63,11 @@ def rays_per_chunk(model: Model, device: torch.device) -> int:
     bytes_per_ray = 4 * samples * (3 * features + 3 * config.net_width)
     budget = float(_CPU_BYTES)
     if device.type == "cuda":
-        # What torch keeps for itself but does not use is as good as free.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        budget = _GPU_SHARE * (free_memory(device) + kept)
+        budget = _GPU_SHARE * free_memory(device)
+        if isinstance(model, MipNerf) and model.mlp.feature_dtype is not None:
+            # Engines with 16-bit operands keep no layer of a whole chunk: 16-bit features, once more while they are
+            # made, and a dozen floats for outputs, densities and weights.
+            bytes_per_ray = samples * (4 * features + 48)
     count = max(64, min(_MAX_CHUNK, int(budget / bytes_per_ray)))
     return 1 << (count.bit_length() - 1)
 

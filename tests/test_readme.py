@@ -60,6 +60,17 @@ def test_the_digest_of_steps_and_its_chart(tmp_path: Path) -> None:
     assert not chart_is_current(tmp_path)
     draw_steps(tmp_path)
     assert chart_is_current(tmp_path)
+    # What gpu-check left comes first, and is named.
+    on_gpu = report(0.01)
+    on_gpu["environment"] |= {"device": "NVIDIA A", "threads": 0, "cuda": "13.0"}
+    (tmp_path / "gpu" / "A-abc").mkdir(parents=True)
+    commands = [{"result": on_gpu}, {"result": None}, {"result": {"steps": 3}}]
+    (tmp_path / "gpu" / "A-abc" / "steps.json").write_text(json.dumps({"commands": commands}))
+    text = steps(tmp_path)
+    assert text.index("| **ours** | 10 |") < text.index("| **ours** | 50 |")
+    assert "NVIDIA A, torch 2.13.0, revision abc" in text and "not measured" not in text
+    assert not chart_is_current(tmp_path)
+    (tmp_path / "gpu" / "A-abc" / "steps.json").unlink()
     # Another time: the chart is out of date; no time: no row.
     (tmp_path / "train_cpu.json").write_text(json.dumps(report(None)))
     assert not chart_is_current(tmp_path)
