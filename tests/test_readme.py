@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.readme import chart_is_current, draw_steps, filled, steps
+from benchmarks.readme import filled
+from benchmarks.readme_steps import chart_is_current, draw_steps, steps
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
