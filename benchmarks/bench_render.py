@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_train import engine_names, parse_size, random_images
 from benchmarks.harness import RESULTS
+from benchmarks.row_tables import markdown, new_report, put_table, write_report
 from benchmarks.rows import (
     BF16,
     FP32,
@@ -38,13 +39,9 @@ from benchmarks.rows import (
     Variant,
     Work,
     ceilings,
-    markdown,
     measure_rows,
-    new_report,
-    put_table,
     relative,
     rendering_work,
-    write_report,
 )
 from mipnerf_fast import _native, preset, use_backend
 from mipnerf_fast.cameras import Rays

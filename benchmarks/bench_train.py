@@ -29,6 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import RESULTS
+from benchmarks.row_tables import markdown, new_report, put_table, write_report
 from benchmarks.rows import (
     BF16,
     FP32,
@@ -39,13 +40,9 @@ from benchmarks.rows import (
     Variant,
     Work,
     ceilings,
-    markdown,
     measure_rows,
-    new_report,
-    put_table,
     relative,
     training_work,
-    write_report,
 )
 from mipnerf_fast import _native, ops, preset, use_backend
 from mipnerf_fast.cameras import Rays

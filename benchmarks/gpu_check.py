@@ -236,7 +236,7 @@ def make_stages(scratch: Path, architecture: str, python: str = sys.executable) 
         architecture: of this GPU.
         python: the interpreter of all commands.
     """
-    script = str(Path(__file__).resolve())
+    script = "benchmarks/gpu_processes.py"
 
     def step(name: str, seconds: float, *arguments: str, result: str = "", **options: Any) -> Command:
         collect = (lambda: json.loads((scratch / result).read_text())) if result else None
@@ -260,7 +260,7 @@ def make_stages(scratch: Path, architecture: str, python: str = sys.executable) 
 
     def sanitizer() -> list[Command]:
         tool = shutil.which("compute-sanitizer") or "compute-sanitizer"
-        touch = [python, script, "--touch-kernels"]
+        touch = [python, script, "touch-kernels"]
         return [
             Command("memcheck", [tool, "--tool", "memcheck", *touch], 265, judge=sanitizer_fault),
             Command("racecheck", [tool, "--tool", "racecheck", *touch], 265, judge=sanitizer_fault),
@@ -314,12 +314,12 @@ def make_stages(scratch: Path, architecture: str, python: str = sys.executable) 
         out = ["--device", "cuda", "--out", str(scratch), "--seconds", "4", "--no-compile"]
         render = ["benchmarks/bench_render.py", *out, "--run-dir", str(run)]
         return [
-            step("train and evaluate", 380, script, "--train", str(scratch), result="training.json"),
+            step("train and evaluate", 380, script, "train", str(scratch), result="training.json"),
             step("render", 150, *render, result="render_cuda.json"),
         ]
 
     def profile() -> list[Command]:
-        return [step("profile", 300, script, "--profile", str(scratch), result="profile.json")]
+        return [step("profile", 300, script, "profile", str(scratch), result="profile.json")]
 
     return [
         Stage(
@@ -342,130 +342,6 @@ def kernel_benchmarks() -> list[Path]:
     """bench_<operation>.py of every operation that has CUDA sources."""
     scripts = sorted((ROOT / "benchmarks").glob("bench_*.py"))
     return [path for path in scripts if list((ROOT / "csrc" / path.stem.removeprefix("bench_")).glob("*.cu"))]
-
-
-# --------------------------------------------------------------------- what runs in a process of its own
-
-
-def touch_kernels(device_name: str = "cuda") -> int:
-    """Launch every kernel of the exact model on small shapes, forward and backward: what the sanitizer watches."""
-    import torch
-
-    from benchmarks.bench_train import engine_names
-    from mipnerf_fast import MipNerf, MipNerfConfig, cameras, ops, use_backend
-
-    device = torch.device(device_name)
-    generator = torch.Generator(device).manual_seed(0)
-    rays = cameras.pinhole_rays(torch.eye(4)[:3], 5, 7, 8.0).flatten().map(lambda field: field.to(device))
-    for samples, width in ((33, 64), (128, 256)):
-        base = MipNerfConfig(
-            num_samples=samples, net_depth=6, net_width=width, net_width_condition=width // 2
-        )
-        for engine, dtype, name, why_not in engine_names(MipNerf(base).mlp, device):
-            if why_not:
-                print(f"{name}: not run: {why_not}")
-                continue
-            config = dataclasses.replace(base, mlp_backend=engine, mlp_dtype=dtype)
-            model = MipNerf(config).to(device)
-            loss = sum(level.rgb.square().mean() for level in model(rays, True, True, generator))
-            assert isinstance(loss, torch.Tensor)
-            loss.backward()
-            with torch.no_grad():
-                model.render_rays(rays)
-            print(f"{name}, {samples} samples, width {width}: loss {loss.item():.4f}")
-    # Gradients to the rays themselves, in every precision of the features.
-    t_vals = torch.linspace(2, 6, 34, device=device).repeat(35, 1)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        leaves = [x.clone().requires_grad_() for x in (t_vals, rays.origins, rays.directions, rays.radii)]
-        with use_backend("native"):
-            ops.frustum_ipe(*leaves, out_dtype=dtype).float().square().sum().backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 0
-
-
-def train_multiscale(
-    scratch: Path, minutes: float = 3.0, device: str = "cuda", name: str = "paper", downscale: int = 1
-) -> int:
-    """Train on the built-in scene at four scales, evaluate, leave training.json and run/; 1 if it learned nothing."""
-    import torch
-
-    from mipnerf_fast import preset
-    from mipnerf_fast.checkpoint import load_model
-    from mipnerf_fast.data import load_dataset, multiscale
-    from mipnerf_fast.evaluation import evaluate, terminal_table
-    from mipnerf_fast.training import run_training
-
-    data = multiscale.convert("demo", scratch / "scene", downscale, 4)
-    config = dataclasses.replace(preset(name), test_every=0, save_every=100_000)
-    result = run_training(str(data), config, name, scratch / "run", max_minutes=minutes, device=device)
-    model, _, checkpoint = load_model(scratch / "run", torch.device(device))
-    start = time.monotonic()
-    evaluation = evaluate(
-        model.eval(), load_dataset(str(data), "test"), steps=checkpoint.step, seconds=checkpoint.seconds
-    )
-    found = {
-        "steps": result.step,
-        "training_seconds": result.seconds,
-        "rays_per_second": result.step * config.batch_size / result.seconds,
-        "evaluation_seconds": time.monotonic() - start,
-        "evaluation": evaluation.to_dict(),
-    }
-    (scratch / "training.json").write_text(json.dumps(found))
-    print(terminal_table(evaluation))
-    # Half a minute of a GPU gets past this; a network that learns nothing stays below.
-    psnr = evaluation.mean().psnr
-    return int(psnr is None or psnr < 20)
-
-
-def profile_steps(scratch: Path, device: str = "cuda", name: str = "paper", steps: int = 10) -> int:
-    """The kernels of a step by their time, launched one by one and replayed from the graph."""
-    from torch.profiler import ProfilerActivity, profile
-
-    from benchmarks.bench_train import random_images
-    from mipnerf_fast import preset
-    from mipnerf_fast.trainer import Trainer
-
-    on_gpu = device.startswith("cuda")
-    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-
-    def microseconds(row: Any) -> float:
-        return float(row.self_device_time_total if on_gpu else row.self_cpu_time_total)
-
-    found: dict[str, Any] = {}
-    for captured in (False, True):
-        config = dataclasses.replace(preset(name), capture=captured)
-        trainer = Trainer(config, random_images(100, 400 if on_gpu else 50), device)
-        # Until the step is recorded, and some more.
-        for _ in range(10 if on_gpu else 1):
-            trainer.train_step()
-        start = time.perf_counter()
-        with profile(activities=[activity]) as trace:
-            for _ in range(steps):
-                trainer.launch_step()
-            trainer.results(wait=True)
-        wall = time.perf_counter() - start
-        kernels = [row for row in trace.key_averages() if microseconds(row) > 0]
-        busy = sum(map(microseconds, kernels)) * 1e-6
-        rows = [
-            {
-                "kernel": row.key[:160],
-                "launches_a_step": row.count / steps,
-                "milliseconds_a_step": microseconds(row) / steps * 1e-3,
-                "share": microseconds(row) * 1e-6 / max(busy, 1e-12),
-            }
-            for row in sorted(kernels, key=microseconds, reverse=True)[:40]
-        ]
-        found["captured" if captured else "launched"] = {
-            "milliseconds_a_step_while_profiled": wall / steps * 1e3,
-            "milliseconds_a_step_on_the_gpu": busy / steps * 1e3,
-            "kernels": rows,
-        }
-        (scratch / "profile.json").write_text(json.dumps(found))
-        for row in rows[:15]:
-            print(f"{row['milliseconds_a_step']:9.3f} ms {row['share']:6.1%}  {row['kernel']}")
-        del trainer
-    return 0
 
 
 # --------------------------------------------------------------------------------------------------------- main
@@ -531,16 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", default="", help="some stages, by default all")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the folder of results is made")
     parser.add_argument("--seconds", type=float, default=STAGE_SECONDS, help="of each stage, at most")
-    parser.add_argument("--touch-kernels", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--profile", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.touch_kernels:
-        return touch_kernels()
-    if options.train is not None:
-        return train_multiscale(options.train)
-    if options.profile is not None:
-        return profile_steps(options.profile)
     try:
         # Before anything else, so that a misspelt stage is told even where there is no GPU.
         choose_stages(make_stages(Path(), ""), options.stage)

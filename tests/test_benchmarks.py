@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_quality, rows, run_all
+from benchmarks import bench_quality, row_tables, rows, run_all
+from benchmarks.row_tables import put_table
 from benchmarks.rows import (
     BF16,
     FP32,
@@ -29,7 +30,6 @@ from benchmarks.rows import (
     folded_multiply_adds,
     measure_rows,
     multiply_adds,
-    put_table,
     rendering_work,
     training_work,
 )
@@ -225,7 +225,7 @@ def cells(line: str) -> list[str]:
 
 
 def test_a_table_says_what_the_numbers_say() -> None:
-    text = rows.markdown(made_up())
+    text = row_tables.markdown(made_up())
     lines = [cells(line) for line in text.splitlines() if line.startswith("|")]
     head = lines[0]
     assert all(len(line) == len(head) for line in lines)
@@ -252,12 +252,12 @@ def test_a_table_says_what_the_numbers_say() -> None:
 
 def test_a_report_is_written_whole_and_without_nan(tmp_path: Path) -> None:
     report = made_up()
-    rows.write_report(report, tmp_path, "train_cpu")
+    row_tables.write_report(report, tmp_path, "train_cpu")
     data = json.loads(
         (tmp_path / "train_cpu.json").read_text(), parse_constant=lambda name: pytest.fail(name)
     )
     assert data["tables"][0]["rows"][3]["errors"] == {"loss": "nan"}
-    assert (tmp_path / "train_cpu.md").read_text() == rows.markdown(report)
+    assert (tmp_path / "train_cpu.md").read_text() == row_tables.markdown(report)
     # The same table again takes the place of the first.
     put_table(report, WORK, [])
     put_table(report, dataclasses.replace(WORK, title="other"), [])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_processes
 from benchmarks.cuda_check import load_setup
 from benchmarks.gpu_check import (
     FAILED,
@@ -227,15 +227,15 @@ def test_what_the_stages_run_in_processes_of_their_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same code on the CPU, where it is small: that it runs, and leaves what the stages collect."""
-    assert gpu_check.touch_kernels("cpu") == 0
+    assert gpu_processes.touch_kernels("cpu") == 0
     said = capsys.readouterr().out
     assert "ours, network folded fp32, 33 samples, width 64: loss" in said
     assert "ours, network fused bf16: not run: it runs on a GPU" in said
-    assert gpu_check.profile_steps(tmp_path, "cpu", "small", steps=1) == 0
+    assert gpu_processes.profile_steps(tmp_path, "cpu", "small", steps=1) == 0
     profile = json.loads((tmp_path / "profile.json").read_text())
     assert set(profile) == {"launched", "captured"}
     # Three seconds teach a network little: the status says so.
-    assert gpu_check.train_multiscale(tmp_path, 0.05, "cpu", "demo", downscale=4) in (0, 1)
+    assert gpu_processes.train_multiscale(tmp_path, 0.05, "cpu", "demo", downscale=4) in (0, 1)
     training = json.loads((tmp_path / "training.json").read_text())
     assert list(training["evaluation"]["scales"]) == ["4", "8", "16", "32"]
     assert training["steps"] > 0 and training["rays_per_second"] > 0

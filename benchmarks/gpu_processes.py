@@ -1,0 +1,149 @@
+"""What stages of gpu_check.py run in a process of their own: every kernel once, a training, a profile.
+
+python benchmarks/gpu_processes.py touch-kernels | train FOLDER | profile FOLDER
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def touch_kernels(device_name: str = "cuda") -> int:
+    """Launch every kernel of the exact model on small shapes, forward and backward: what the sanitizer watches."""
+    import torch
+
+    from benchmarks.bench_train import engine_names
+    from mipnerf_fast import MipNerf, MipNerfConfig, cameras, ops, use_backend
+
+    device = torch.device(device_name)
+    generator = torch.Generator(device).manual_seed(0)
+    rays = cameras.pinhole_rays(torch.eye(4)[:3], 5, 7, 8.0).flatten().map(lambda field: field.to(device))
+    for samples, width in ((33, 64), (128, 256)):
+        base = MipNerfConfig(
+            num_samples=samples, net_depth=6, net_width=width, net_width_condition=width // 2
+        )
+        for engine, dtype, name, why_not in engine_names(MipNerf(base).mlp, device):
+            if why_not:
+                print(f"{name}: not run: {why_not}")
+                continue
+            config = dataclasses.replace(base, mlp_backend=engine, mlp_dtype=dtype)
+            model = MipNerf(config).to(device)
+            loss = sum(level.rgb.square().mean() for level in model(rays, True, True, generator))
+            assert isinstance(loss, torch.Tensor)
+            loss.backward()
+            with torch.no_grad():
+                model.render_rays(rays)
+            print(f"{name}, {samples} samples, width {width}: loss {loss.item():.4f}")
+    # Gradients to the rays themselves, in every precision of the features.
+    t_vals = torch.linspace(2, 6, 34, device=device).repeat(35, 1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        leaves = [x.clone().requires_grad_() for x in (t_vals, rays.origins, rays.directions, rays.radii)]
+        with use_backend("native"):
+            ops.frustum_ipe(*leaves, out_dtype=dtype).float().square().sum().backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 0
+
+
+def train_multiscale(
+    scratch: Path, minutes: float = 3.0, device: str = "cuda", name: str = "paper", downscale: int = 1
+) -> int:
+    """Train on the built-in scene at four scales, evaluate, leave training.json and run/; 1 if it learned nothing."""
+    import torch
+
+    from mipnerf_fast import preset
+    from mipnerf_fast.checkpoint import load_model
+    from mipnerf_fast.data import load_dataset, multiscale
+    from mipnerf_fast.evaluation import evaluate, terminal_table
+    from mipnerf_fast.training import run_training
+
+    data = multiscale.convert("demo", scratch / "scene", downscale, 4)
+    config = dataclasses.replace(preset(name), test_every=0, save_every=100_000)
+    result = run_training(str(data), config, name, scratch / "run", max_minutes=minutes, device=device)
+    model, _, checkpoint = load_model(scratch / "run", torch.device(device))
+    start = time.monotonic()
+    evaluation = evaluate(
+        model.eval(), load_dataset(str(data), "test"), steps=checkpoint.step, seconds=checkpoint.seconds
+    )
+    found = {
+        "steps": result.step,
+        "training_seconds": result.seconds,
+        "rays_per_second": result.step * config.batch_size / result.seconds,
+        "evaluation_seconds": time.monotonic() - start,
+        "evaluation": evaluation.to_dict(),
+    }
+    (scratch / "training.json").write_text(json.dumps(found))
+    print(terminal_table(evaluation))
+    # Half a minute of a GPU gets past this; a network that learns nothing stays below.
+    psnr = evaluation.mean().psnr
+    return int(psnr is None or psnr < 20)
+
+
+def profile_steps(scratch: Path, device: str = "cuda", name: str = "paper", steps: int = 10) -> int:
+    """The kernels of a step by their time, launched one by one and replayed from the graph."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from benchmarks.bench_train import random_images
+    from mipnerf_fast import preset
+    from mipnerf_fast.trainer import Trainer
+
+    on_gpu = device.startswith("cuda")
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+
+    def microseconds(row: Any) -> float:
+        return float(row.self_device_time_total if on_gpu else row.self_cpu_time_total)
+
+    found: dict[str, Any] = {}
+    for captured in (False, True):
+        config = dataclasses.replace(preset(name), capture=captured)
+        trainer = Trainer(config, random_images(100, 400 if on_gpu else 50), device)
+        # Until the step is recorded, and some more.
+        for _ in range(10 if on_gpu else 1):
+            trainer.train_step()
+        start = time.perf_counter()
+        with profile(activities=[activity]) as trace:
+            for _ in range(steps):
+                trainer.launch_step()
+            trainer.results(wait=True)
+        wall = time.perf_counter() - start
+        kernels = [row for row in trace.key_averages() if microseconds(row) > 0]
+        busy = sum(map(microseconds, kernels)) * 1e-6
+        rows = [
+            {
+                "kernel": row.key[:160],
+                "launches_a_step": row.count / steps,
+                "milliseconds_a_step": microseconds(row) / steps * 1e-3,
+                "share": microseconds(row) * 1e-6 / max(busy, 1e-12),
+            }
+            for row in sorted(kernels, key=microseconds, reverse=True)[:40]
+        ]
+        found["captured" if captured else "launched"] = {
+            "milliseconds_a_step_while_profiled": wall / steps * 1e3,
+            "milliseconds_a_step_on_the_gpu": busy / steps * 1e3,
+            "kernels": rows,
+        }
+        (scratch / "profile.json").write_text(json.dumps(found))
+        for row in rows[:15]:
+            print(f"{row['milliseconds_a_step']:9.3f} ms {row['share']:6.1%}  {row['kernel']}")
+        del trainer
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The one that is named."""
+    name, *folder = sys.argv[1:] if argv is None else argv
+    if name == "touch-kernels":
+        return touch_kernels()
+    return {"train": train_multiscale, "profile": profile_steps}[name](Path(folder[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
