@@ -26,13 +26,10 @@ def whole_reports(results: Path) -> list[dict[str, Any]]:
 
 
 def steps(results: Path) -> str:
-    """A digest of whole steps and frames: every row that was measured, beside eager fp32 and PyTorch's best.
-
-    Errors: FileNotFoundError where there is no result at all.
-    """
+    """A digest of whole steps and frames: every row that was measured, beside eager fp32 and PyTorch's best; chart."""
     reports = whole_reports(results)
     if not reports:
-        raise FileNotFoundError(f"README.md: the block 'steps' has no train_*.json in {results.name}")
+        return "Not measured."
     lines = [
         "| what | how | ms | p10 - p90 | rays/s | against eager fp32 | against PyTorch's best |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -64,6 +61,13 @@ def steps(results: Path) -> str:
         "",
         f"Medians; a row stands here only where its error against float64 allows. {'; '.join(machines)}.{gpu}",
     ]
+    full = [
+        f"[{n}](benchmarks/results/{n})" for n in ("train_cpu.md", "render_cpu.md") if (results / n).is_file()
+    ]
+    if full:
+        lines[-1] += f" In full, with ceilings, memory, errors and why a row did not run: {', '.join(full)}."
+    picture = f'<p align="center"><img src="benchmarks/results/{CHART}" width="90%"'
+    lines += ["", picture, 'alt="Times of training steps and rendered frames, PyTorch\'s and ours"></p>']
     return "\n".join(lines)
 
 
