@@ -113,6 +113,7 @@ class MipNerf(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         mlp = self.mlps[level if config.separate_mlps else 0]
+        assert isinstance(mlp, ops.MipMLP)
         features = ops.frustum_ipe(
             t_vals,
             rays.origins,

@@ -29,7 +29,7 @@ class Engine(NamedTuple):
         return mlp.to(self.device)
 
 
-# On this machine: the engines of the CPU everywhere, bfloat16 where the processor multiplies it, those of a GPU with one.
+# On this machine: the CPU's engines everywhere, in bfloat16 where the processor multiplies it; a GPU's with one.
 ENGINES = [
     Engine("folded", "fp32", "cpu"),
     Engine("emulated", "bf16", "cpu"),

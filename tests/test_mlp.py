@@ -276,7 +276,7 @@ def test_the_model_passes_its_configuration_on() -> None:
 
 def test_configurations_and_old_files() -> None:
     assert get_args(MlpBackend) == MLP_BACKENDS and get_args(MlpDtype) == tuple(MLP_DTYPES)
-    with pytest.raises(InputError, match="mlp_backend: expected one of auto, reference, .*, got 'cutlass'"):
+    with pytest.raises(InputError, match=r"mlp_backend: expected one of auto, reference, .*, got 'cutlass'"):
         MipNerfConfig(mlp_backend="cutlass")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="mlp_dtype: expected one of auto, bf16, fp16, fp32, got 'fp8'"):
         MipNerfConfig(mlp_dtype="fp8")  # type: ignore[arg-type]
@@ -291,7 +291,7 @@ def test_a_run_resumes_on_another_backend_but_not_as_tcnn() -> None:
         return TrainConfig(model=MipNerfConfig(mlp_backend=backend))  # type: ignore[arg-type]
 
     check_same_config(run("folded"), run("cublaslt"), "there")
-    with pytest.raises(InputError, match="model.mlp_backend: 'auto' in there, 'tcnn' now"):
+    with pytest.raises(InputError, match=r"model\.mlp_backend: 'auto' in there, 'tcnn' now"):
         check_same_config(run("auto"), run("tcnn"), "there")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,7 +28,7 @@ def run_folded(
 
 
 @pytest.fixture
-def use_gemm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def use_gemm(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts other products, or other sizes of chunks, under the folded network."""
     monkeypatch.setattr(mlp_folded, "_gemms", {})
 
@@ -37,7 +36,7 @@ def use_gemm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         mlp_folded._gemms[products, engine.dtype, torch.device("cpu")] = engine
         return engine
 
-    yield use
+    return use
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), NO_VIEW_LAYER], ids=[*SHAPES, "no view layer"])
@@ -211,9 +210,9 @@ def test_products(kind: str, beta: float) -> None:
 def test_the_twin_refuses_what_cublaslt_does() -> None:
     twin = CublasLtTwin(torch.bfloat16)
     x, weight, out = (torch.randn(8, 8).bfloat16() for _ in range(3))
-    with pytest.raises(TypeError, match="operands must be torch.bfloat16, got torch.float32"):
+    with pytest.raises(TypeError, match=r"operands must be torch\.bfloat16, got torch\.float32"):
         twin.forward(x.float(), weight, out)
-    with pytest.raises(TypeError, match="bias must be torch.bfloat16 as the result, got torch.float32"):
+    with pytest.raises(TypeError, match=r"bias must be torch\.bfloat16 as the result, got torch\.float32"):
         twin.forward(x, weight, out, bias=torch.zeros(8))
 
 

@@ -17,7 +17,8 @@ FAST_OPERATIONS = ("hash_encode", "march", "packed_composite", "fast_step")
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# Per operation but the network, whose engines `choose_mlp` knows: the device types that have a native kernel and the dtypes it takes there.
+# Per operation the device types that have a native kernel and the dtypes it takes there. The network has several
+# engines, of which `choose_mlp` knows.
 _KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "frustum_ipe": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
     "composite": {"cpu": (*_FLOATS, torch.float64), "cuda": _FLOATS},

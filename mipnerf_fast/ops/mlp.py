@@ -117,7 +117,7 @@ class MipMLP(nn.Module):
                 self.net_depth_condition,
                 self.skip_layer,
             )
-        parameters = [p for linear in self.linears for p in (linear.weight, linear.bias)]
+        parameters = [p for linear in self.linears for p in linear.parameters()]
         architecture = Architecture(self.net_depth, self.net_depth_condition, self.skip_layer)
         return folded_mlp(
             features, viewdirs_enc, parameters, architecture, _PRODUCTS[choice.engine], choice.dtype

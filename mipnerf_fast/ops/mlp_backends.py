@@ -97,7 +97,7 @@ def _fastest(
         return MlpChoice("reference", dtype, "float64 is for checking and takes the reference")
     if torch.is_autocast_enabled(device.type):
         return MlpChoice("reference", dtype, "torch.autocast decides about the dtypes of plain layers")
-    reasons = []
+    reasons: list[str] = []
     if device.type == "cuda" and wanted != torch.float32:
         operands = wanted or torch.bfloat16
         for engine in ("fused", "cublaslt"):
