@@ -29,7 +29,12 @@ struct Forward {
 
     MIPNERF_INLINE void operator()(int64_t begin, int64_t end) const {
         const CompositeRoom<T> room(in.samples);
-        for (int64_t ray = begin; ray < end; ++ray) composite_forward_ray(in, out, room, ray);
+        for (int64_t ray = begin; ray < end; ++ray) {
+            prefetch_ray(in, ray + kPrefetchRays, end);
+            if (ray + kPrefetchRays < end)
+                prefetch_row<true>(out.weights + (ray + kPrefetchRays) * in.samples, in.samples);
+            composite_forward_ray(in, out, room, ray);
+        }
     }
 };
 
@@ -40,7 +45,14 @@ struct Backward {
 
     MIPNERF_INLINE void operator()(int64_t begin, int64_t end) const {
         const CompositeRoom<T> room(in.samples);
-        for (int64_t ray = begin; ray < end; ++ray) composite_backward_ray(in, grads, room, ray);
+        for (int64_t ray = begin; ray < end; ++ray) {
+            prefetch_ray(in, ray + kPrefetchRays, end);
+            if (ray + kPrefetchRays < end) {
+                prefetch_row<true>(grads.grad_rgb + (ray + kPrefetchRays) * 3 * in.samples, 3 * in.samples);
+                prefetch_row<true>(grads.grad_density + (ray + kPrefetchRays) * in.samples, in.samples);
+            }
+            composite_backward_ray(in, grads, room, ray);
+        }
     }
 };
 

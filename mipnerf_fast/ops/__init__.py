@@ -18,6 +18,7 @@ from .mlp import MipMLP
 from .mlp_backends import MLP_BACKENDS, MLP_DTYPES, MlpChoice, MlpShape, choose_mlp
 from .packed_composite import packed_composite
 from .resample import resample
+from .tiny_mlp import tiny_mlp
 
 __all__ = [
     "FAST_OPERATIONS",
@@ -45,4 +46,5 @@ __all__ = [
     "packed_composite",
     "resample",
     "sparse_adam",
+    "tiny_mlp",
 ]
