@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -320,15 +321,12 @@ def new_bit_mask(out: Tensor) -> Tensor:
 
 
 def _set_bits(mask: Tensor, passed: Tensor) -> None:
-    rows, columns = passed.shape
-    padded = torch.nn.functional.pad(passed.to(torch.uint8), (0, 8 * mask.shape[1] - columns))
-    weights = 2 ** torch.arange(8, dtype=torch.uint8)
-    mask.copy_((padded.view(rows, -1, 8) * weights).sum(-1, dtype=torch.uint8))
+    padded = torch.nn.functional.pad(passed, (0, 8 * mask.shape[1] - passed.shape[1]))
+    mask.copy_(torch.from_numpy(np.packbits(padded.numpy(), axis=1, bitorder="little")))
 
 
 def _bits(mask: Tensor, columns: int) -> Tensor:
-    shifted = mask[:, :, None] >> torch.arange(8, dtype=torch.uint8)
-    return (shifted & 1).flatten(1)[:, :columns]
+    return torch.from_numpy(np.unpackbits(mask.numpy(), axis=1, count=columns, bitorder="little"))
 
 
 def has_cublaslt() -> bool:
@@ -337,5 +335,5 @@ def has_cublaslt() -> bool:
 
 
 _cublaslt: Any = None
-if _native.build_info().get("cuda"):
+if any(source.endswith("gemm_cublaslt.cpp") for source in _native.build_info().get("sources", ())):
     _cublaslt = torch.ops.mipnerf_fast.gemm_cublaslt.default

@@ -172,7 +172,7 @@ def _why_not_cublaslt(
     if device.type != "cuda":
         return f"it runs on a GPU, and the parameters are on {device.type}"
     if not _HAS_CUBLASLT:
-        return _WHY_NO_LIBRARY or "the native library was built without CUDA"
+        return _WHY_NO_LIBRARY or "the native library was built without cuBLASLt"
     return _why_not_aligned(shape, operands) or _why_not_master(dtype)
 
 
