@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, _native, ops
-from .backend import use_backend
+from .backend import current_backend, use_backend
 from .environment import device_name, revision
 from .ops.implementations import implementations
 
@@ -84,9 +84,43 @@ def _rays(generator: torch.Generator) -> Tensors:
     return {name: value.float().double() for name, value in arrays.items()}
 
 
+# Of the network that is verified: a skip after two layers, two view layers.
+_NETWORK = ops.MlpShape(48, 9, 4, 64, 2, 32, 2)
+_OPERANDS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _network_arrays(generator: torch.Generator) -> Tensors:
+    """Encodings of as many rays, and the network's parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        parameters = dict(ops.MipMLP(*_NETWORK).named_parameters())
+    arrays = {
+        "features": 2 * torch.rand(_RAYS, _SAMPLES, _NETWORK.in_features, generator=generator) - 1,
+        "viewdirs_enc": 2 * torch.rand(_RAYS, _NETWORK.view_features or 0, generator=generator) - 1,
+    }
+    biases = {
+        name: torch.rand(p.shape, generator=generator) - 0.5 if name.endswith("bias") else p.detach()
+        for name, p in parameters.items()
+    }
+    return {name: value.double() for name, value in (arrays | biases).items()}
+
+
+def _default_engine(
+    operation: str, device: str, dtype: torch.dtype, out: torch.dtype | None
+) -> tuple[bool, str]:
+    """Whether a native kernel serves an operation, and why (not)."""
+    del out
+    entry = next(e for e in implementations(device, dtype) if e.operation == operation)
+    return entry.used == "native", entry.why
+
+
 @dataclass(frozen=True)
 class _Case:
-    """One call of a public operator: its output tensors by name, from the arrays that it differentiates."""
+    """One call of a public operator: its output tensors by name, from the arrays that it differentiates.
+
+    served: whether a kernel runs for (operation, device, dtype, result's dtype), and why. optional: left out where
+    none does.
+    """
 
     operation: str
     name: str
@@ -95,6 +129,9 @@ class _Case:
     differentiable: bool = True
     out_dtypes: tuple[torch.dtype | None, ...] = (None,)
     in_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+    arrays: Callable[[torch.Generator], Tensors] = _rays
+    served: Callable[[str, str, torch.dtype, torch.dtype | None], tuple[bool, str]] = _default_engine
+    optional: bool = False
 
 
 def _encode(**options: object) -> Callable[[Tensors, torch.dtype | None], Tensors]:
@@ -134,6 +171,35 @@ def _resample(randomized: bool) -> Callable[[Tensors, torch.dtype | None], Tenso
     return run
 
 
+def _network(backend: str, *out_dtypes: torch.dtype | None) -> _Case:
+    """An engine of the network, whose operands have the result's dtype here; the reference then runs under autocast."""
+
+    def run(a: Tensors, out_dtype: torch.dtype | None) -> Tensors:
+        features = a["features"]
+        if current_backend() == "reference":
+            mlp = ops.MipMLP(*_NETWORK, backend="reference")
+        else:
+            mlp = ops.MipMLP(*_NETWORK, backend=backend, compute_dtype=_OPERANDS[out_dtype])
+        parameters = {name: value for name, value in a.items() if name.startswith("linears.")}
+        plain = current_backend() == "reference" and out_dtype is not None
+        with torch.autocast(features.device.type, out_dtype, enabled=plain):
+            rgb, density = torch.func.functional_call(
+                mlp.to(features), parameters, (features, a["viewdirs_enc"])
+            )
+        return {"rgb": rgb, "density": density}
+
+    def served(operation: str, device: str, dtype: torch.dtype, out: torch.dtype | None) -> tuple[bool, str]:
+        try:
+            choice = ops.choose_mlp(_NETWORK, torch.device(device), dtype, backend, _OPERANDS[out])
+        except RuntimeError as error:
+            return False, str(error)
+        return True, choice.why
+
+    inputs = tuple(_network_arrays(torch.Generator()))
+    options = {"arrays": _network_arrays, "served": served, "optional": True}
+    return _Case("mlp", backend, inputs, run, True, out_dtypes, (torch.float32,), **options)  # type: ignore[arg-type]
+
+
 _RAY_INPUTS = ("t_vals", "origins", "directions", "radii")
 _HALVES = (torch.bfloat16, torch.float16)
 _CASES = (
@@ -149,6 +215,10 @@ _CASES = (
         ("raw_rgb", "raw_density", "t_vals", "directions"),
         _composite_raw,
     ),
+    _network("folded", None, torch.bfloat16),
+    _network("emulated", *_HALVES),
+    _network("cublaslt", *_HALVES),
+    _network("fused", *_HALVES),
     _Case("resample", "random", ("t_vals", "weights"), _resample(True), differentiable=False),
     _Case("resample", "deterministic", ("t_vals", "weights"), _resample(False), differentiable=False),
 )
@@ -199,13 +269,15 @@ def _worst(error: Tensor) -> str:
     bad = ~error.isfinite()
     index = int((bad if bool(bad.any()) else error).to(torch.float64).argmax())
     ray, rest = divmod(index, max(error[0].numel(), 1))
+    if error.shape[0] != _RAYS:
+        return f"row {ray}"
     if error.dim() < 2 or error.shape[1] < _SAMPLES:
         return f"ray {ray}"
     return f"ray {ray}, sample {rest // max(error[0, 0].numel(), 1)}"
 
 
 def _rows(case: _Case, device: str) -> Iterator[Row]:
-    arrays = _rays(torch.Generator().manual_seed(0))
+    arrays = case.arrays(torch.Generator().manual_seed(0))
     sensitivity = _sensitivity(case, arrays)
     for dtype in case.in_dtypes:
         if dtype == torch.float64 and device != "cpu":
@@ -213,12 +285,15 @@ def _rows(case: _Case, device: str) -> Iterator[Row]:
         for out in case.out_dtypes:
             if out is not None and dtype == torch.float64:
                 continue
+            with use_backend("auto"):
+                serves, why = case.served(case.operation, device, dtype, out)
+            if case.optional and not serves:
+                continue
             with use_backend("reference"):
                 want = _evaluate(case, arrays, torch.float64, None, "cpu")
                 plain = _evaluate(case, arrays, dtype, out, device)
             with use_backend("auto"):
-                entry = next(e for e in implementations(device, dtype) if e.operation == case.operation)
-                native = _evaluate(case, arrays, dtype, out, device) if entry.used == "native" else None
+                native = _evaluate(case, arrays, dtype, out, device) if serves else None
             result_dtype = out or dtype
             for name, exact in want.items():
                 scale = float(exact.abs().max())
@@ -243,7 +318,7 @@ def _rows(case: _Case, device: str) -> Iterator[Row]:
                     native_relative=None if mine is None else float(mine.norm()) / norm,
                     bound=bound,
                     where="" if mine is None else _worst(mine),
-                    why=entry.why,
+                    why=why,
                 )
 
 
