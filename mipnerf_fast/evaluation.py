@@ -247,6 +247,8 @@ def _network(model: Model) -> str:
     mlp = mlps[-1]
     assert isinstance(mlp, ops.MipMLP)
     engine, dtype, _ = mlp.implementation
+    if engine == "tcnn":
+        engine = "tcnn (another architecture)"
     return f", network {engine} in {str(dtype).removeprefix('torch.')}"
 
 

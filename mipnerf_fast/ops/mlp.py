@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..backend import current_backend
 from .arguments import check_float, require
 from .finite import reports_non_finite
 from .mlp_backends import MLP_BACKENDS, MLP_DTYPES, MlpChoice, MlpShape, choose_mlp
 from .mlp_folded import CUBLASLT, TORCH, TWIN, Architecture, folded_mlp
+from .mlp_tcnn import WHAT, TcnnNetworks
 
 _PRODUCTS = {"folded": TORCH, "emulated": TWIN, "cublaslt": CUBLASLT}
 
@@ -33,7 +35,8 @@ class MipMLP(nn.Module):
             fused, cublaslt, folded that serves; `implementation` says which and why.
         compute_dtype: of the operands, "bf16", "fp16", "fp32"; "auto": float32 on a CPU, bfloat16 on a GPU.
 
-    Errors: ValueError for an unknown backend or compute_dtype.
+    Errors: ValueError for an unknown backend or compute_dtype, and for a network that tcnn cannot express;
+    RuntimeError where tiny-cuda-nn is missing.
 
     Example:
         >>> mlp = MipMLP(net_depth=3, net_width=64)
@@ -77,7 +80,9 @@ class MipMLP(nn.Module):
             net_width_condition,
             skip_layer,
         )
-        self.linears = nn.ModuleList(nn.Linear(i, o) for i, o in reference.mip_mlp_shapes(*self.shape))
+        self.tcnn = TcnnNetworks(self.shape, compute_dtype) if backend == "tcnn" else None
+        shapes = [] if backend == "tcnn" else reference.mip_mlp_shapes(*self.shape)
+        self.linears = nn.ModuleList(nn.Linear(i, o) for i, o in shapes)
         for linear in self.linears:
             assert isinstance(linear, nn.Linear)
             nn.init.xavier_uniform_(linear.weight)
@@ -89,6 +94,10 @@ class MipMLP(nn.Module):
 
         Errors: RuntimeError where its backend cannot serve them.
         """
+        if self.tcnn is not None:
+            if current_backend() == "reference":
+                raise RuntimeError(f"mlp: the backend is set to reference, and there is none of {WHAT}")
+            return MlpChoice("tcnn", torch.float16, WHAT)
         weight = self._weight()
         return choose_mlp(self.shape, weight.device, weight.dtype, self.backend, self.compute_dtype)
 
@@ -96,7 +105,7 @@ class MipMLP(nn.Module):
     def feature_dtype(self) -> torch.dtype | None:
         """The 16-bit dtype that the features are rounded to, so that an encoder can write it; None: their own."""
         choice = self.implementation
-        short = choice.engine != "reference" and choice.dtype in (torch.bfloat16, torch.float16)
+        short = choice.engine not in ("reference", "tcnn") and choice.dtype in (torch.bfloat16, torch.float16)
         return choice.dtype if short else None
 
     @reports_non_finite("mlp", "rgb", "density")
@@ -108,6 +117,9 @@ class MipMLP(nn.Module):
         """
         self._check(features, viewdirs_enc)
         choice = self.implementation
+        if self.tcnn is not None:
+            rgb, density = self.tcnn(features, viewdirs_enc)
+            return rgb, density
         if choice.engine == "reference":
             return reference.mip_mlp(
                 features,
@@ -124,9 +136,7 @@ class MipMLP(nn.Module):
         )
 
     def _weight(self) -> Tensor:
-        weight = self.linears[0].weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return next(self.parameters())
 
     def _check(self, features: Tensor, viewdirs_enc: Tensor | None) -> None:
         device = self._weight().device
