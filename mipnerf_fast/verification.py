@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from . import __version__, _native, ops
-from .backend import current_backend, use_backend
+from .backend import use_backend
 from .environment import device_name, revision
 from .ops.implementations import implementations
+from .verification_case import Case as _Case
+from .verification_case import Tensors
+from .verification_fast import FAST_CASES
+from .verification_mlp import MLP_CASES
 
 # An output must be no further from float64 than this many times the reference in the same precision, plus a floor.
 FACTOR = 2.0
@@ -24,8 +28,6 @@ FLOOR_ULPS = 8.0
 ROUNDINGS = 32.0
 # N is odd so that the last vector of a ray is a partial one; the rays are more than any block holds.
 _RAYS, _SAMPLES = 96, 65
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,56 +86,6 @@ def _rays(generator: torch.Generator) -> Tensors:
     return {name: value.float().double() for name, value in arrays.items()}
 
 
-# Of the network that is verified: a skip after two layers, two view layers.
-_NETWORK = ops.MlpShape(48, 9, 4, 64, 2, 32, 2)
-_OPERANDS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-def _network_arrays(generator: torch.Generator) -> Tensors:
-    """Encodings of as many rays, and the network's parameters."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        parameters = dict(ops.MipMLP(*_NETWORK).named_parameters())
-    arrays = {
-        "features": 2 * torch.rand(_RAYS, _SAMPLES, _NETWORK.in_features, generator=generator) - 1,
-        "viewdirs_enc": 2 * torch.rand(_RAYS, _NETWORK.view_features or 0, generator=generator) - 1,
-    }
-    biases = {
-        name: torch.rand(p.shape, generator=generator) - 0.5 if name.endswith("bias") else p.detach()
-        for name, p in parameters.items()
-    }
-    return {name: value.double() for name, value in (arrays | biases).items()}
-
-
-def _default_engine(
-    operation: str, device: str, dtype: torch.dtype, out: torch.dtype | None
-) -> tuple[bool, str]:
-    """Whether a native kernel serves an operation, and why (not)."""
-    del out
-    entry = next(e for e in implementations(device, dtype) if e.operation == operation)
-    return entry.used == "native", entry.why
-
-
-@dataclass(frozen=True)
-class _Case:
-    """One call of a public operator: its output tensors by name, from the arrays that it differentiates.
-
-    served: whether a kernel runs for (operation, device, dtype, result's dtype), and why. optional: left out where
-    none does.
-    """
-
-    operation: str
-    name: str
-    inputs: tuple[str, ...]
-    run: Callable[[Tensors, torch.dtype | None], Tensors]
-    differentiable: bool = True
-    out_dtypes: tuple[torch.dtype | None, ...] = (None,)
-    in_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
-    arrays: Callable[[torch.Generator], Tensors] = _rays
-    served: Callable[[str, str, torch.dtype, torch.dtype | None], tuple[bool, str]] = _default_engine
-    optional: bool = False
-
-
 def _encode(**options: object) -> Callable[[Tensors, torch.dtype | None], Tensors]:
     def run(a: Tensors, out_dtype: torch.dtype | None) -> Tensors:
         rays = (a["t_vals"], a["origins"], a["directions"], a["radii"])
@@ -171,35 +123,6 @@ def _resample(randomized: bool) -> Callable[[Tensors, torch.dtype | None], Tenso
     return run
 
 
-def _network(backend: str, *out_dtypes: torch.dtype | None) -> _Case:
-    """An engine of the network, whose operands have the result's dtype here; the reference then runs under autocast."""
-
-    def run(a: Tensors, out_dtype: torch.dtype | None) -> Tensors:
-        features = a["features"]
-        if current_backend() == "reference":
-            mlp = ops.MipMLP(*_NETWORK, backend="reference")
-        else:
-            mlp = ops.MipMLP(*_NETWORK, backend=backend, compute_dtype=_OPERANDS[out_dtype])
-        parameters = {name: value for name, value in a.items() if name.startswith("linears.")}
-        plain = current_backend() == "reference" and out_dtype is not None
-        with torch.autocast(features.device.type, out_dtype, enabled=plain):
-            rgb, density = torch.func.functional_call(
-                mlp.to(features), parameters, (features, a["viewdirs_enc"])
-            )
-        return {"rgb": rgb, "density": density}
-
-    def served(operation: str, device: str, dtype: torch.dtype, out: torch.dtype | None) -> tuple[bool, str]:
-        try:
-            choice = ops.choose_mlp(_NETWORK, torch.device(device), dtype, backend, _OPERANDS[out])
-        except RuntimeError as error:
-            return False, str(error)
-        return True, choice.why
-
-    inputs = tuple(_network_arrays(torch.Generator()))
-    options = {"arrays": _network_arrays, "served": served, "optional": True}
-    return _Case("mlp", backend, inputs, run, True, out_dtypes, (torch.float32,), **options)  # type: ignore[arg-type]
-
-
 _RAY_INPUTS = ("t_vals", "origins", "directions", "radii")
 _HALVES = (torch.bfloat16, torch.float16)
 _CASES = (
@@ -215,10 +138,6 @@ _CASES = (
         ("raw_rgb", "raw_density", "t_vals", "directions"),
         _composite_raw,
     ),
-    _network("folded", None, torch.bfloat16),
-    _network("emulated", *_HALVES),
-    _network("cublaslt", *_HALVES),
-    _network("fused", *_HALVES),
     _Case("resample", "random", ("t_vals", "weights"), _resample(True), differentiable=False),
     _Case("resample", "deterministic", ("t_vals", "weights"), _resample(False), differentiable=False),
 )
@@ -227,11 +146,17 @@ _CASES = (
 def _evaluate(
     case: _Case, arrays: Tensors, dtype: torch.dtype, out: torch.dtype | None, device: str
 ) -> Tensors:
-    """Outputs and gradients of a case, in float64 on the CPU."""
-    moved = {name: value.to(device, dtype) for name, value in arrays.items()}
+    """Outputs and gradients of a case, in float64 on the CPU; counts and bits stay integers."""
+    moved = {
+        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        for name, value in arrays.items()
+    }
     leaves = [moved[name].requires_grad_() for name in case.inputs] if case.differentiable else []
     outputs = case.run(moved, out)
-    results = {name: value.detach().double().cpu() for name, value in outputs.items()}
+    results = {
+        name: value.detach().double().cpu() if value.is_floating_point() else value.cpu()
+        for name, value in outputs.items()
+    }
     if case.differentiable:
         generator = torch.Generator().manual_seed(7)
         total = torch.zeros((), dtype=torch.float64, device=device)
@@ -261,24 +186,30 @@ def _sensitivity(case: _Case, arrays: Tensors) -> dict[str, float]:
     with use_backend("reference"):
         here, there = (_evaluate(case, a, torch.float64, None, "cpu") for a in (arrays, moved))
     scale = torch.finfo(torch.float64).eps / ulp
-    return {name: scale * float((there[name] - here[name]).abs().max()) for name in here}
+    return {name: scale * _largest((there[name] - here[name]).abs()) for name in here}
 
 
-def _worst(error: Tensor) -> str:
-    """Ray and sample of the largest (or the first non-finite) error."""
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
+
+
+def _worst(error: Tensor, unit: str | None) -> str:
+    """Where the largest (or the first non-finite) error is: ray and sample, or so many of the unit."""
+    if not error.numel():
+        return ""
     bad = ~error.isfinite()
     index = int((bad if bool(bad.any()) else error).to(torch.float64).argmax())
     ray, rest = divmod(index, max(error[0].numel(), 1))
-    if error.shape[0] != _RAYS:
-        return f"row {ray}"
+    if unit is not None:
+        return f"{unit} {ray}"
     if error.dim() < 2 or error.shape[1] < _SAMPLES:
         return f"ray {ray}"
     return f"ray {ray}, sample {rest // max(error[0, 0].numel(), 1)}"
 
 
 def _rows(case: _Case, device: str) -> Iterator[Row]:
-    arrays = case.arrays(torch.Generator().manual_seed(0))
-    sensitivity = _sensitivity(case, arrays)
+    arrays = (case.make or _rays)(torch.Generator().manual_seed(0))
+    sensitivity = _sensitivity(case, arrays) if torch.float64 in case.in_dtypes else {}
     for dtype in case.in_dtypes:
         if dtype == torch.float64 and device != "cpu":
             continue  # float64 is for checking, on the CPU
@@ -286,21 +217,28 @@ def _rows(case: _Case, device: str) -> Iterator[Row]:
             if out is not None and dtype == torch.float64:
                 continue
             with use_backend("auto"):
-                serves, why = case.served(case.operation, device, dtype, out)
-            if case.optional and not serves:
-                continue
+                entry = next(e for e in implementations(device, dtype) if e.operation == case.operation)
+                serves, why = entry.used == "native", entry.why
+                if case.served is not None:
+                    engine_why = case.served(torch.device(device), dtype, out)
+                    if engine_why is None:
+                        continue
+                    serves, why = True, engine_why
             with use_backend("reference"):
                 want = _evaluate(case, arrays, torch.float64, None, "cpu")
                 plain = _evaluate(case, arrays, dtype, out, device)
             with use_backend("auto"):
                 native = _evaluate(case, arrays, dtype, out, device) if serves else None
             result_dtype = out or dtype
-            for name, exact in want.items():
-                scale = float(exact.abs().max())
+            for name, wanted in want.items():
+                exact = wanted.double()
+                scale = _largest(exact.abs())
                 ulp = torch.finfo(result_dtype).eps
                 error = (plain[name] - exact).abs()
-                bound = FACTOR * float(error.max()) + FLOOR_ULPS * ulp * scale
-                if dtype == torch.float64:
+                bound = FACTOR * _largest(error) + FLOOR_ULPS * ulp * scale
+                if not wanted.is_floating_point():
+                    bound = 0.0  # counts and bits are the same or wrong
+                elif dtype == torch.float64:
                     bound += ROUNDINGS * sensitivity[name]
                 mine = None if native is None else (native[name] - exact).abs()
                 norm = float(exact.norm()) or 1.0
@@ -312,12 +250,12 @@ def _rows(case: _Case, device: str) -> Iterator[Row]:
                     quantity=f"{case.name}: {name}",
                     dtype=label,
                     device=device,
-                    reference_error=float(error.max()),
+                    reference_error=_largest(error),
                     reference_relative=float(error.norm()) / norm,
-                    native_error=None if mine is None else float(mine.max()),
+                    native_error=None if mine is None else _largest(mine),
                     native_relative=None if mine is None else float(mine.norm()) / norm,
                     bound=bound,
-                    where="" if mine is None else _worst(mine),
+                    where="" if mine is None else _worst(mine, case.unit),
                     why=why,
                 )
 
@@ -340,7 +278,7 @@ def verify(devices: list[str]) -> Report:
 
     Each row holds |native - float64| against 2 |reference - float64| + 8 ulps of the largest value: a kernel's
     error stays within twice PyTorch's own in the same precision. A float64 kernel is held to the reference itself,
-    within 32 times what moving every input by one ulp does to the result.
+    within 32 times what moving every input by one ulp does to the result. Counts and bits must be equal.
 
     Args:
         devices: "cpu", "cuda".
@@ -348,7 +286,12 @@ def verify(devices: list[str]) -> Report:
     Returns:
         The report; it has not passed where the native library is missing, because nothing was checked then.
     """
-    rows = [row for device in devices for case in _CASES for row in _rows(case, device)]
+    rows = [
+        row
+        for device in devices
+        for case in (*_CASES, *MLP_CASES, *FAST_CASES)
+        for row in _rows(case, device)
+    ]
     environment = {
         "package": __version__,
         "revision": revision(),
