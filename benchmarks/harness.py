@@ -57,6 +57,7 @@ class Case:
         moved_bytes: read plus written, by an implementation that touches every input and output once.
         flops: of the arithmetic, counting a special function as one.
         graph: on a GPU, time replays of a captured graph (for launch-bound sizes).
+        items: how many samples a call works on, where that is how its speed is told; 0: it is not.
         references: by variant, the reference in the precision of that variant where it is another.
         error: of outputs against the truth; `largest_error` unless stated.
         folded_flops: of a cheaper form of the same function, to be shown beside `flops`; 0: there is none.
@@ -73,6 +74,7 @@ class Case:
     moved_bytes: int
     flops: int
     graph: bool = False
+    items: int = 0
     references: dict[str, Callable[[Inputs], Outputs]] = field(default_factory=dict)
     error: Callable[[Outputs, Outputs], float] | None = None
     folded_flops: int = 0
@@ -101,6 +103,7 @@ class Result:
     product_fraction: float | None = None
     folded_product_fraction: float | None = None
     copy_fraction: float | None = None
+    items_per_second: float | None = None
     peak_bytes: int | None = None
     speedup_median: float | None = None
     speedup_minimum: float | None = None
@@ -331,6 +334,7 @@ def _summarise(row: Result, times: list[float], case: Case, runs: int, bandwidth
     row.gigabytes_per_second = case.moved_bytes / row.median * 1e-9
     row.gigaflops_per_second = case.flops / row.median * 1e-9
     row.copy_fraction = case.moved_bytes / row.median / bandwidth
+    row.items_per_second = case.items / row.median if case.items else None
     if case.folded_flops:
         row.folded_gigaflops_per_second = case.folded_flops / row.median * 1e-9
     if case.product_flops:
@@ -372,21 +376,22 @@ def markdown(operation: str, report: dict[str, Any]) -> str:
             "",
             f"Copy bandwidth here: {copied * 1e-9:.1f} GB/s (read plus written).",
             "",
-            "| case | variant | error | bound | median ms | p10 - p90 | min ms | GB/s | of copy | GFLOP/s | peak MiB "
-            f"| speed-up median | min |{''.join(f' {name} |' for name in more)}",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+            "| case | variant | error | bound | median ms | p10 - p90 | min ms | GB/s | of copy | GFLOP/s "
+            f"| M samples/s | peak MiB | speed-up median | min |{''.join(f' {name} |' for name in more)}",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
             + " --- |" * len(more),
         ]
         for r in rows:
             head = f"| {r['case']} | {r['variant']} | {r['error']:.1e} | {r['bound']:.1e} "
             if r["median"] is None:
-                lines.append(head + f"| {r['note']} | | | | | | | | |" + " |" * len(more))
+                lines.append(head + f"| {r['note']} | | | | | | | | | |" + " |" * len(more))
                 continue
             lines.append(
                 head + f"| {_cell(r['median'], '.3f', 1e3)} | {_cell(r['p10'], '.3f', 1e3)} - "
                 f"{_cell(r['p90'], '.3f', 1e3)} | {_cell(r['minimum'], '.3f', 1e3)} "
                 f"| {_cell(r['gigabytes_per_second'], '.1f')} | {_cell(r['copy_fraction'], '.0%')} "
-                f"| {_cell(r['gigaflops_per_second'], '.1f')} | {_cell(r['peak_bytes'], '.1f', 2.0**-20)} "
+                f"| {_cell(r['gigaflops_per_second'], '.1f')} | {_cell(r['items_per_second'], '.2f', 1e-6)} "
+                f"| {_cell(r['peak_bytes'], '.1f', 2.0**-20)} "
                 f"| {_cell(r['speedup_median'], '.1f')} | {_cell(r['speedup_minimum'], '.1f')} |"
                 + (
                     f" {_cell(r['folded_gigaflops_per_second'], '.1f')} | {_cell(r['product_fraction'], '.0%')} "

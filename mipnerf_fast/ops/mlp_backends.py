@@ -9,6 +9,7 @@ import torch
 from .. import _native
 from ..backend import current_backend
 from .gemm import has_cublaslt
+from .mlp_fused import Sizes, why_not_fused
 
 # auto: the fastest exact one. tcnn is another architecture, and emulated is for checks: neither is ever chosen by auto.
 MLP_BACKENDS = ("auto", "reference", "folded", "cublaslt", "fused", "tcnn", "emulated")
@@ -176,10 +177,16 @@ def _why_not_cublaslt(
     return _why_not_aligned(shape, operands) or _why_not_master(dtype)
 
 
+# A constant to torch.compile, which cannot look at the dispatcher or ask for a GPU's capability.
+@torch.compiler.assume_constant_result
 def _why_not_fused(shape: MlpShape, device: torch.device, dtype: torch.dtype, operands: torch.dtype) -> str:
-    if device.type != "cuda":
-        return f"it runs on a GPU, and the parameters are on {device.type}"
-    return "no CUDA kernel for it is available"
+    has_views = shape.view_features is not None
+    if has_views and shape.net_depth_condition < 1:
+        return "net_depth_condition must be 1 to 8, not 0"
+    view_width = shape.net_width_condition if has_views else 0
+    view_depth = shape.net_depth_condition if has_views else 0
+    sizes = Sizes(shape.net_width, shape.net_depth, shape.skip_layer, view_width, view_depth)
+    return why_not_fused(shape.in_features, sizes, device, dtype, operands)
 
 
 _WHY_NOT = {

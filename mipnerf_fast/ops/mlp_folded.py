@@ -8,12 +8,13 @@ Written once: `gemm.TorchGemm` makes it the CPU's engine, `gemm.CublasLt` the GP
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .gemm import CublasLt, CublasLtTwin, Gemm, TorchGemm, new_bit_mask
+from .mlp_fused import Architecture
 
 # Which products an operator uses; operators take numbers.
 TORCH, TWIN, CUBLASLT = range(3)
@@ -21,14 +22,6 @@ TORCH, TWIN, CUBLASLT = range(3)
 # fp16: the largest gradient that comes in is scaled to about this; deltas may grow 2^12 times on their way down, and
 # what is 2^-17 of the largest is still a normal number.
 _FP16_EXPONENT = 3
-
-
-class Architecture(NamedTuple):
-    """What of `reference.mip_mlp`'s arguments the parameters' shapes do not tell."""
-
-    net_depth: int
-    net_depth_condition: int
-    skip_layer: int
 
 
 def folded_mlp(
