@@ -188,6 +188,7 @@ class MipNerf(nn.Module):
             config.max_deg_point,
             config.ray_shape,
             integrated=not config.disable_integration,
+            out_dtype=self._mlp(level).feature_dtype,
         )
 
     def query(self, points: Tensor, viewdirs: Tensor, radius: float) -> tuple[Tensor, Tensor]:
@@ -221,6 +222,8 @@ def _build_mlp(config: MipNerfConfig) -> ops.MipMLP:
         net_depth_condition=config.net_depth_condition,
         net_width_condition=config.net_width_condition,
         skip_layer=config.skip_layer,
+        backend=config.mlp_backend,
+        compute_dtype=config.mlp_dtype,
     )
 
 

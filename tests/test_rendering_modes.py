@@ -32,6 +32,9 @@ TINY = MipNerfConfig(num_samples=20, max_deg_point=6, net_depth=3, net_width=16,
 MODELS = {
     "mipnerf": TINY,
     "three levels": dataclasses.replace(TINY, num_levels=3),
+    "bf16 operands": dataclasses.replace(
+        TINY, num_samples=24, net_depth=4, mlp_backend="emulated", mlp_dtype="bf16"
+    ),
     "one level": dataclasses.replace(TINY, num_levels=1),
     "separate networks": dataclasses.replace(TINY, separate_mlps=True),
     "no view directions, skip before the heads": dataclasses.replace(TINY, use_viewdirs=False, skip_layer=2),
