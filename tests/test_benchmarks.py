@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_quality, row_tables, rows, run_all
+from benchmarks import bench_quality, bench_render, bench_train, row_tables, rows, run_all
 from benchmarks.row_tables import put_table
 from benchmarks.rows import (
     BF16,
@@ -33,7 +33,7 @@ from benchmarks.rows import (
     rendering_work,
     training_work,
 )
-from mipnerf_fast import InputError, MipNerfConfig, ops, preset, use_backend
+from mipnerf_fast import InputError, MipNerf, MipNerfConfig, ops, preset, use_backend
 
 SCRIPTS = sorted(path.stem for path in (Path(rows.__file__).parent).glob("*.py"))
 CPU = torch.device("cpu")
@@ -174,6 +174,75 @@ def test_a_restless_machine_gives_no_time(monkeypatch: pytest.MonkeyPatch) -> No
     (row,) = measure_rows([variant("eager fp32", PYTORCH, 0.0)], CPU, runs=3)
     assert row.median is None
     assert row.note == "not measured: the control moved beside 12 of 12 calls"
+
+
+# the computations themselves, at a size for a test
+
+STEP = dataclasses.replace(
+    preset("small"),
+    batch_size=24,
+    model=MipNerfConfig(num_samples=8, max_deg_point=4, net_depth=2, net_width=16, net_width_condition=8),
+)
+
+
+@pytest.fixture(scope="module")
+def problem() -> bench_train.Problem:
+    return bench_train.Problem(STEP, bench_train.random_images(3, 10), CPU)
+
+
+def test_every_row_of_a_step_is_the_same_step(problem: bench_train.Problem) -> None:
+    eager = bench_train.ReferenceStep(problem, FP32)
+    found = {"eager": eager.errors()}
+    for engine in ("reference", "folded"):
+        ours = bench_train.TrainerStep(problem, engine, "fp32")
+        found[engine] = ours.errors()
+        before = ours.trainer.step
+        ours()
+        assert ours.trainer.step == before + ours.repeats
+    # Float32 sums of a few hundred products: far below the floor that the table itself allows.
+    for errors in found.values():
+        assert set(errors) == {"loss", "gradient"}
+        assert errors["loss"] < 1e-5
+        assert errors["gradient"] < rows.FLOOR
+    rounded = bench_train.ReferenceStep(problem, BF16).errors()
+    # Operands of eight bits: each is off by up to 2^-9, and so is the whole to within an order of magnitude.
+    assert 2**-9 / 10 < rounded["gradient"] < 2**-9 * 50
+    # A step changes the weights that the next one starts from.
+    weights = [p.detach().clone() for p in eager.model.parameters()]
+    eager()
+    assert all(not torch.equal(a, b) for a, b in zip(weights, eager.model.parameters(), strict=True))
+
+
+def test_a_step_that_is_another_one_is_found_out(problem: bench_train.Problem) -> None:
+    other = bench_train.ReferenceStep(problem, FP32)
+    other.initial = [2 * value for value in other.initial]
+    assert other.errors()["gradient"] > 0.1
+    trainer = bench_train.TrainerStep(problem, "folded", "fp32")
+    with torch.no_grad():
+        trainer.trainer.work.flat.values.mul_(1.1)
+    assert trainer.errors()["gradient"] > 0.01
+
+
+def test_every_row_of_a_frame_is_the_same_frame() -> None:
+    torch.manual_seed(0)
+    assert isinstance(STEP.model, MipNerfConfig)
+    view = bench_train.random_images(1, 12).rays(0)
+    frame = bench_render.Frame(MipNerf(STEP.model), view, CPU, trained=True)
+    assert frame.count % frame.chunk == 0
+    assert bench_render.chunk_of(640_000, 2**14) == 16_000
+    for computation in (
+        bench_render.ReferenceFrame(frame, FP32),
+        bench_render.OurFrame(frame, "reference", "fp32"),
+        bench_render.OurFrame(frame, "folded", "fp32"),
+    ):
+        assert computation.errors()["colour"] < 1e-5
+        assert computation().rgb.shape == (144, 3)
+    fast = bench_render.OurFrame(frame, "folded", "fp32", "fast").errors()
+    # Where every ray is fog nothing is left out but what lies behind it.
+    assert fast["PSNR to exact, dB"] > 40
+    assert 0 <= fast["largest difference to exact"] < 0.01
+    frame.state = {name: value + 0.1 for name, value in frame.state.items()}
+    assert bench_render.OurFrame(frame, "folded", "fp32").errors()["colour"] > 1e-3
 
 
 # tables

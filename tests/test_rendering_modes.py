@@ -33,7 +33,7 @@ MODELS = {
     "mipnerf": TINY,
     "three levels": dataclasses.replace(TINY, num_levels=3),
     "bf16 operands": dataclasses.replace(
-        TINY, num_samples=24, net_depth=4, mlp_backend="emulated", mlp_dtype="bf16"
+        TINY, max_deg_point=4, net_depth=4, mlp_backend="emulated", mlp_dtype="bf16"
     ),
     "one level": dataclasses.replace(TINY, num_levels=1),
     "separate networks": dataclasses.replace(TINY, separate_mlps=True),
