@@ -92,8 +92,10 @@ Exchange& exchange();
 // Waits until every live thread of `mask` is here, then does the operation for all of them.
 void warp_rendezvous(WarpOperation operation, unsigned mask, Site site);
 unsigned char* shared_bytes();
+// cluster 0: one block at a time. From 1 on, as many blocks along x are alive together, and the asynchronous
+// operations of asynchronous.h are there.
 void run_grid(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(const void*),
-              const void* context);
+              const void* context, int cluster = 0);
 
 // An array in "device" memory: exactly `bytes` long, `misalignment` bytes past a 256-byte boundary, between
 // poisoned guards, filled with 0xff. Lives until the program ends.
