@@ -60,6 +60,18 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "march(Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far, Tensor phase, "
         "Tensor masks, int occupancy_resolution, float box_half, float step_scale, float min_step, "
         "float max_step) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    // Encoded samples [S, E] and the harmonics [B, 16] of their rays to rgb [S, 3], density [S].
+    m.def(
+        "tiny_mlp_forward(Tensor features, Tensor harmonics, Tensor rays, Tensor density_in, "
+        "Tensor density_out, Tensor colour_in, Tensor? colour_hidden, Tensor colour_out) -> (Tensor, "
+        "Tensor)");
+    // Gradients of features, harmonics (without rows unless wanted), density_in, density_out, colour_in,
+    // colour_hidden (without rows unless given), colour_out.
+    m.def(
+        "tiny_mlp_backward(Tensor grad_rgb, Tensor grad_density, Tensor features, Tensor harmonics, "
+        "Tensor rays, Tensor density_in, Tensor density_out, Tensor colour_in, Tensor? colour_hidden, "
+        "Tensor colour_out, bool wants_features, bool wants_harmonics) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     // Packed samples to rgb [B, 3], distance [B], acc [B], weights [S].
     m.def(
         "packed_composite_forward(Tensor rgb, Tensor density, Tensor lengths, Tensor middles, Tensor "

@@ -33,6 +33,8 @@
 //                                        stride: to the next 8 rows of A (columns of B); leading: to the next 8 k
 //   wgmma_registers<T, N>(d, a, B, accumulate)           d[64, N] (+)= a[64, 16] B[16, N], B with Major::k
 //   wgmma_shared<T, N, MajorA, MajorB>(d, A, B, accumulate)            both operands in shared memory
+//   wgmma_hold(registers)                 an array of sums or of a, before the fence and after the wait: keeps the
+//                                        compiler from moving them between
 //   wgmma_fence()                        before products whose registers were touched since the last wait
 //   wgmma_commit(), wgmma_wait<G>()      closes a group; until at most G groups are under way
 //
@@ -200,6 +202,16 @@ MIPNERF_DEVICE void proxy_fence() {
 
 // ---- matrix products ----------------------------------------------------------------------------
 
+template <int N>
+MIPNERF_DEVICE void wgmma_hold(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int N>
+MIPNERF_DEVICE void wgmma_hold(unsigned (&a)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+r"(a[i])::"memory");
+}
 MIPNERF_DEVICE void wgmma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }

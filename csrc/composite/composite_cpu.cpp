@@ -31,6 +31,8 @@ struct Forward {
         const CompositeRoom<T> room(in.samples);
         for (int64_t ray = begin; ray < end; ++ray) {
             prefetch_ray(in, ray + kPrefetchRays, end);
+            if (ray + kPrefetchRays < end)
+                prefetch_row<true>(out.weights + (ray + kPrefetchRays) * in.samples, in.samples);
             composite_forward_ray(in, out, room, ray);
         }
     }
@@ -45,6 +47,10 @@ struct Backward {
         const CompositeRoom<T> room(in.samples);
         for (int64_t ray = begin; ray < end; ++ray) {
             prefetch_ray(in, ray + kPrefetchRays, end);
+            if (ray + kPrefetchRays < end) {
+                prefetch_row<true>(grads.grad_rgb + (ray + kPrefetchRays) * 3 * in.samples, 3 * in.samples);
+                prefetch_row<true>(grads.grad_density + (ray + kPrefetchRays) * in.samples, in.samples);
+            }
             composite_backward_ray(in, grads, room, ray);
         }
     }

@@ -94,7 +94,7 @@ class CheckedModel {
             sizes, tensor_data<float>(given.density_in), tensor_data<float>(given.density_out),
             tensor_data<float>(given.colour_in),
             given.colour_hidden.has_value() ? tensor_data<float>(*given.colour_hidden) : nullptr,
-            tensor_data<float>(given.colour_out), row_block());
+            tensor_data<float>(given.colour_out), dispatched_row_block());
         model_.networks = networks_.get();
     }
 
@@ -102,9 +102,6 @@ class CheckedModel {
     int features() const { return features_; }
 
   private:
-    // What run-time dispatch will choose: see vector_tasks.h.
-    static int row_block() { return vector_unit() == VectorUnit::kAvx512 ? kRowBlock<16> : kRowBlock<8>; }
-
     torch::stable::Tensor tables_, masks_;
     FastModel model_{};
     int features_;

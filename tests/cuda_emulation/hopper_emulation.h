@@ -130,6 +130,8 @@ unsigned spread_signs(unsigned word) {
     return (low ? 0x0000ffffu : 0u) | (high ? 0xffff0000u : 0u);
 }
 
+template <typename T, int N>
+void wgmma_hold(T (&)[N]) {}
 inline void wgmma_fence(emulation::Site site = emulation::Site::here()) {
     emulation::wgmma_fence(site);
 }
