@@ -1,0 +1,267 @@
+"""The fused network's kernels for compute capability 9.0a, run on the emulation, against float64.
+
+Each layer is compared by itself: what it should give is computed in float64 from what the kernel itself kept of the
+layer before, so that the only differences are those of one sum in float32 and one rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from cuda_emulation.harness import CHECKS, EmulationError, from_bfloat16, run, to_bfloat16
+
+ROWS = 64  # of a block of the stash
+# The largest relative error of rounding to the operand's type, and half its smallest step.
+ROUNDING = {"Bfloat16": (2.0**-8, 2.0**-134), "Half": (2.0**-11, 2.0**-25)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """As MlpLayer of csrc/mlp/mlp_plan.h."""
+
+    kind: str  # trunk, density, view, colour
+    input: int
+    input_columns: int
+    feature_columns: int
+    outputs: int
+    hidden: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    width: int = 64
+    features: int = 96
+    depth: int = 8
+    skip_layer: int = 4
+    view_width: int = 32
+    view_depth: int = 1
+    type: str = "Bfloat16"
+    rays: int = 3
+    samples_per_ray: int = 50
+    multiprocessors: int = 2
+
+    @property
+    def samples(self) -> int:
+        return self.rays * self.samples_per_ray
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.samples // ROWS)
+
+    def layers(self) -> list[Layer]:
+        def skips(before: int) -> int:
+            return self.features if before - 1 > 0 and (before - 1) % self.skip_layer == 0 else 0
+
+        w, made = self.width, []
+        for i in range(self.depth):
+            made.append(Layer("trunk", i - 1, w if i else 0, skips(i) if i else self.features, w, i))
+        last, end = self.depth - 1, skips(self.depth)
+        made.append(Layer("density", last, w, end, 1, -1))
+        if not self.view_depth:
+            return [*made, Layer("colour", last, w, end, 3, -1)]
+        v = self.view_width
+        made.append(Layer("view", last, w, end, v, self.depth))
+        for i in range(1, self.view_depth):
+            made.append(Layer("view", self.depth + i - 1, v, 0, v, self.depth + i))
+        return [*made, Layer("colour", self.depth + self.view_depth - 1, v, 0, 3, -1)]
+
+    @property
+    def hidden(self) -> list[Layer]:
+        return [layer for layer in self.layers() if layer.hidden >= 0]
+
+    def scalars(self, what: str) -> dict[str, int | str]:
+        names = ("features", "depth", "skip_layer", "view_width", "view_depth", "samples_per_ray")
+        scalars: dict[str, int | str] = {name: getattr(self, name) for name in names}
+        return {**scalars, "multiprocessors": self.multiprocessors, "what": what}
+
+
+def emulate(shape, what, arrays, outputs, seed=0, checks=("memory",), **scalars):
+    defines = [f"MIPNERF_WIDTH={shape.width}", f"MIPNERF_TYPE={shape.type}"]
+    return run(
+        "mlp_hopper",
+        arrays,
+        outputs,
+        {**shape.scalars(what), **scalars},
+        seed,
+        checks=checks,
+        defines=defines,
+    )
+
+
+def narrow(shape, x):
+    return to_bfloat16(x) if shape.type == "Bfloat16" else np.asarray(x, np.float16)
+
+
+def widen(shape, x):
+    return (from_bfloat16(x) if shape.type == "Bfloat16" else x).astype(np.float64)
+
+
+def stored(shape):
+    return np.uint16 if shape.type == "Bfloat16" else np.float16
+
+
+def sizes(shape):
+    names = ("packed", "activations", "masks", "deltas", "workspace", "elements", "biases")
+    y = emulate(shape, "sizes", {}, {"sizes": ((7,), np.int64)}, samples=shape.samples)["sizes"]
+    return dict(zip(names, (int(n) for n in y), strict=True))
+
+
+class Network:
+    """Random parameters of a shape, laid out as the gradients are, and random inputs."""
+
+    def __init__(self, shape: Shape, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.shape = shape
+        self.weights: list[np.ndarray] = []
+        self.biases: list[np.ndarray] = []
+        parts: list[np.ndarray] = []
+        for layer in shape.layers():
+            k = layer.input_columns + layer.feature_columns
+            weight = rng.normal(size=(layer.outputs, k)).astype(np.float32) * np.float32(math.sqrt(2 / k))
+            bias = rng.normal(size=layer.outputs).astype(np.float32) * np.float32(0.3)
+            self.weights.append(weight)
+            self.biases.append(bias)
+            for part in (weight.reshape(-1), bias):
+                parts += [part, np.zeros(-part.size % 4, np.float32)]
+        self.parameters = np.concatenate(parts)
+        self.features = narrow(shape, rng.normal(size=(shape.samples, shape.features)).astype(np.float32))
+        self.ray_bias = rng.normal(size=(shape.rays, shape.view_width)).astype(np.float32)
+        self.grad_rgb = rng.normal(size=(shape.samples, 3)).astype(np.float32)
+        self.grad_density = rng.normal(size=shape.samples).astype(np.float32)
+
+    def operand(self, number: int) -> np.ndarray:
+        """The weight of a layer, rounded, in float64."""
+        return widen(self.shape, narrow(self.shape, self.weights[number]))
+
+    def in_features(self) -> np.ndarray:
+        rows = np.zeros((self.shape.blocks * ROWS, self.shape.features))
+        rows[: self.shape.samples] = widen(self.shape, self.features)
+        return rows
+
+
+def read_stash(array, blocks, before, columns):
+    """[blocks * 64, columns] of a stash: octets of columns, octets of rows, 8 rows of 8."""
+    start = blocks * before * ROWS
+    block = array[start : start + blocks * ROWS * columns].reshape(blocks, columns // 8, 8, 8, 8)
+    return block.transpose(0, 2, 3, 1, 4).reshape(blocks * ROWS, columns)
+
+
+def read_mask(words, shape, hidden, columns):
+    """[blocks * 64, columns] of booleans: thread t = 32 w + 4 g + q holds rows 16 w + g (+ 8), columns 8 j + 2 q (+ 1)."""
+    words = words.reshape(shape.blocks, len(shape.hidden), 128, shape.width // 64)[:, hidden]
+    mask = np.zeros((shape.blocks, ROWS, columns), bool)
+    thread = np.arange(128)
+    for i in range(columns // 2):
+        bit = 16 * (i % 32 // 16) + 8 * (i % 2) + 7 - i % 16 // 2
+        row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (i // 2 % 2)
+        column = 8 * (i // 4) + 2 * (thread % 4) + i % 2
+        mask[:, row, column] = words[:, :, i // 32] >> np.uint32(bit) & 1
+    return mask.reshape(-1, columns)
+
+
+def forward(network, keeps=True, seed=0, checks=("memory",)):
+    shape = network.shape
+    of = sizes(shape)
+    outputs = {
+        "packed": ((of["packed"],), np.uint8),
+        "rgb": ((shape.samples, 3), np.float32),
+        "density": ((shape.samples,), np.float32),
+    }
+    if keeps:
+        outputs["activations"] = ((of["activations"] // 2,), stored(shape))
+        outputs["masks"] = ((of["masks"] // 4,), np.uint32)
+    arrays = {
+        "parameters": network.parameters,
+        "x": network.features,
+        "ray_bias": network.ray_bias if shape.view_depth else None,
+    }
+    return emulate(shape, "forward", arrays, outputs, seed, checks)
+
+
+def kept_layers(network, y) -> Iterator[tuple[int, Layer, np.ndarray, np.ndarray]]:
+    """Each layer with its number, what it read and the bound of a float32 sum's error for each of its outputs."""
+    shape = network.shape
+    features_k = -(-shape.features // 32) * 32
+    features = widen(shape, read_stash(y["activations"], shape.blocks, 0, features_k))
+    np.testing.assert_array_equal(features[:, : shape.features], network.in_features())
+    assert not features[:, shape.features :].any()
+    kept, before = {}, features_k
+    for layer in shape.hidden:
+        kept[layer.hidden] = widen(shape, read_stash(y["activations"], shape.blocks, before, layer.outputs))
+        before += layer.outputs
+    for number, layer in enumerate(shape.layers()):
+        parts = [kept[layer.input]] if layer.input >= 0 else []
+        if layer.feature_columns:
+            parts.append(features[:, : shape.features])
+        yield number, layer, np.concatenate(parts, 1), kept.get(layer.hidden)
+
+
+def sums_and_bound(x, weight, bias):
+    """x weight^T + bias, and how far a sum of the same float32 terms in any order may be from it."""
+    terms = np.abs(x) @ np.abs(weight).T + np.abs(bias)
+    return x @ weight.T + bias, (x.shape[1] + 1) * 2.0**-23 * terms
+
+
+def check_forward(network, y):
+    shape = network.shape
+    relative, absolute = ROUNDING[shape.type]
+    ray = np.minimum(np.arange(shape.blocks * ROWS), shape.samples - 1) // shape.samples_per_ray
+    before = 0
+    for number, layer, x, kept in kept_layers(network, y):
+        bias = network.ray_bias[ray] if layer.kind == "view" and layer.input == shape.depth - 1 else None
+        bias = network.biases[number] if bias is None else bias
+        wanted, bound = sums_and_bound(x, network.operand(number), bias.astype(np.float64))
+        if kept is None:
+            got = y["density"][:, None] if layer.kind == "density" else y["rgb"]
+            assert (np.abs(got - wanted[: shape.samples]) <= bound[: shape.samples]).all(), layer
+            continue
+        after = np.maximum(wanted, 0)
+        assert (np.abs(kept - after) <= bound + (after + bound) * relative + absolute).all(), layer
+        mask = read_mask(y["masks"], shape, layer.hidden, layer.outputs)
+        assert ((mask == (wanted > 0)) | (np.abs(wanted) <= bound)).all(), layer
+        before += layer.outputs
+
+
+# Three programs, each a width and a type: compiling is what costs.
+SHAPES = [
+    Shape(),
+    Shape(features=60, rays=1, samples_per_ray=1),
+    Shape(depth=1, view_depth=0, view_width=0, features=30),
+    Shape(depth=5, skip_layer=2, view_width=48, view_depth=3, features=128),
+    Shape(
+        width=128, depth=4, skip_layer=3, view_width=64, features=36, rays=5, samples_per_ray=64, type="Half"
+    ),
+    Shape(width=128, depth=2, view_width=112, view_depth=2, type="Half", rays=2),
+    Shape(width=128, depth=3, skip_layer=2, view_width=0, view_depth=0, type="Half"),
+    Shape(width=256, rays=1, view_width=128, samples_per_ray=128),
+    Shape(width=256, depth=3, skip_layer=1, view_width=256, rays=2, samples_per_ray=33),
+]
+names = [f"{s.width}-{s.type}-{s.depth}-{s.view_width}x{s.view_depth}-{s.samples}" for s in SHAPES]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=names)
+def test_forward(shape):
+    network = Network(shape)
+    checks = CHECKS if shape.width == 64 else ("memory",)
+    kept = forward(network, checks=checks)
+    check_forward(network, kept)
+    plain = forward(network, keeps=False, seed=1)
+    for name in ("rgb", "density"):
+        np.testing.assert_array_equal(plain[name], kept[name])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=names)
+def test_every_packed_element_has_one_place(shape):
+    elements = sizes(shape)["elements"]
+    found = emulate(shape, "places", {}, {"found": np.zeros(elements, np.int32)})["found"]
+    np.testing.assert_array_equal(found, 1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_forward_for_every_order(seed):
+    network = Network(Shape(depth=3, skip_layer=1, rays=5, samples_per_ray=100), seed)
+    check_forward(network, forward(network, seed=seed))
