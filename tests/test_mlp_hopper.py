@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from cuda_emulation.harness import CHECKS, EmulationError, from_bfloat16, run, to_bfloat16
+from cuda_emulation.harness import CHECKS, from_bfloat16, run, to_bfloat16
 
 ROWS = 64  # of a block of the stash
 # The largest relative error of rounding to the operand's type, and half its smallest step.
@@ -151,7 +151,7 @@ def read_stash(array, blocks, before, columns):
 
 
 def read_mask(words, shape, hidden, columns):
-    """[blocks * 64, columns] of booleans: thread t = 32 w + 4 g + q holds rows 16 w + g (+ 8), columns 8 j + 2 q (+ 1)."""
+    """[blocks * 64, columns] of booleans; thread 32 w + 4 g + q: rows 16 w + g (+ 8), columns 8 j + 2 q (+ 1)."""
     words = words.reshape(shape.blocks, len(shape.hidden), 128, shape.width // 64)[:, hidden]
     mask = np.zeros((shape.blocks, ROWS, columns), bool)
     thread = np.arange(128)
@@ -210,7 +210,6 @@ def check_forward(network, y):
     shape = network.shape
     relative, absolute = ROUNDING[shape.type]
     ray = np.minimum(np.arange(shape.blocks * ROWS), shape.samples - 1) // shape.samples_per_ray
-    before = 0
     for number, layer, x, kept in kept_layers(network, y):
         bias = network.ray_bias[ray] if layer.kind == "view" and layer.input == shape.depth - 1 else None
         bias = network.biases[number] if bias is None else bias
@@ -223,7 +222,93 @@ def check_forward(network, y):
         assert (np.abs(kept - after) <= bound + (after + bound) * relative + absolute).all(), layer
         mask = read_mask(y["masks"], shape, layer.hidden, layer.outputs)
         assert ((mask == (wanted > 0)) | (np.abs(wanted) <= bound)).all(), layer
-        before += layer.outputs
+
+
+def dgrad(network, kept, wants_features=True, seed=0, checks=("memory",)):
+    shape = network.shape
+    outputs = {"deltas": ((sizes(shape)["deltas"] // 2,), stored(shape))}
+    if wants_features:
+        outputs["grad_features"] = ((shape.samples, shape.features), np.float32)
+    arrays = {"packed": kept["packed"], "masks": kept["masks"]}
+    arrays |= {"grad_rgb": network.grad_rgb, "grad_density": network.grad_density}
+    return emulate(shape, "dgrad", arrays, outputs, seed, checks, samples=shape.samples)
+
+
+def read_deltas(network, y):
+    """Of the channels, and of each hidden layer."""
+    shape, before, parts = network.shape, 0, []
+    for columns in (8, *(layer.outputs for layer in shape.hidden)):
+        parts.append(widen(shape, read_stash(y["deltas"], shape.blocks, before, columns)))
+        before += columns
+    return parts[0], parts[1:]
+
+
+def check_dgrad(network, kept, y):
+    shape = network.shape
+    relative, absolute = ROUNDING[shape.type]
+    channels, deltas = read_deltas(network, y)
+    wanted = np.zeros_like(channels)
+    wanted[: shape.samples, :3] = widen(shape, narrow(shape, network.grad_rgb))
+    wanted[: shape.samples, 3] = widen(shape, narrow(shape, network.grad_density))
+    np.testing.assert_array_equal(channels, wanted)
+    layers = shape.layers()
+
+    def delta_of(number):
+        layer = layers[number]
+        if layer.hidden >= 0:
+            return deltas[layer.hidden]
+        return channels[:, 3:4] if layer.kind == "density" else channels[:, :3]
+
+    def gradient(columns_of, readers):
+        """The sum over the layers that read something of their deltas times its columns, and its error's bound."""
+        total, size, terms = 0.0, 0.0, 0
+        for number in readers:
+            weight = network.operand(number)[:, columns_of(layers[number])]
+            total = total + delta_of(number) @ weight
+            size = size + np.abs(delta_of(number)) @ np.abs(weight)
+            terms += weight.shape[0]
+        return total, (terms + len(readers)) * 2.0**-23 * size
+
+    for hidden, layer in enumerate(shape.hidden):
+        readers = [i for i, other in enumerate(layers) if other.input == hidden]
+        wanted, bound = gradient(lambda reader: slice(0, reader.input_columns), readers)
+        wanted = wanted * read_mask(kept["masks"], shape, hidden, layer.outputs)
+        error = np.abs(deltas[hidden] - wanted)
+        assert (error <= bound + (np.abs(wanted) + bound) * relative + absolute).all(), layer
+        assert not deltas[hidden][shape.samples :].any()
+    if "grad_features" in y:
+        readers = [i for i, layer in enumerate(layers) if layer.feature_columns]
+        wanted, bound = gradient(lambda reader: slice(reader.input_columns, None), readers)
+        assert (np.abs(y["grad_features"] - wanted[: shape.samples]) <= bound[: shape.samples]).all()
+
+
+def wgrad(network, kept, deltas, is_deterministic, seed=0, checks=("memory",)):
+    shape = network.shape
+    outputs = {"gradients": (network.parameters.shape, np.float32)}
+    if shape.view_depth:
+        outputs["ray_sums"] = (network.ray_bias.shape, np.float32)
+    if is_deterministic:
+        outputs["workspace"] = ((sizes(shape)["workspace"] // 4,), np.float32)
+    arrays = {"activations": kept["activations"], "deltas": deltas["deltas"]}
+    return emulate(shape, "wgrad", arrays, outputs, seed, checks, samples=shape.samples)
+
+
+def check_wgrad(network, kept, deltas, y):
+    shape = network.shape
+    channels, hidden = read_deltas(network, deltas)
+    at, terms = 0, shape.blocks * ROWS + 1
+    for _, layer, x, _ in kept_layers(network, kept):
+        of_head = channels[:, 3:4] if layer.kind == "density" else channels[:, :3]
+        delta = hidden[layer.hidden] if layer.hidden >= 0 else of_head
+        products = (delta.T @ x, np.abs(delta).T @ np.abs(x)), (delta.sum(0), np.abs(delta).sum(0))
+        for wanted, size in products:
+            got = y["gradients"][at : at + wanted.size].reshape(wanted.shape)
+            assert (np.abs(got - wanted) <= terms * 2.0**-23 * size).all(), (layer, wanted.shape)
+            at += -(-wanted.size // 4) * 4
+    if shape.view_depth:
+        of_rays = hidden[shape.depth][: shape.samples].reshape(shape.rays, shape.samples_per_ray, -1)
+        bound = shape.samples_per_ray * 2.0**-23 * np.abs(of_rays).sum(1)
+        assert (np.abs(y["ray_sums"] - of_rays.sum(1)) <= bound).all()
 
 
 # Three programs, each a width and a type: compiling is what costs.
@@ -252,6 +337,20 @@ def test_forward(shape):
     plain = forward(network, keeps=False, seed=1)
     for name in ("rgb", "density"):
         np.testing.assert_array_equal(plain[name], kept[name])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=names)
+def test_backward(shape):
+    network = Network(shape)
+    checks = CHECKS if shape.width == 64 else ("memory",)
+    kept = forward(network)
+    deltas = dgrad(network, kept, checks=checks)
+    check_dgrad(network, kept, deltas)
+    without = dgrad(network, kept, wants_features=False, seed=1)
+    np.testing.assert_array_equal(without["deltas"], deltas["deltas"])
+    for is_deterministic in (True, False):
+        gradients = wgrad(network, kept, deltas, is_deterministic, checks=checks)
+        check_wgrad(network, kept, deltas, gradients)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=names)

@@ -1,5 +1,5 @@
-// The instances of the launches for compute capability 9.0a, free of torch: the extension and `make
-// cuda-check` compile the same.
+// The instances of packing and forward for compute capability 9.0a, free of torch: the extension and
+// `make cuda-check` compile the same.
 #include "mlp_hopper_kernels.cuh"
 
 namespace mipnerf {

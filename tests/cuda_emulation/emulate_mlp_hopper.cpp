@@ -1,6 +1,6 @@
 // The fused network of compute capability 9.0a; driven by tests/test_mlp_hopper.py. `what` says which
 // launches. One width and one number type a program (macros MIPNERF_WIDTH, MIPNERF_TYPE).
-#include "mlp/mlp_hopper_kernels.cuh"
+#include "mlp/mlp_hopper_backward_kernels.cuh"
 #include "program.h"
 
 using namespace mipnerf;
@@ -51,6 +51,33 @@ void run_forward(const emulation::Program& program, const MlpPlan& plan, const v
     launch_mlp_forward<kWidth, T>(forward, nullptr);
 }
 
+void run_dgrad(const emulation::Program& program, const MlpPlan& plan) {
+    MlpDgradArguments<T> dgrad{};
+    dgrad.plan = plan;
+    dgrad.samples = program.integer("samples");
+    dgrad.samples_per_ray = program.integer("samples_per_ray");
+    dgrad.grad_rgb = program.input<float>("grad_rgb");
+    dgrad.grad_density = program.input<float>("grad_density");
+    dgrad.packed = program.input<std::uint8_t>("packed");
+    dgrad.masks = program.input<std::uint32_t>("masks");
+    dgrad.deltas = program.output<T>("deltas");
+    dgrad.grad_features = program.output<float>("grad_features");
+    launch_mlp_dgrad<kWidth, T>(dgrad, nullptr);
+}
+
+void run_wgrad(const emulation::Program& program, const MlpPlan& plan) {
+    MlpWgradArguments<T> wgrad{};
+    wgrad.plan = plan;
+    wgrad.samples = program.integer("samples");
+    wgrad.samples_per_ray = program.integer("samples_per_ray");
+    wgrad.activations = program.input<T>("activations");
+    wgrad.deltas = program.input<T>("deltas");
+    wgrad.gradients = program.output<float>("gradients");
+    wgrad.ray_sums = program.output<float>("ray_sums");
+    wgrad.workspace = program.output<float>("workspace");
+    launch_mlp_wgrad<kWidth, T>(wgrad, nullptr);
+}
+
 // The map of packing, there and back: for every element of every pass its place, and of the place the
 // element.
 void run_places(const emulation::Program& program, const MlpPlan& plan) {
@@ -81,7 +108,7 @@ int main(int argc, char** argv) {
     const std::string what = program.text("what");
     if (what == "sizes") {
         const Passes passes = make_passes(plan);
-        const MlpSizes sizes = sizes_of(plan, program.integer("samples"));
+        const MlpSizes sizes = sizes_with_workspace(plan, program.integer("samples"));
         std::int64_t* out = program.output<std::int64_t>("sizes");
         const std::int64_t values[] = {sizes.packed,    sizes.activations, sizes.masks,  sizes.deltas,
                                        sizes.workspace, passes.elements,   passes.biases};
@@ -93,5 +120,11 @@ int main(int argc, char** argv) {
     } else if (what == "forward") {
         run_pack(program, plan);
         run_forward(program, plan, program.output<std::uint8_t>("packed"));
+    } else if (what == "dgrad") {
+        run_dgrad(program, plan);
+    } else if (what == "wgrad") {
+        run_wgrad(program, plan);
+    } else {
+        emulation::fail("nothing is called '%s'", what.c_str());
     }
 }
