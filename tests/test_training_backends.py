@@ -41,9 +41,7 @@ def moved_by_an_ulp(rays: Rays, seed: int) -> Rays:
         up = torch.rand(x.shape, generator=generator) < 0.5
         return torch.where(up, x.nextafter(torch.tensor(torch.inf)), x.nextafter(torch.tensor(-torch.inf)))
 
-    return rays._replace(
-        origins=move(rays.origins), directions=move(rays.directions), radii=move(rays.radii)
-    )
+    return rays._replace(origins=move(rays.origins), directions=move(rays.directions), radii=move(rays.radii))
 
 
 def loss_curve(dataset: Dataset, moved: int | None = None) -> Tensor:
