@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda_emulation import harness
 from cuda_emulation.harness import CHECKS, from_bfloat16, run, to_bfloat16
 
 ROWS = 64  # of a block of the stash
@@ -79,13 +81,18 @@ class Shape:
         return {**scalars, "multiprocessors": self.multiprocessors, "what": what}
 
 
+# What the tests of broken kernels put in their place.
+PROGRAM: str | Path = "mlp_hopper"
+FAULT = 0
+
+
 def emulate(shape, what, arrays, outputs, seed=0, checks=("memory",), **scalars):
     defines = [f"MIPNERF_WIDTH={shape.width}", f"MIPNERF_TYPE={shape.type}"]
     return run(
-        "mlp_hopper",
+        PROGRAM,
         arrays,
         outputs,
-        {**shape.scalars(what), **scalars},
+        {**shape.scalars(what), "fault": FAULT, **scalars},
         seed,
         checks=checks,
         defines=defines,
@@ -180,6 +187,19 @@ def forward(network, keeps=True, seed=0, checks=("memory",)):
         "ray_bias": network.ray_bias if shape.view_depth else None,
     }
     return emulate(shape, "forward", arrays, outputs, seed, checks)
+
+
+def forward_encoding(network, encoding, **scalars):
+    """The forward that computes the features itself, and what they are."""
+    shape = network.shape
+    outputs = {
+        "packed": ((sizes(shape)["packed"],), np.uint8),
+        "rgb": ((shape.samples, 3), np.float32),
+        "density": ((shape.samples,), np.float32),
+        "encoded": (network.features.shape, stored(shape)),
+    }
+    arrays = {"parameters": network.parameters, "ray_bias": network.ray_bias if shape.view_depth else None}
+    return emulate(shape, "forward", {**arrays, **encoding}, outputs, checks=CHECKS, **scalars)
 
 
 def kept_layers(network, y) -> Iterator[tuple[int, Layer, np.ndarray, np.ndarray]]:
@@ -360,7 +380,213 @@ def test_every_packed_element_has_one_place(shape):
     np.testing.assert_array_equal(found, 1)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_forward_for_every_order(seed):
-    network = Network(Shape(depth=3, skip_layer=1, rays=5, samples_per_ray=100), seed)
-    check_forward(network, forward(network, seed=seed))
+SEEDS = range(20)
+SMALL = Shape(
+    features=32, depth=2, skip_layer=1, view_width=32, rays=3, samples_per_ray=90, multiprocessors=2
+)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_order(seed):
+    network = Network(SMALL, seed)
+    kept = forward(network, seed=seed)
+    check_forward(network, kept)
+    deltas = dgrad(network, kept, seed=seed)
+    check_dgrad(network, kept, deltas)
+    check_wgrad(network, kept, deltas, wgrad(network, kept, deltas, True, seed))
+
+
+@pytest.mark.parametrize(("degrees", "cylinder", "integrated"), [(16, 0, 1), (5, 1, 1), (10, 0, 0)])
+def test_encoding_inside(degrees, cylinder, integrated):
+    """Bit for bit as with the features that frustum_ipe_math.h gives outside."""
+    shape = Shape(features=6 * degrees, depth=3, skip_layer=2, rays=7, samples_per_ray=19)
+    network = Network(shape)
+    rng = np.random.default_rng(3)
+    encoding = {
+        "t_vals": np.sort(rng.uniform(2, 6, (shape.rays, shape.samples_per_ray + 1)), 1),
+        "origins": rng.normal(size=(shape.rays, 3)),
+        "directions": rng.normal(size=(shape.rays, 3)),
+        "radii": rng.uniform(1e-3, 1e-2, (shape.rays, 1)),
+    }
+    encoding = {name: array.astype(np.float32) for name, array in encoding.items()}
+    inside = forward_encoding(network, encoding, min_deg=0, cylinder=cylinder, integrated=integrated)
+    network.features = inside["encoded"]
+    assert np.abs(widen(shape, network.features)).max() > 0.5
+    outside = forward(network)
+    check_forward(network, outside)
+    for name in ("rgb", "density"):
+        np.testing.assert_array_equal(inside[name], outside[name])
+
+
+# ---- broken kernels -----------------------------------------------------------------------------
+
+# Faults built into a copy of the sources, each chosen at run time: where, what stands there, what stands there when
+# broken, the launch that must fail, the check, and what it says ("wrong" where the numbers are found wrong).
+FORWARD, BACKWARD = "mlp_hopper_kernels.cuh", "mlp_hopper_backward_kernels.cuh"
+FAULTS = {
+    "no wait for the last products": (
+        FORWARD,
+        "    wgmma_wait<0>();\n    wgmma_hold(d);\n    ring.release(held);\n}",
+        "    if (!fault) wgmma_wait<0>();\n    wgmma_hold(d);\n    ring.release(held);\n}",
+        ("forward", "memory", "wrong|wrote to|shapes|a bulk copy replaces|touched since"),
+    ),
+    "a stage let go while it is read": (
+        FORWARD,
+        "        wgmma_wait<1>();\n        if (held >= 0) ring.release(held);\n        held = ring.stage;",
+        "        if (fault) ring.release(ring.stage);\n        wgmma_wait<1>();\n"
+        "        if (!fault && held >= 0) ring.release(held);\n        held = ring.stage;",
+        ("forward", "memory", "a bulk copy replaces|more arrivals|divergence"),
+    ),
+    "the wrong parity for a full stage": (
+        FORWARD,
+        "void wait() const { barrier_wait(full + stage, parity); }",
+        "void wait() const { barrier_wait(full + stage, parity ^ unsigned(fault)); }",
+        ("forward", "memory", "may be under way|divergence: no thread|a bulk copy replaces|more arrivals"),
+    ),
+    "no wait for an empty stage": (
+        FORWARD,
+        "barrier_wait(empty + stage, parity ^ 1u);",
+        "if (!fault) barrier_wait(empty + stage, parity ^ 1u);",
+        ("forward", "memory", "a bulk copy replaces|more arrivals"),
+    ),
+    "the wrong stride of an operand": (
+        FORWARD,
+        "return operand_descriptor(ring.here(), kOctet, 128);",
+        "return operand_descriptor(ring.here(), fault ? 128 : kOctet, 128);",
+        ("forward", "memory", "wrong"),
+    ),
+    "a stale stage": (
+        FORWARD,
+        "return stages + static_cast<unsigned>(stage) * stage_bytes;",
+        "return stages + static_cast<unsigned>(threadIdx.x < 256 && fault ? (stage + count - 1) % count : stage) "
+        "* stage_bytes;",
+        ("forward", "memory", "wrong|a bulk copy|may be under way"),
+    ),
+    "half of a chunk twice": (
+        FORWARD,
+        "mine = static_cast<unsigned>(cluster_rank()) * part;",
+        "mine = static_cast<unsigned>(fault ? 0 : cluster_rank()) * part;",
+        ("forward", "memory", "a bulk copy replaces"),
+    ),
+    "only the own block's stages let go": (
+        FORWARD,
+        "barrier_arrive_at(empty + of_stage, t / kWarpSize);",
+        "barrier_arrive_at(empty + of_stage, fault ? cluster_rank() : t / kWarpSize);",
+        ("forward", "memory", "a bulk copy replaces|more arrivals|divergence: no thread"),
+    ),
+    "features without a proxy fence": (
+        FORWARD,
+        "                    proxy_fence();\n",
+        "                    if (!fault) proxy_fence();\n",
+        ("forward", "races", "without a proxy_fence"),
+    ),
+    "features replaced too early": (
+        FORWARD,
+        "barrier_wait(tile_empty + w, (static_cast<unsigned>(round) & 1u) ^ 1u);",
+        "if (!fault) barrier_wait(tile_empty + w, (static_cast<unsigned>(round) & 1u) ^ 1u);",
+        ("forward", "races", "race: |more arrivals"),
+    ),
+    "gone before the neighbour has finished": (
+        FORWARD,
+        "cluster_sync();  // nobody leaves",
+        "if (!fault) cluster_sync();  // nobody leaves",
+        ("forward", "memory", "may end before|has ended|ends while"),
+    ),
+    "the neighbour's mask": (
+        BACKWARD,
+        "mask.value[i / 16] << (i % 8);",
+        "mask.value[i / 16] << ((i + int(fault)) % 8);",
+        ("dgrad", "memory", "wrong"),
+    ),
+    "a block of samples left out": (
+        BACKWARD,
+        "return unit <= g.first_unit ? 0 : (block < blocks ? block : blocks);",
+        "return unit <= g.first_unit ? 0 : (block < blocks ? block : blocks - std::int64_t(fault));",
+        ("wgrad", "memory", "wrong"),
+    ),
+    "the strides of an operand exchanged": (
+        BACKWARD,
+        "const std::uint64_t b = operand_descriptor(stage + my_columns, 128, kOctet);",
+        "const std::uint64_t b =\n"
+        "                        operand_descriptor(stage + my_columns, fault ? kOctet : 128, fault ? 128 : kOctet);",
+        ("wgrad", "memory", "wrong"),
+    ),
+    "a partial sum of another block": (
+        BACKWARD,
+        "const float* partial = workspace + partial_place<W>(g, pair, rank);",
+        "const float* partial = workspace + partial_place<W>(g, pair, fault ? 1 - rank : rank);",
+        ("wgrad", "memory", "wrong"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def broken() -> Path:
+    """emulate_mlp_hopper.cpp over a copy of the sources with every fault built in, behind its number."""
+    folder = harness.CACHE / "broken_mlp_hopper"
+    sources = {path.name: path.read_text() for path in (harness.ROOT / "csrc" / "mlp").glob("mlp_*.*h")}
+    for number, (file, sound, faulty, _) in enumerate(FAULTS.values(), 1):
+        assert sources[file].count(sound) == 1, (
+            f"{sound!r} stands {sources[file].count(sound)} times in {file}"
+        )
+        sources[file] = sources[file].replace(sound, faulty.replace("fault", f"(mlp_fault == {number})"))
+    sources["mlp_plan.h"] = sources["mlp_plan.h"].replace(
+        "namespace mipnerf {", "namespace mipnerf {\ninline int mlp_fault = 0;", 1
+    )
+    program = (harness.HERE / "emulate_mlp_hopper.cpp").read_text()
+    program = program.replace(
+        "const MlpPlan plan = plan_of(program);",
+        'mlp_fault = static_cast<int>(program.integer("fault"));\n    const MlpPlan plan = plan_of(program);',
+        1,
+    )
+    (folder / "mlp").mkdir(parents=True, exist_ok=True)
+    for name in ("common", "frustum_ipe"):
+        link = folder / name
+        if not link.is_symlink():
+            link.symlink_to(harness.ROOT / "csrc" / name)
+    for name, text in sources.items():
+        (folder / "mlp" / name).write_text(text)
+    path = folder / "emulate_broken_mlp_hopper.cpp"
+    path.write_text(program)
+    return path
+
+
+def run_broken(monkeypatch, program, launch, fault, seed, check):
+    """The kernels before `launch` sound, that one with the fault; raises where anything is found wrong."""
+    network = Network(SMALL, seed)
+    monkeypatch.setattr(f"{__name__}.PROGRAM", program)
+
+    def only(name):
+        monkeypatch.setattr(f"{__name__}.FAULT", fault if name == launch else 0)
+        return {"checks": [check if name == launch else "memory"], "seed": seed}
+
+    kept = forward(network, **only("forward"))
+    wrong = "wrong numbers"
+    if launch == "forward":
+        return expect(wrong, check_forward, network, kept)
+    deltas = dgrad(network, kept, **only("dgrad"))
+    if launch == "dgrad":
+        return expect(wrong, check_dgrad, network, kept, deltas)
+    gradients = wgrad(network, kept, deltas, True, **only("wgrad"))
+    return expect(wrong, check_wgrad, network, kept, deltas, gradients)
+
+
+def expect(sentence, check, *arguments):
+    try:
+        check(*arguments)
+    except AssertionError as error:
+        raise AssertionError(f"{sentence}: {error}") from error
+
+
+def test_the_copy_without_a_fault_is_sound(broken, monkeypatch):
+    for seed in SEEDS[:3]:
+        run_broken(monkeypatch, broken, "wgrad", 0, seed, "memory")
+        run_broken(monkeypatch, broken, "forward", 0, seed, "races")
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_broken_kernel_is_caught_for_every_seed(broken, monkeypatch, name):
+    launch, check, sentence = FAULTS[name][-1]
+    for seed in SEEDS:
+        with pytest.raises(AssertionError, match=sentence):
+            run_broken(monkeypatch, broken, launch, list(FAULTS).index(name) + 1, seed, check)

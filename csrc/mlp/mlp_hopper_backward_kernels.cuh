@@ -78,7 +78,7 @@ MIPNERF_DEVICE void add_feature_gradients(const MlpDgradArguments<T>& in, int fi
 }
 
 // Thread i clears number i.
-static __global__ void __launch_bounds__(256) mlp_hopper_clear_kernel(float* gradients, std::int64_t count) {
+static __global__ void __launch_bounds__(256) mlp_clear_kernel(float* gradients, std::int64_t count) {
     const std::int64_t i = std::int64_t{blockIdx.x} * 256 + thread_rank();
     if (i < count) gradients[i] = 0;
 }
@@ -87,7 +87,7 @@ static __global__ void __launch_bounds__(256) mlp_hopper_clear_kernel(float* gra
 // sample, zero in its other rows; the features' gradients of the samples where they are wanted.
 template <int W, typename T>
 __global__ void MIPNERF_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
-    mlp_hopper_dgrad_kernel(const __grid_constant__ DgradParameters<T> p) {
+    mlp_dgrad_kernel(const __grid_constant__ DgradParameters<T> p) {
     const MlpPlan& plan = p.in.plan;
     const SharedLayout layout = dgrad_layout<W>(p.stages);
     WeightRing ring(shared_memory<Barrier>(), shared_memory<unsigned char>(layout.stage()),
@@ -99,10 +99,11 @@ __global__ void MIPNERF_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
     }
     cluster_sync();
 
+    constexpr Registers kRegisters = W == 256 ? kForWidest : kForNarrower;
     const int warpgroup = thread_rank() / kWarpgroup, t = thread_rank() % kWarpgroup;
     const bool wants_features = p.in.grad_features != nullptr;
     if (warpgroup == 2) {
-        lower_registers<kProducerRegisters>();
+        lower_registers<kRegisters.fetching>();
         if (t == 0) {
             for (int round = 0; round < p.rounds; ++round)
                 for (int i = 0; i < p.passes.count; ++i)
@@ -110,7 +111,7 @@ __global__ void MIPNERF_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
                         fetch_pass(ring, p.passes.pass[i], p.in.packed);
         }
     } else {
-        raise_registers<kConsumerRegisters>();
+        raise_registers<kRegisters.multiplying>();
         const Fragment mine;
         using All = std::integral_constant<int, W / 64>;
         using Half = std::integral_constant<int, (W / 2 + 63) / 64>;
@@ -380,7 +381,7 @@ MIPNERF_DEVICE void give_bias(const MlpPlan& plan, const WgradGroup& group, int 
 // The sums stay in registers; at the end of a part they go to the workspace, or are added to the gradients.
 template <int W, typename T>
 __global__ void __launch_bounds__(kThreads, 1)
-    mlp_hopper_wgrad_kernel(const __grid_constant__ WgradParameters<T> p) {
+    mlp_wgrad_kernel(const __grid_constant__ WgradParameters<T> p) {
     using Tile = WgradTile<W>;
     const std::int64_t blocks = stash_blocks(p.in.samples);
     Ring<1> ring(shared_memory<Barrier>(), shared_memory<unsigned char>(Tile::kOnes + Tile::kOnesBytes),
@@ -395,10 +396,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     block_sync();
 
+    constexpr Registers kRegisters = W == 256 ? kForWidest : kForNarrower;
     const int warpgroup = thread_rank() / kWarpgroup, pair = static_cast<int>(blockIdx.x) / 2,
               rank = static_cast<int>(blockIdx.x) % 2;
     if (warpgroup == 2) {
-        lower_registers<kProducerRegisters>();
+        lower_registers<kRegisters.fetching>();
         if (thread_rank() != 2 * kWarpgroup) return;
         for (int g = 0; g < p.groups.count; ++g) {
             const WgradGroup& group = p.groups.group[g];
@@ -428,7 +430,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         return;
     }
-    raise_registers<kConsumerRegisters>();
+    raise_registers<kRegisters.multiplying>();
     const int t = thread_rank(), of_group = t % kWarpgroup;
     constexpr unsigned kOctet = kBlockRows * 16;  // bytes of 8 columns of the stash
     const unsigned my_rows = Tile::kSplitsColumns ? 0u : static_cast<unsigned>(warpgroup) * 8 * kOctet;
@@ -517,8 +519,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // The sum of the parts of each gradient, in their order: thread i of a tile's, two sums or (behind them) one
 // bias.
 template <int W, typename T>
-__global__ void __launch_bounds__(256)
-    mlp_hopper_reduce_kernel(const __grid_constant__ WgradParameters<T> p) {
+__global__ void __launch_bounds__(256) mlp_reduce_kernel(const __grid_constant__ WgradParameters<T> p) {
     using Tile = WgradTile<W>;
     constexpr int kPairs = Tile::kSums * 128;  // of sums
     const int g = static_cast<int>(blockIdx.y) / 2, tile = static_cast<int>(blockIdx.y) % 2;
@@ -557,8 +558,8 @@ __global__ void __launch_bounds__(256)
 // A warp sums the deltas of view 0 over the samples of one ray, 8 columns at a time.
 template <typename T>
 __global__ void __launch_bounds__(128)
-    mlp_hopper_ray_sum_kernel(const T* deltas, std::int64_t samples, std::int64_t samples_per_ray, int before,
-                              int columns, float* sums) {
+    mlp_ray_sum_kernel(const T* deltas, std::int64_t samples, std::int64_t samples_per_ray, int before,
+                       int columns, float* sums) {
     const std::int64_t blocks = stash_blocks(samples), octets = columns / 8;
     const std::int64_t mine = std::int64_t{blockIdx.x} * 4 + warp_index();
     const std::int64_t ray = mine / octets;
@@ -595,10 +596,10 @@ void launch_mlp_dgrad(const MlpDgradArguments<T>& arguments, Stream stream) {
     parameters.rounds = grid.rounds;
     if (arguments.grad_features != nullptr) {
         const std::int64_t count = arguments.samples * arguments.plan.shape.features;
-        MIPNERF_LAUNCH(mlp_hopper_clear_kernel, grid_size(ceil_div(count, std::int64_t{256})), dim3(256), 0,
-                       stream, arguments.grad_features, count);
+        MIPNERF_LAUNCH(mlp_clear_kernel, grid_size(ceil_div(count, std::int64_t{256})), dim3(256), 0, stream,
+                       arguments.grad_features, count);
     }
-    MIPNERF_LAUNCH_CLUSTERS((mlp_hopper_dgrad_kernel<W, T>), kCluster, grid_size(grid.blocks), dim3(kThreads),
+    MIPNERF_LAUNCH_CLUSTERS((mlp_dgrad_kernel<W, T>), kCluster, grid_size(grid.blocks), dim3(kThreads),
                             dgrad_layout<W>(parameters.stages).bytes(), stream, parameters);
 }
 
@@ -630,21 +631,19 @@ void launch_mlp_wgrad(const MlpWgradArguments<T>& arguments, Stream stream) {
     if (parameters.pairs > kMostPairs) parameters.pairs = kMostPairs;
     if (parameters.pairs < 1) parameters.pairs = 1;
     if (arguments.workspace == nullptr)
-        MIPNERF_LAUNCH(mlp_hopper_clear_kernel,
-                       grid_size(ceil_div(std::int64_t{plan.gradients}, std::int64_t{256})), dim3(256), 0,
-                       stream, arguments.gradients, plan.gradients);
-    MIPNERF_LAUNCH_CLUSTERS((mlp_hopper_wgrad_kernel<W, T>), 1,
-                            dim3(static_cast<unsigned>(2 * parameters.pairs)), dim3(kThreads),
-                            Tile::kSharedBytes, stream, parameters);
+        MIPNERF_LAUNCH(mlp_clear_kernel, grid_size(ceil_div(std::int64_t{plan.gradients}, std::int64_t{256})),
+                       dim3(256), 0, stream, arguments.gradients, plan.gradients);
+    MIPNERF_LAUNCH_CLUSTERS((mlp_wgrad_kernel<W, T>), 1, dim3(static_cast<unsigned>(2 * parameters.pairs)),
+                            dim3(kThreads), Tile::kSharedBytes, stream, parameters);
     if (arguments.workspace != nullptr)
-        MIPNERF_LAUNCH((mlp_hopper_reduce_kernel<W, T>),
+        MIPNERF_LAUNCH((mlp_reduce_kernel<W, T>),
                        dim3((Tile::kSums * 128 + 128 + 255) / 256, static_cast<unsigned>(2 * groups.count)),
                        dim3(256), 0, stream, parameters);
     if (arguments.ray_sums != nullptr) {
         const MlpLayer& view = plan.layer[density_layer(plan.shape) + 1];
         const std::int64_t warps = arguments.samples / arguments.samples_per_ray * (view.outputs / 8);
-        MIPNERF_LAUNCH((mlp_hopper_ray_sum_kernel<T>), grid_size(ceil_div(warps, std::int64_t{4})), dim3(128),
-                       0, stream, static_cast<const T*>(arguments.deltas), arguments.samples,
+        MIPNERF_LAUNCH((mlp_ray_sum_kernel<T>), grid_size(ceil_div(warps, std::int64_t{4})), dim3(128), 0,
+                       stream, static_cast<const T*>(arguments.deltas), arguments.samples,
                        arguments.samples_per_ray, kChannelColumns + view.stash_column, view.outputs,
                        arguments.ray_sums);
     }

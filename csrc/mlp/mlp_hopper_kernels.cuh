@@ -12,6 +12,7 @@
 #pragma once
 
 #include "../common/hopper.cuh"
+#include "../frustum_ipe/frustum_ipe_math.h"
 #include "mlp_hopper_plan.h"
 #include "mlp_launch.h"
 
@@ -23,7 +24,12 @@ using namespace hopper;
 constexpr int kCluster = 2;
 constexpr int kTileRows = 2 * kBlockRows;
 constexpr int kThreads = 3 * kWarpgroup;
-constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;  // 2 * 232 + 40 = 3 * 168
+// How many registers threads have that multiply, and those that fetch: 2 a + b = 3 * 168, what a launch gives
+// 384.
+struct Registers {
+    int multiplying, fetching;
+};
+constexpr Registers kForWidest{232, 40}, kForEncoding{224, 56}, kForNarrower{208, 88};
 constexpr int kMostStages = 8;
 constexpr std::size_t kMostSharedBytes = 227 * 1024;
 
@@ -45,7 +51,7 @@ MIPNERF_DEVICE const Pass* pass_at(const PassList<Most>& list, int element) {
 
 // A thread writes 8 elements of the packed weights, those of 8 k and one column; behind them one bias each.
 template <typename T>
-__global__ void __launch_bounds__(256) mlp_hopper_pack_kernel(const __grid_constant__ PackParameters p) {
+__global__ void __launch_bounds__(256) mlp_pack_kernel(const __grid_constant__ PackParameters p) {
     const int i = static_cast<int>(blockIdx.x) * 256 + thread_rank(), vectors = p.passes.elements / 8;
     const MlpPlan& plan = p.in.plan;
     if (i < vectors) {
@@ -341,6 +347,73 @@ MIPNERF_DEVICE void load_features(const MlpForwardArguments<T>& in, std::int64_t
     }
 }
 
+template <bool kIntegrated, int kDegrees, typename T>
+MIPNERF_DEVICE void encode_to_tile(T* tile, int row, const EncodedCoordinate<float>& coordinate, int k,
+                                   int min_deg, int degree, int degrees) {
+    SinCos<float> value[kDegrees];
+    encode_degrees<kIntegrated, kDegrees>(
+        coordinate, bits_float(static_cast<std::uint32_t>(127 + min_deg + degree) << 23), value);
+#pragma unroll
+    for (int i = 0; i < kDegrees; ++i) {
+        tile[stash_place(row, 3 * (degree + i) + k)] = from_float<T>(value[i].sin);
+        tile[stash_place(row, 3 * (degrees + degree + i) + k)] = from_float<T>(value[i].cos);
+    }
+}
+
+// The same features computed from fenceposts and rays: a thread has one coordinate of a sample at a time.
+// Rows beyond the last sample repeat it.
+template <typename T>
+MIPNERF_DEVICE void encode_features(const MlpForwardArguments<T>& in, std::int64_t first_sample,
+                                    int feature_k, int thread, int threads, T* tile) {
+    const MlpEncoding& encoding = in.encoding;
+    const int degrees = in.plan.shape.features / 6;
+#pragma unroll 1
+    for (int i = thread; i < 3 * kBlockRows; i += threads) {
+        const int row = i % kBlockRows, k = i / kBlockRows;
+        const std::int64_t wanted = first_sample + row;
+        const std::int64_t sample = wanted < in.samples ? wanted : in.samples - 1;
+        const std::int64_t ray = sample / in.samples_per_ray;
+        const float* t = encoding.t_vals + sample + ray;  // a ray has one fencepost more than samples
+        const float t0 = load_pack<1>(t).value[0], t1 = load_pack<1>(t + 1).value[0];
+        float origin[3], direction[3];
+#pragma unroll
+        for (int j = 0; j < 3; ++j) {
+            origin[j] = load_pack<1>(encoding.origins + 3 * ray + j).value[0];
+            direction[j] = load_pack<1>(encoding.directions + 3 * ray + j).value[0];
+        }
+        RayConstants<float> constants =
+            ray_constants(origin, direction, load_pack<1>(encoding.radii + ray).value[0]);
+        // Chosen, not indexed: registers have no index.
+        const auto choose = [k](float (&of)[3]) { of[0] = k == 0 ? of[0] : (k == 1 ? of[1] : of[2]); };
+        choose(constants.origin);
+        choose(constants.direction);
+        choose(constants.squared);
+        choose(constants.transverse);
+        const FrustumMoments<float> moments = encoding.cylinder
+                                                  ? frustum_moments<FrustumShape::kCylinder>(t0, t1)
+                                                  : frustum_moments<FrustumShape::kCone>(t0, t1);
+        const EncodedCoordinate<float> coordinate = encoded_coordinate(constants, moments, 0);
+        int degree = 0;
+        // 16-bit features are rounded a thousand times more coarsely than doubling an angle is.
+#pragma unroll 1
+        for (; degree + 4 <= degrees; degree += 4) {
+            if (encoding.integrated)
+                encode_to_tile<true, 4>(tile, row, coordinate, k, encoding.min_deg, degree, degrees);
+            else
+                encode_to_tile<false, 4>(tile, row, coordinate, k, encoding.min_deg, degree, degrees);
+        }
+#pragma unroll 1
+        for (; degree < degrees; ++degree) {
+            if (encoding.integrated)
+                encode_to_tile<true, 1>(tile, row, coordinate, k, encoding.min_deg, degree, degrees);
+            else
+                encode_to_tile<false, 1>(tile, row, coordinate, k, encoding.min_deg, degree, degrees);
+        }
+        for (int column = 6 * degrees + k; column < feature_k; column += 3)
+            tile[stash_place(row, column)] = T{0};
+    }
+}
+
 // Sums of `Octets` octets of columns from biases in shared memory, those of this thread's first column.
 template <int Octets, int Sums>
 MIPNERF_DEVICE void start_from(float (&d)[Sums], const float* bias) {
@@ -415,13 +488,14 @@ MIPNERF_DEVICE void keep_hidden(const MlpForwardArguments<T>& in, int hidden, st
         a, layer.outputs);
 }
 
-// Threads 256 .. 383: weights by thread 256, features by warps 9 to 11. Threads 0 .. 255: the chain,
-// warpgroup w on rows 64 w .. 64 w + 63 of the tile. A thread holds of two rows two columns of every eight,
-// as sums d or as operand a. Written: rgb and density of rows below `samples`; for training, stash and masks
-// of every block of 64 rows that has such a row, its other rows computed from zeros.
+// Threads 256 .. 383: weights by thread 256, features by warps 9 to 11, which load or compute them. Threads 0
+// .. 255: the chain, warpgroup w on rows 64 w .. 64 w + 63 of the tile. A thread holds of two rows two
+// columns of every eight, as sums d or as operand a. Written: rgb and density of rows below `samples`; for
+// training, stash and masks of every block of 64 rows that has such a row, its other rows computed from
+// zeros.
 template <int W, typename T>
 __global__ void MIPNERF_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
-    mlp_hopper_forward_kernel(const __grid_constant__ ForwardParameters<T> p) {
+    mlp_forward_kernel(const __grid_constant__ ForwardParameters<T> p) {
     const MlpPlan& plan = p.in.plan;
     const SharedLayout layout = forward_layout<W>(plan, p.biases, p.stages);
     Barrier* tile_full = shared_memory<Barrier>() + 2 * kMostStages;  // of each multiplying warpgroup
@@ -431,6 +505,7 @@ __global__ void MIPNERF_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
     float* biases = shared_memory<float>(layout.bias());
     const std::int64_t blocks = stash_blocks(p.in.samples);
     constexpr int kLoaders = kWarpgroup - kWarpSize;
+    constexpr Registers kRegisters = W == 256 ? kForEncoding : kForNarrower;
 
     if (thread_rank() == 0) {
         ring.init();
@@ -448,7 +523,7 @@ __global__ void MIPNERF_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
 
     const int warpgroup = thread_rank() / kWarpgroup, t = thread_rank() % kWarpgroup;
     if (warpgroup == 2) {
-        lower_registers<kProducerRegisters>();
+        lower_registers<kRegisters.fetching>();
         if (t == 0) {
             for (int round = 0; round < p.rounds; ++round)
                 for (int i = 0; i < p.passes.count; ++i) fetch_pass(ring, p.passes.pass[i], p.in.packed);
@@ -462,14 +537,18 @@ __global__ void MIPNERF_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
                             ? static_cast<T*>(p.in.activations) + stash_block(blocks, 0, feature_k, block)
                             : nullptr;
                     barrier_wait(tile_empty + w, (static_cast<unsigned>(round) & 1u) ^ 1u);
-                    load_features(p.in, block * kBlockRows, feature_k, t - kWarpSize, kLoaders,
-                                  shared_memory<T>(layout.tile(w)), stash);
+                    T* tile = shared_memory<T>(layout.tile(w));
+                    if (p.in.encoding.t_vals != nullptr)
+                        encode_features(p.in, block * kBlockRows, feature_k, t - kWarpSize, kLoaders, tile);
+                    else
+                        load_features(p.in, block * kBlockRows, feature_k, t - kWarpSize, kLoaders, tile,
+                                      stash);
                     proxy_fence();
                     barrier_arrive(tile_full + w);
                 }
         }
     } else {
-        raise_registers<kConsumerRegisters>();
+        raise_registers<kRegisters.multiplying>();
         const unsigned char* tile = shared_memory<unsigned char>(layout.tile(warpgroup));
         const Fragment mine;
         constexpr unsigned none[4] = {};
@@ -540,7 +619,7 @@ template <int W, typename T>
 void launch_mlp_pack(const MlpPackArguments& arguments, Stream stream) {
     PackParameters parameters{arguments, make_passes(arguments.plan)};
     const std::int64_t threads = parameters.passes.elements / 8 + parameters.passes.biases;
-    MIPNERF_LAUNCH((mlp_hopper_pack_kernel<T>), grid_size(ceil_div(threads, std::int64_t{256})), dim3(256), 0,
+    MIPNERF_LAUNCH((mlp_pack_kernel<T>), grid_size(ceil_div(threads, std::int64_t{256})), dim3(256), 0,
                    stream, parameters);
 }
 
@@ -570,9 +649,9 @@ void launch_mlp_forward(const MlpForwardArguments<T>& arguments, Stream stream) 
         --parameters.stages;
     const PersistentGrid grid(ceil_div(arguments.samples, std::int64_t{kTileRows}));
     parameters.rounds = grid.rounds;
-    MIPNERF_LAUNCH_CLUSTERS(
-        (mlp_hopper_forward_kernel<W, T>), kCluster, grid_size(grid.blocks), dim3(kThreads),
-        forward_layout<W>(arguments.plan, passes.biases, parameters.stages).bytes(), stream, parameters);
+    MIPNERF_LAUNCH_CLUSTERS((mlp_forward_kernel<W, T>), kCluster, grid_size(grid.blocks), dim3(kThreads),
+                            forward_layout<W>(arguments.plan, passes.biases, parameters.stages).bytes(),
+                            stream, parameters);
 }
 
 }  // namespace mlp_hopper

@@ -36,12 +36,54 @@ void run_pack(const emulation::Program& program, const MlpPlan& plan) {
     launch_mlp_pack<kWidth, T>(pack, nullptr);
 }
 
+// The features of MlpEncoding as frustum_ipe_math.h gives them, row after row.
+void encode(const MlpForwardArguments<T>& in, T* features) {
+    const int degrees = in.plan.shape.features / 6;
+    for (std::int64_t sample = 0; sample < in.samples; ++sample) {
+        const std::int64_t ray = sample / in.samples_per_ray;
+        const float* t = in.encoding.t_vals + sample + ray;
+        const RayConstants<float> constants = ray_constants(
+            in.encoding.origins + 3 * ray, in.encoding.directions + 3 * ray, in.encoding.radii[ray]);
+        const FrustumMoments<float> moments = in.encoding.cylinder
+                                                  ? frustum_moments<FrustumShape::kCylinder>(t[0], t[1])
+                                                  : frustum_moments<FrustumShape::kCone>(t[0], t[1]);
+        T* row = features + sample * in.plan.shape.features;
+        for (int k = 0; k < 3; ++k)
+            for (int degree = 0; degree < degrees;) {
+                const EncodedCoordinate<float> coordinate = encoded_coordinate(constants, moments, k);
+                const float scale = std::ldexp(1.0f, in.encoding.min_deg + degree);
+                SinCos<float> value[4];
+                const int count = degree + 4 <= degrees ? 4 : 1;
+                if (in.encoding.integrated)
+                    count == 4 ? encode_degrees<true, 4>(coordinate, scale, value)
+                               : encode_degrees<true, 1>(coordinate, scale, value);
+                else
+                    count == 4 ? encode_degrees<false, 4>(coordinate, scale, value)
+                               : encode_degrees<false, 1>(coordinate, scale, value);
+                for (int i = 0; i < count; ++i, ++degree) {
+                    row[3 * degree + k] = from_float<T>(value[i].sin);
+                    row[3 * (degrees + degree) + k] = from_float<T>(value[i].cos);
+                }
+            }
+    }
+}
+
 void run_forward(const emulation::Program& program, const MlpPlan& plan, const void* packed) {
     MlpForwardArguments<T> forward{};
     forward.plan = plan;
     forward.samples = program.size("density", 0);
     forward.samples_per_ray = program.integer("samples_per_ray");
     forward.features = program.input<T>("x");
+    if (program.has("t_vals")) {
+        forward.encoding.t_vals = program.input<float>("t_vals");
+        forward.encoding.origins = program.input<float>("origins");
+        forward.encoding.directions = program.input<float>("directions");
+        forward.encoding.radii = program.input<float>("radii");
+        forward.encoding.min_deg = static_cast<int>(program.integer("min_deg"));
+        forward.encoding.cylinder = program.integer("cylinder") != 0;
+        forward.encoding.integrated = program.integer("integrated") != 0;
+        encode(forward, program.output<T>("encoded"));
+    }
     forward.ray_bias = program.input<float>("ray_bias");
     forward.packed = packed;
     forward.rgb = program.output<float>("rgb");
