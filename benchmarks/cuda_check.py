@@ -139,7 +139,8 @@ class Kernel:
     stack_bytes: int = 0
     spill_store_bytes: int = 0
     spill_load_bytes: int = 0
-    remarks: list[str] = field(default_factory=list)  # of the compiler, on products and registers it gave up on
+    # Of the compiler, on products that it serialises and registers that it does not share.
+    remarks: list[str] = field(default_factory=list)
     instructions: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 

@@ -25,7 +25,9 @@
 //   not written; a write to an input; a read-only load of something that the launch also writes. These
 //   verdicts do not depend on the order that was drawn, only on what the kernel did with these inputs.
 //
-// Not shown: the asynchronous proxy, memory fences between blocks, speed, and the GPU's rounding of *_approx.
+// Clusters, bulk copies, barriers and warpgroup products: hopper_emulation.h.
+//
+// Not shown: memory fences between blocks, speed, and the GPU's rounding of *_approx.
 #pragma once
 
 #include <cmath>
