@@ -106,10 +106,19 @@ class Deviation:
         difference = (fast - exact).double().abs()
         self.rays += fast.shape[0]
         self.squares += float((difference**2).sum())
-        # NaN is kept: max() would drop it.
         if difference.numel():
-            worst = float(difference.max())
-            self.largest = worst if math.isnan(worst) else max(self.largest, worst)
+            self._raise_to(float(difference.max()))
+
+    def include(self, other: Deviation) -> None:
+        """Count what another process has compared, of the same pictures."""
+        self.rays += other.rays
+        self.squares += other.squares
+        self._raise_to(other.largest)
+
+    def _raise_to(self, found: float) -> None:
+        # NaN is kept: max() may drop it.
+        if math.isnan(found) or not math.isnan(self.largest):
+            self.largest = found if math.isnan(found) else max(self.largest, found)
 
     @property
     def psnr(self) -> float:

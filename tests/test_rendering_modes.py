@@ -151,11 +151,20 @@ def test_deviation_counts_what_it_compares() -> None:
     assert deviation.rays == 4
     assert "on 4 of 40,960 rays (one in 10" in str(deviation)
     assert "0.5" in str(deviation)
+    # What another process has compared counts as if it had been compared here.
+    other = Deviation(total=10 * SUBSET)
+    other.add(torch.tensor([[0.0, 0.75, 0.0]]), torch.zeros(1, 3))
+    squares = deviation.squares
+    deviation.include(other)
+    assert (deviation.rays, deviation.largest) == (5, 0.75)
+    assert deviation.squares == squares + 0.75**2
     same = Deviation(total=5)
     assert same.subset(5).tolist() == [0, 1, 2, 3, 4]
     same.add(exact, exact)
     assert same.psnr == math.inf
     same.add(torch.full((1, 3), math.nan), torch.zeros(1, 3))
+    same.add(exact, exact)
+    same.include(other)
     assert math.isnan(same.largest)
     assert math.isnan(same.psnr)
 
