@@ -223,7 +223,9 @@ if __name__ == "__main__":
         cases,
         __doc__ or "",
         error="||got - want|| / ||want||, of the outputs or of all gradients, the larger,",
-        notes="GFLOP/s counts the layers as the paper writes them for every row, the column beside it what the folded "
-        "network needs; `of product` are both over a large matrix product measured here (2048^3 in float32 on a CPU, "
-        "8192^3 in bf16 on a GPU). GPU engines: not measured; tcnn, another architecture: not run.",
+        notes="Peak MiB is the growth of the resident set, nothing where pages freed before are taken again: "
+        "tests/test_mlp_folded.py counts what lives. GFLOP/s counts the layers as the paper writes them for every row, "
+        "the column beside it what the folded network needs; `of product` are both over a large matrix product "
+        "measured here (2048^3 in float32 on a CPU, 8192^3 in bf16 on a GPU). GPU engines: not measured; tcnn, another "
+        "architecture: not run.",
     )

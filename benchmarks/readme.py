@@ -102,7 +102,7 @@ def fast_speed(results: Path) -> str:
 
 
 def mlp_speed(results: Path) -> str:
-    """The network on the CPU: every variant's time, memory and error.
+    """The network on the CPU at one size, with pages kept as in training: every variant's time and error.
 
     Errors: FileNotFoundError where there is no result.
     """
@@ -111,26 +111,24 @@ def mlp_speed(results: Path) -> str:
         raise FileNotFoundError(f"README.md: the block 'mlp_speed' has no file {path.name} in {results.name}")
     report = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        "| case | threads | allocator | variant | ms | against eager | peak MiB | error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| case | threads | variant | ms | against eager | error |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in report["results"]:
-        cells = ["not measured", "-", "-"]
+        if row["allocator"] != "page faults removed" or "2^14" not in row["case"]:
+            continue
+        cells = ["not measured", "-"]
         if row["median"] is not None:
-            cells = [
-                f"{1e3 * row['median']:.1f}",
-                f"{row['speedup_median']:.2f} x",
-                f"{row['peak_bytes'] / 2**20:.0f}",
-            ]
-        lines.append(
-            f"| {row['case']} | {row['threads']} | {row['allocator']} | {row['variant']} | {' | '.join(cells)} "
-            f"| {row['error']:.0e} |"
-        )
+            speedup = row["speedup_median"]
+            cells = [f"{1e3 * row['median']:.1f}", f"{speedup:.2f} x" if speedup else "not measured"]
+        name = f"{row['case']} | {row['threads']} | {row['variant']}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['error']:.0e} |")
     facts = report["environment"]
     lines += [
         "",
-        f"Medians of at least {report['runs']} interleaved undisturbed calls; error: ||got - want|| / ||want|| against "
-        f"float64. {facts['device']}, torch {facts['torch']}, revision {facts['revision']}.",
+        f"Medians of at least {report['runs']} interleaved undisturbed calls, pages kept by malloc; error: "
+        f"||got - want|| / ||want|| against float64. {facts['device']}, torch {facts['torch']}, revision "
+        f"{facts['revision']}. More sizes in benchmarks/results/mlp_cpu.md.",
     ]
     return "\n".join(lines)
 
