@@ -46,7 +46,7 @@ from benchmarks.rows import (
 from mipnerf_fast import _native, preset, use_backend
 from mipnerf_fast.cameras import Rays
 from mipnerf_fast.checkpoint import load_model
-from mipnerf_fast.config import MipNerfConfig
+from mipnerf_fast.config import MipNerfConfig, MlpBackend, MlpDtype
 from mipnerf_fast.cpu_setup import cpu_setup
 from mipnerf_fast.data import load_dataset
 from mipnerf_fast.model import MipNerf
@@ -79,7 +79,7 @@ class Frame:
         with use_backend("reference"):
             self.truth = render_image(exact, chosen, chunk_rays=_TRUTH_CHUNK).rgb
 
-    def new_model(self, mlp_backend: str, mlp_dtype: str) -> MipNerf:
+    def new_model(self, mlp_backend: MlpBackend, mlp_dtype: MlpDtype) -> MipNerf:
         """The network with these weights and an engine."""
         config = dataclasses.replace(self.config, mlp_backend=mlp_backend, mlp_dtype=mlp_dtype)
         model = MipNerf(config)
@@ -156,7 +156,9 @@ class OurFrame:
 
     repeats = 1
 
-    def __init__(self, frame: Frame, mlp_backend: str, mlp_dtype: str, mode: str = "exact") -> None:
+    def __init__(
+        self, frame: Frame, mlp_backend: MlpBackend, mlp_dtype: MlpDtype, mode: str = "exact"
+    ) -> None:
         self.frame, self.mode = frame, mode
         self.model = frame.new_model(mlp_backend, mlp_dtype)
 
@@ -201,7 +203,7 @@ def variants(frame: Frame, autotuned: bool) -> list[Variant]:
     for mode in ("exact", "fast"):
         for engine, dtype, name, why_not in engine_names(frame.new_model("auto", "auto").mlp, frame.device):
 
-            def make(engine: str = engine, dtype: str = dtype, mode: str = mode) -> OurFrame:
+            def make(engine: MlpBackend = engine, dtype: MlpDtype = dtype, mode: str = mode) -> OurFrame:
                 return OurFrame(frame, engine, dtype, mode)
 
             if mode == "fast" and (why_not or untrained) and engine != "reference":

@@ -5,8 +5,7 @@ python benchmarks/bench_train.py [--device cpu|cuda] [--out FOLDER]
 A step is everything from random pixel indices to updated weights: rays and colours of the pixels, both levels, the
 loss, its gradient, Adam. The images are random and lie on the device for every row. PyTorch's rows run the plain
 reference of this package with torch's own random numbers and its fused Adam; under torch.compile pixels, rays, levels
-and loss are one compiled function. The rows of ours are the trainer's own `train_step`, uncaptured and, on a GPU,
-with the step captured as a CUDA graph.
+and loss are one compiled function. The rows of ours are the trainer's own `train_step`.
 
 Errors are of the loss and of the gradient (relative, ||got - want|| / ||want|| over all weights), against the
 reference in float64 on the same batch with the same random numbers.
@@ -46,7 +45,7 @@ from benchmarks.rows import (
 )
 from mipnerf_fast import _native, ops, preset, use_backend
 from mipnerf_fast.cameras import Rays
-from mipnerf_fast.config import MipNerfConfig, TrainConfig
+from mipnerf_fast.config import MipNerfConfig, MlpBackend, MlpDtype, TrainConfig
 from mipnerf_fast.counter_rng import FENCEPOSTS, PIXELS, CounterRandom, counter_index, counter_uniform
 from mipnerf_fast.cpu_setup import cpu_setup
 from mipnerf_fast.data import Dataset, RayBatches
@@ -58,8 +57,6 @@ from mipnerf_fast.trainer import Trainer
 _TRUTH_CHUNK = 256
 _BETAS = (0.9, 0.999)
 _STEP = 1
-# After so many the trainer's step is recorded.
-_STEPS_TO_CAPTURE = 5
 # torch.compile with max-autotune takes minutes for each batch size.
 _AUTOTUNED_RAYS = 4096
 
@@ -128,7 +125,7 @@ class Problem:
         return model.to(self.device, dtype)
 
     def levels_loss(
-        self, model: MipNerf, rays: Rays, target: Tensor, uniforms: Sequence[Tensor], total: Tensor | float
+        self, model: MipNerf, rays: Rays, target: Tensor, uniforms: Sequence[Tensor], total: Tensor
     ) -> Tensor:
         """Equation 17 on some rays, normalised by `total`."""
         levels = model(rays, True, True, GivenUniforms(uniforms))
@@ -138,12 +135,13 @@ class Problem:
 
     def _truth(self) -> tuple[float, list[Tensor]]:
         model, count, whole = self.new_model(torch.float64), self.config.batch_size, 0.0
+        total = torch.tensor(float(count), dtype=torch.float64, device=self.device)
         with use_backend("reference"):
             for start in range(0, count, _TRUTH_CHUNK):
                 part = slice(start, min(start + _TRUTH_CHUNK, count))
                 rays = Rays(*(field[part].double() for field in self.rays))
                 uniforms = [u[part] for u in self.uniforms]
-                loss = self.levels_loss(model, rays, self.target[part].double(), uniforms, float(count))
+                loss = self.levels_loss(model, rays, self.target[part].double(), uniforms, total)
                 loss.backward()
                 whole += float(loss.detach())
         return whole, [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -255,36 +253,25 @@ class ReferenceStep:
 
 
 class TrainerStep:
-    """Ours: the trainer's own step with an engine for the network, captured as a CUDA graph or not."""
+    """Ours: the trainer's own step with an engine for the network."""
 
-    def __init__(self, problem: Problem, mlp_backend: str, mlp_dtype: str, captured: bool = False) -> None:
+    def __init__(self, problem: Problem, mlp_backend: MlpBackend, mlp_dtype: MlpDtype) -> None:
         model = dataclasses.replace(problem.model_config, mlp_backend=mlp_backend, mlp_dtype=mlp_dtype)
         # One pass, as every other row.
-        config = dataclasses.replace(
-            problem.config, model=model, capture=captured, chunk_rays=problem.config.batch_size
-        )
-        self.problem, self.captured = problem, captured
-        self.repeats = problem.repeats
+        config = dataclasses.replace(problem.config, model=model, chunk_rays=problem.config.batch_size)
+        self.problem, self.repeats = problem, problem.repeats
         self.trainer = Trainer(config, problem.data, problem.device)
 
     def __call__(self) -> Any:
         for _ in range(self.repeats):
-            self.trainer.launch_step()
-        return self.trainer.results(wait=True)
+            result = self.trainer.train_step()
+        return result
 
     def errors(self) -> dict[str, float]:
-        """Of the trainer's first step, whose batch and random numbers the truth has; a graph replays it."""
-        trainer, flat = self.trainer, self.trainer.work.flat
-        if self.captured:
-            # Until the step is recorded, it is launched as it is; then from the beginning again.
-            initial = flat.values.detach().clone()
-            for _ in range(_STEPS_TO_CAPTURE):
-                trainer.train_step()
-            with torch.no_grad():
-                flat.values.copy_(initial)
-            trainer.work.go_on_from(0, 0, 0, 1.0, 0)
-        result = trainer.train_step()
-        return self.problem.errors(result.loss, list(flat.split(flat.gradients).values()))
+        """Of the trainer's first step, whose batch and random numbers the truth has."""
+        result = self.trainer.train_step()
+        gradients = [p.grad for p in self.trainer.parameters if p.grad is not None]
+        return self.problem.errors(result.loss, gradients)
 
 
 # ------------------------------------------------------------------------------------------------------ the rows
@@ -318,7 +305,7 @@ def reference_variants(problem: Problem, autotuned: bool) -> list[Variant]:
 
 
 # An engine for the network and its operands, as `MipNerfConfig` has them.
-_ENGINES = (
+_ENGINES: tuple[tuple[MlpBackend, MlpDtype], ...] = (
     ("reference", "fp32"),
     ("folded", "fp32"),
     ("folded", "bf16"),
@@ -327,7 +314,7 @@ _ENGINES = (
 )
 
 
-def engine_names(mlp: ops.MipMLP, device: torch.device) -> list[tuple[str, str, str, str]]:
+def engine_names(mlp: ops.MipMLP, device: torch.device) -> list[tuple[MlpBackend, MlpDtype, str, str]]:
     """(engine, operands, name, why it cannot run here) of every engine of ours for a network."""
     found = []
     for engine, dtype in _ENGINES:
@@ -341,20 +328,14 @@ def engine_names(mlp: ops.MipMLP, device: torch.device) -> list[tuple[str, str, 
 
 
 def our_variants(problem: Problem) -> list[Variant]:
-    """Ours: every engine for the network uncaptured and, on a GPU, in the graph."""
-    no_graph = "" if problem.device.type == "cuda" else "a CUDA graph needs a GPU"
+    """Ours: every engine for the network."""
     variants = []
-    for captured in (False, True):
-        for engine, dtype, name, why_not in engine_names(problem.new_model().mlp, problem.device):
-            if captured and no_graph and engine != "fused":
-                continue  # one line says it for all
+    for engine, dtype, name, why_not in engine_names(problem.new_model().mlp, problem.device):
 
-            def make(engine: str = engine, dtype: str = dtype, captured: bool = captured) -> TrainerStep:
-                return TrainerStep(problem, engine, dtype, captured)
+        def make(engine: MlpBackend = engine, dtype: MlpDtype = dtype) -> TrainerStep:
+            return TrainerStep(problem, engine, dtype)
 
-            in_graph = " in a CUDA graph" if captured else ""
-            why = (no_graph if captured else "") or why_not
-            variants.append(Variant(f"{name}{in_graph}", OURS, dtype, make, why))
+        variants.append(Variant(name, OURS, dtype, make, why_not))
     return variants
 
 

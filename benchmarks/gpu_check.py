@@ -147,7 +147,12 @@ def run_stage(stage: Stage, folder: Path, facts: dict[str, Any], seconds: float 
 
     def write() -> str:
         state = worst([outcome.state for outcome in outcomes])
-        content = {"stage": stage.name, "what": stage.what, "state": state, "environment": facts}
+        content: dict[str, Any] = {
+            "stage": stage.name,
+            "what": stage.what,
+            "state": state,
+            "environment": facts,
+        }
         content["commands"] = [asdict(outcome) for outcome in outcomes]
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{stage.name}.json.partial"

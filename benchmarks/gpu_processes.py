@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,10 @@ def touch_kernels(device_name: str = "cuda") -> int:
             print(f"{name}, {samples} samples, width {width}: loss {loss.item():.4f}")
     # Gradients to the rays themselves, in every precision of the features.
     t_vals = torch.linspace(2, 6, 34, device=device).repeat(35, 1)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        leaves = [x.clone().requires_grad_() for x in (t_vals, rays.origins, rays.directions, rays.radii)]
+    for features in (torch.float32, torch.bfloat16, torch.float16):
+        t, o, d, r = (x.clone().requires_grad_() for x in (t_vals, rays.origins, rays.directions, rays.radii))
         with use_backend("native"):
-            ops.frustum_ipe(*leaves, out_dtype=dtype).float().square().sum().backward()
+            ops.frustum_ipe(t, o, d, r, out_dtype=features).float().square().sum().backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return 0
@@ -88,7 +88,7 @@ def train_multiscale(
 
 
 def profile_steps(scratch: Path, device: str = "cuda", name: str = "paper", steps: int = 10) -> int:
-    """The kernels of a step by their time, launched one by one and replayed from the graph."""
+    """The kernels of a step by their time, of the device."""
     from torch.profiler import ProfilerActivity, profile
 
     from benchmarks.bench_train import random_images
@@ -101,39 +101,33 @@ def profile_steps(scratch: Path, device: str = "cuda", name: str = "paper", step
     def microseconds(row: Any) -> float:
         return float(row.self_device_time_total if on_gpu else row.self_cpu_time_total)
 
-    found: dict[str, Any] = {}
-    for captured in (False, True):
-        config = dataclasses.replace(preset(name), capture=captured)
-        trainer = Trainer(config, random_images(100, 400 if on_gpu else 50), device)
-        # Until the step is recorded, and some more.
-        for _ in range(10 if on_gpu else 1):
+    trainer = Trainer(preset(name), random_images(100, 400 if on_gpu else 50), device)
+    for _ in range(10 if on_gpu else 1):
+        trainer.train_step()
+    start = time.perf_counter()
+    with profile(activities=[activity]) as trace:
+        for _ in range(steps):
             trainer.train_step()
-        start = time.perf_counter()
-        with profile(activities=[activity]) as trace:
-            for _ in range(steps):
-                trainer.launch_step()
-            trainer.results(wait=True)
-        wall = time.perf_counter() - start
-        kernels = [row for row in trace.key_averages() if microseconds(row) > 0]
-        busy = sum(map(microseconds, kernels)) * 1e-6
-        rows = [
-            {
-                "kernel": row.key[:160],
-                "launches_a_step": row.count / steps,
-                "milliseconds_a_step": microseconds(row) / steps * 1e-3,
-                "share": microseconds(row) * 1e-6 / max(busy, 1e-12),
-            }
-            for row in sorted(kernels, key=microseconds, reverse=True)[:40]
-        ]
-        found["captured" if captured else "launched"] = {
-            "milliseconds_a_step_while_profiled": wall / steps * 1e3,
-            "milliseconds_a_step_on_the_gpu": busy / steps * 1e3,
-            "kernels": rows,
+    wall = time.perf_counter() - start
+    kernels = [row for row in trace.key_averages() if microseconds(row) > 0]
+    busy = sum(map(microseconds, kernels)) * 1e-6
+    rows = [
+        {
+            "kernel": row.key[:160],
+            "launches_a_step": row.count / steps,
+            "milliseconds_a_step": microseconds(row) / steps * 1e-3,
+            "share": microseconds(row) * 1e-6 / max(busy, 1e-12),
         }
-        (scratch / "profile.json").write_text(json.dumps(found))
-        for row in rows[:15]:
-            print(f"{row['milliseconds_a_step']:9.3f} ms {row['share']:6.1%}  {row['kernel']}")
-        del trainer
+        for row in sorted(kernels, key=microseconds, reverse=True)[:40]
+    ]
+    found = {
+        "milliseconds_a_step_while_profiled": wall / steps * 1e3,
+        "milliseconds_a_step_on_the_device": busy / steps * 1e3,
+        "kernels": rows,
+    }
+    (scratch / "profile.json").write_text(json.dumps(found))
+    for row in rows[:15]:
+        print(f"{row['milliseconds_a_step']:9.3f} ms {row['share']:6.1%}  {row['kernel']}")
     return 0
 
 
@@ -142,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *folder = sys.argv[1:] if argv is None else argv
     if name == "touch-kernels":
         return touch_kernels()
-    return {"train": train_multiscale, "profile": profile_steps}[name](Path(folder[0]))
+    run: Callable[[Path], int] = train_multiscale if name == "train" else profile_steps
+    return run(Path(folder[0]))
 
 
 if __name__ == "__main__":

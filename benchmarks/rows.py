@@ -220,13 +220,14 @@ def count_launches(call: Callable[[], Any], device: torch.device) -> int | None:
     """Kernels, copies and fills that a GPU runs for one call; None on a CPU."""
     if device.type != "cuda":
         return None
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         call()
         torch.cuda.synchronize(device)
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
+    return sum(event.device_type == DeviceType.CUDA for event in trace.events())
 
 
 # --------------------------------------------------------------------------------------------------- measuring

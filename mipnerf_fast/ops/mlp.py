@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -177,12 +179,12 @@ class MipMLP(nn.Module):
         if self.tcnn is not None:
             # Its networks are fused: there is nothing to leave out.
             directions = None if views is None else features.new_zeros(features.shape[0], views)
-            _, density = self.tcnn(features, directions)
-            return density
+            alone: Tensor = self.tcnn(features, directions)[1]
+            return alone
         if choice.engine == "reference":
             return reference.mip_mlp_density(features, self.linears, depth, self.skip_layer)
         # The same trunk under a colour that is no function of the direction, and nothing: three rows of zeros.
-        parameters = [p for linear in self.linears[: depth + 1] for p in linear.parameters()]
+        parameters: list[Tensor] = [p for linear in self.linears[: depth + 1] for p in linear.parameters()]
         columns = parameters[-2].shape[1]
         parameters += [features.new_zeros(size, dtype=torch.float32) for size in ((3, columns), (3,))]
         _, density = _compute(choice, features, None, parameters, Architecture(depth, 0, self.skip_layer))
@@ -193,7 +195,7 @@ def _compute(
     choice: MlpChoice,
     features: Tensor,
     viewdirs_enc: Tensor | None,
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     architecture: Architecture,
 ) -> tuple[Tensor, Tensor]:
     """Raw rgb and raw density from an engine that takes parameters, not layers."""
