@@ -227,7 +227,7 @@ def count_launches(call: Callable[[], Any], device: torch.device) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         call()
         torch.cuda.synchronize(device)
-    return sum(event.device_type == DeviceType.CUDA for event in trace.events())
+    return int(sum(event.device_type == DeviceType.CUDA for event in trace.events()))
 
 
 # --------------------------------------------------------------------------------------------------- measuring

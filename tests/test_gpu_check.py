@@ -235,9 +235,9 @@ def test_what_the_stages_run_in_processes_of_their_own(
     profile = json.loads((tmp_path / "profile.json").read_text())
     assert profile["kernels"][0]["share"] > 0
     # Three seconds teach a network little: the status says so.
-    assert gpu_processes.train_multiscale(tmp_path, 0.05, "cpu", "demo", downscale=4) in (0, 1)
+    assert gpu_processes.train_multiscale(tmp_path, 0.05, "cpu", "demo", downscale=4, levels=2) in (0, 1)
     training = json.loads((tmp_path / "training.json").read_text())
-    assert list(training["evaluation"]["scales"]) == ["4", "8", "16", "32"]
+    assert list(training["evaluation"]["scales"]) == ["4", "8"]
     assert training["steps"] > 0 and training["rays_per_second"] > 0
 
 
