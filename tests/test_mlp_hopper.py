@@ -398,6 +398,15 @@ def test_every_order(seed):
     check_wgrad(network, kept, deltas, wgrad(network, kept, deltas, True, seed))
 
 
+def test_no_samples():
+    network = Network(Shape(rays=0))
+    kept = forward(network)
+    deltas = dgrad(network, kept)
+    for is_deterministic in (True, False):
+        gradients = wgrad(network, kept, deltas, is_deterministic)["gradients"]
+        assert not gradients[: network.weights[0].size].any()
+
+
 @pytest.mark.parametrize(("degrees", "cylinder", "integrated"), [(16, 0, 1), (5, 1, 1), (10, 0, 0)])
 def test_encoding_inside(degrees, cylinder, integrated):
     """Bit for bit as with the features that frustum_ipe_math.h gives outside."""

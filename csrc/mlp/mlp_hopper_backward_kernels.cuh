@@ -208,8 +208,8 @@ void launch_mlp_dgrad(const MlpDgradArguments<T>& arguments, Stream stream) {
     parameters.rounds = grid.rounds;
     if (arguments.grad_features != nullptr) {
         const std::int64_t count = arguments.samples * arguments.plan.shape.features;
-        MIPNERF_LAUNCH(mlp_clear_kernel, grid_size(ceil_div(count, std::int64_t{256})), dim3(256), 0, stream,
-                       arguments.grad_features, count);
+        MIPNERF_LAUNCH((mlp_clear_kernel<float>), grid_size(ceil_div(count, std::int64_t{256})), dim3(256), 0,
+                       stream, arguments.grad_features, count);
     }
     MIPNERF_LAUNCH_CLUSTERS((mlp_dgrad_kernel<W, T>), kCluster, grid_size(grid.blocks), dim3(kThreads),
                             dgrad_layout<W>(parameters.stages).bytes(), stream, parameters);

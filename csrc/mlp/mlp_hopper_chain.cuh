@@ -254,9 +254,10 @@ struct PersistentGrid {
 };
 
 // Thread i clears number i.
-static __global__ void __launch_bounds__(256) mlp_clear_kernel(float* gradients, std::int64_t count) {
+template <typename T>
+__global__ void __launch_bounds__(256) mlp_clear_kernel(T* numbers, std::int64_t count) {
     const std::int64_t i = std::int64_t{blockIdx.x} * 256 + thread_rank();
-    if (i < count) gradients[i] = 0;
+    if (i < count) numbers[i] = 0;
 }
 
 }  // namespace mlp_hopper

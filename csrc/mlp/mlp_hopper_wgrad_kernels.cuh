@@ -415,8 +415,9 @@ void launch_mlp_wgrad(const MlpWgradArguments<T>& arguments, Stream stream) {
     if (parameters.pairs > kMostPairs) parameters.pairs = kMostPairs;
     if (parameters.pairs < 1) parameters.pairs = 1;
     if (arguments.workspace == nullptr)
-        MIPNERF_LAUNCH(mlp_clear_kernel, grid_size(ceil_div(std::int64_t{plan.gradients}, std::int64_t{256})),
-                       dim3(256), 0, stream, arguments.gradients, plan.gradients);
+        MIPNERF_LAUNCH((mlp_clear_kernel<float>),
+                       grid_size(ceil_div(std::int64_t{plan.gradients}, std::int64_t{256})), dim3(256), 0,
+                       stream, arguments.gradients, plan.gradients);
     MIPNERF_LAUNCH_CLUSTERS((mlp_wgrad_kernel<W, T>), 1, dim3(static_cast<unsigned>(2 * parameters.pairs)),
                             dim3(kThreads), Tile::kSharedBytes, stream, parameters);
     if (arguments.workspace != nullptr)
