@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import platform
 import re
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from .config import PRESET_NOTES, PRESETS, TrainConfig, preset
-from .errors import InputError
+from .errors import AgreedError, InputError, PeerLostError
 
 if TYPE_CHECKING:
     import torch
@@ -551,7 +552,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: without the program's name; None: sys.argv.
 
     Returns:
-        The exit status: 0 done, 2 bad input or usage (one sentence on standard error), 130 interrupted.
+        The exit status: 0 done, 1 failed, 2 bad input or usage (one sentence on standard error), 130 interrupted.
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
@@ -559,8 +560,14 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             return _run(verb)
+    except AgreedError as error:
+        # All processes of a job know; one says it.
+        return _complain(str(error)) if os.environ.get("RANK", "0") == "0" else BAD_INPUT
     except InputError as error:
         return _complain(str(error))
+    except PeerLostError as error:
+        _complain(str(error))
+        return FAILED
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
         return _complain(f"{where}{error.strerror or error}")
