@@ -138,6 +138,7 @@ class Trainer(TrainerBase):
         """
         start = time.perf_counter()
         if self._readback.is_full:
+            # Only where nobody asks for results.
             self._receive(wait=True)
         if self._stream is None:
             self._launch()
@@ -170,12 +171,12 @@ class Trainer(TrainerBase):
         Errors: DivergedError after config.max_skips_in_row or config.max_skips skipped steps; PeerLostError.
         """
         start = time.perf_counter()
-        if self._failure and self.step >= self._failure[0]:
-            wait = True
-        while self._receive(wait):
+        # Room for the next one: so every process knows of a step by the time it has launched so many more.
+        while self._receive(wait or self._readback.is_full):
             pass
         self.seconds += time.perf_counter() - start
         if self._failure and self.step >= self._failure[0]:
+            self._wait()
             raise DivergedError(self._failure[1])
         return super().results()
 

@@ -68,6 +68,12 @@ def check_finite(operator: str, output: str, tensor: Tensor, has_rays: bool = Tr
     )
 
 
+def _check_gradient(operator: str, output: str, gradient: Tensor | None) -> None:
+    """As a hook: the gradient of an output that the loss does not depend on is None."""
+    if gradient is not None:
+        check_finite(operator, f"the gradient of {output}", gradient)
+
+
 def _named(outputs: tuple[str, ...], result: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(result, Tensor):
         yield outputs[0], result
@@ -94,9 +100,7 @@ def reports_non_finite(operator: str, *outputs: str) -> Callable[[Operator], Ope
                 for name, tensor in _named(outputs, result):
                     check_finite(operator, name, tensor)
                     if tensor.requires_grad:
-                        tensor.register_hook(
-                            functools.partial(check_finite, operator, f"the gradient of {name}")
-                        )
+                        tensor.register_hook(functools.partial(_check_gradient, operator, name))
             return result
 
         return checked  # type: ignore[return-value]
