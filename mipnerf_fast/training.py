@@ -39,6 +39,7 @@ from .environment import choose_device, device_name, revision
 from .errors import InputError, PeerLostError
 from .fast_training import FastTrainer
 from .metrics import mse_to_psnr
+from .proposal_training import ProposalTrainer
 from .ranks import ALONE, Ranks, join_ranks
 from .rendering import render_image
 from .run_folder import (
@@ -89,7 +90,8 @@ def make_trainer(
     if isinstance(config.model, FastConfig):
         if ranks.size > 1:
             raise InputError("--preset: the fast model trains in one process, without torchrun")
-        return FastTrainer(config, dataset, device, max_seconds, checkpoint)
+        kind = ProposalTrainer if config.model.sampling == "proposal" else FastTrainer
+        return kind(config, dataset, device, max_seconds, checkpoint)
     if ranks.size > config.batch_size:
         raise InputError(f"--batch-size: {config.batch_size} rays are too few for {ranks.size} processes")
     return Trainer(config, dataset, device, max_seconds, checkpoint, ranks)

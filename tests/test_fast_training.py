@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,15 +71,6 @@ def _spheres(size: int, count: int, levels: int = 1) -> Dataset:
         "train",
         "white",
     )
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For the reference's many small operations: on a busy machine threads wait for each other at every one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
