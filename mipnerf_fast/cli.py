@@ -201,7 +201,7 @@ def _scene(run: dict[str, Any], verb: Eval | Render | Export) -> Dataset:
 
 
 def _load(
-    verb: Eval | Render | Export, out: Path
+    verb: Eval | Render | Export, out: Path, device: torch.device | None = None
 ) -> tuple[Model, dict[str, Any], CheckpointInfo, torch.device]:
     from .backend import configure_backend
     from .checkpoint import load_model
@@ -214,7 +214,7 @@ def _load(
         raise InputError(f"--run-dir: there is no folder {verb.run_dir}")
     check_writable(out)
     configure_backend(verb.backend)
-    device = choose_device(verb.device)
+    device = device or choose_device(verb.device)
     model, run, checkpoint = load_model(verb.run_dir, device, verb.checkpoint)
     return model.eval(), run, checkpoint, device
 
@@ -251,23 +251,33 @@ def run_train(verb: Train) -> int:
 
 def run_eval(verb: Eval) -> int:
     """`mipnerf-fast eval`."""
+    from .environment import choose_device
     from .evaluation import evaluate, terminal_table, write_reports
+    from .ranks import join_ranks
 
     folder = verb.run_dir / "eval"
-    model, run, checkpoint, _ = _load(verb, folder)
-    data = _scene(run, verb)
-    if verb.images and (folder / "images").exists():
-        shutil.rmtree(folder / "images")
-    evaluation = evaluate(
-        model,
-        data,
-        steps=checkpoint.step,
-        seconds=checkpoint.seconds,
-        chunk_rays=verb.chunk_rays,
-        pictures=folder / "images" if verb.images else None,
-    )
-    print(terminal_table(evaluation))
-    print(f"\nwritten: {', '.join(map(str, write_reports(evaluation, folder)))}")
+    pictures = folder / "images" if verb.images else None
+
+    def clear() -> None:
+        if pictures is not None and pictures.exists():
+            shutil.rmtree(pictures)
+
+    with join_ranks(choose_device(verb.device)) as (ranks, device):
+        model, run, checkpoint, _ = ranks.together(lambda: _load(verb, folder, device))
+        data = ranks.together(lambda: _scene(run, verb))
+        ranks.from_first(clear)
+        evaluation = evaluate(
+            model,
+            data,
+            steps=checkpoint.step,
+            seconds=checkpoint.seconds,
+            chunk_rays=verb.chunk_rays,
+            pictures=pictures,
+            ranks=ranks,
+        )
+    if ranks.is_writer:
+        print(terminal_table(evaluation))
+        print(f"\nwritten: {', '.join(map(str, write_reports(evaluation, folder)))}")
     return DONE
 
 
