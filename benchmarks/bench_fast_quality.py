@@ -238,7 +238,8 @@ def quality_table(results: Path) -> str:
     lines += [
         "",
         "Lego, white background, 25 test views (every 8th) a scale, one seed. CPU seconds beside twice the wall time, "
-        "loading included, say how much of two cores the run had. The settings are those of the design's prototype, "
+        "loading included, say how much of two cores the run had (the load average before counts "
+        "what was paused for it). The settings are those of the design's prototype, "
         "which was tuned looking at these views; nothing was tuned on them since. "
         + "; ".join(sorted(facts))
         + ".",
