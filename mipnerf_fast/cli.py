@@ -577,7 +577,12 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         return _complain(str(error))
     except PeerLostError as error:
+        from .ranks import left_in_disorder
+
         _complain(str(error))
+        if left_in_disorder():
+            sys.stderr.flush()
+            os._exit(FAILED)
         return FAILED
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""

@@ -161,5 +161,18 @@ def join_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         ) from None
     try:
         yield ranks, device
-    finally:
+    except PeerLostError:
+        # To leave NCCL in order takes all processes: the command ends without.
+        if not on_cuda:
+            dist.destroy_process_group()
+        raise
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    else:
+        dist.destroy_process_group()
+
+
+def left_in_disorder() -> bool:
+    """Whether a lost process has kept this one from leaving its job: then ending as usual would wait for ever."""
+    return dist.is_available() and dist.is_initialized()

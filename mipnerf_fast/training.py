@@ -64,7 +64,7 @@ class TrainResult:
 
     step: steps done. seconds: of training alone. psnr: of the training batches since the last report before the
     end, test_psnr: of the fixed sample of test pixels, dB, or None. checkpoint: the last one. interrupted: whether
-    a signal ended the run early.
+    a signal ended the run early. skips: steps of the run that changed nothing, because of values that are not finite.
     """
 
     step: int
@@ -73,6 +73,7 @@ class TrainResult:
     test_psnr: float | None
     checkpoint: Path
     interrupted: bool
+    skips: int = 0
 
 
 def make_trainer(
@@ -280,6 +281,7 @@ class _Run:
             self.test_psnr,
             path,
             interrupted=trainer.is_stopped and not trainer.is_done,
+            skips=self.window.last.skips if self.window.last else 0,
         )
 
     def _count(self, result: StepResult, has_own_row: bool) -> None:
@@ -525,9 +527,10 @@ def _opening(
 def _closing(result: TrainResult, run_dir: Path) -> str:
     test = "" if result.test_psnr is None else f", {result.test_psnr:.2f} dB on a sample of test pixels"
     verb = "interrupted" if result.interrupted else "done"
+    skipped = f", {result.skips:,} steps skipped" if result.skips else ""
     again = f"; go on with --resume --run-dir {run_dir}" if result.interrupted else ""
     return (
-        f"train: {verb} at step {result.step:,} after {result.seconds:.1f} s of training{test}; "
+        f"train: {verb} at step {result.step:,} after {result.seconds:.1f} s of training{test}{skipped}; "
         f"saved {result.checkpoint}{again}"
     )
 

@@ -206,6 +206,27 @@ def test_one_process_resumes_what_two_began(
     assert float((saved_parameters(halved) - whole).norm()) <= 2 * rounding
 
 
+def train_for_a_while(scene: Path, run_dir: Path) -> int:
+    config = dataclasses.replace(CONFIG, max_steps=10**6, save_every=10**6, test_every=0)
+    result = run_training(str(scene), config, "tiny", run_dir, device="cpu", max_minutes=0.005)
+    print(f"\nended at {result.step}, {result.interrupted}", file=sys.stderr)
+    return 0
+
+
+def test_a_time_limit_ends_all_at_the_same_step(scene: Path, tmp_path: Path) -> None:
+    """The clock is the first process's; the others follow it, not their own."""
+    statuses, said = job(tmp_path, train_for_a_while, scene, tmp_path / "run")
+    assert statuses == [0, 0], said
+    ends = [text.splitlines()[-1] for text in said]
+    assert ends[0] == ends[1]
+    (path,) = list_checkpoints(tmp_path / "run")
+    info = load_checkpoint(path).info
+    assert ends[0] == f"ended at {info.step}, False"
+    # The step that sees that the time is up is the last one.
+    assert info.seconds >= 0.3
+    assert 1 <= info.step < 10**6
+
+
 def evaluate_together(run_dir: Path) -> int:
     return cli.main(["eval", "--run-dir", str(run_dir), "--device", "cpu", "--images"])
 
