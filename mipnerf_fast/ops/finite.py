@@ -51,27 +51,37 @@ def checking() -> Iterator[None]:
         _enabled = previous
 
 
-def check_finite(operator: str, output: str, tensor: Tensor, has_rays: bool = True) -> None:
-    """Raise NonFiniteError at the first element of [B, ...] that is not finite; has_rays: whether B counts rays."""
+def check_finite(
+    operator: str, output: str, tensor: Tensor, is_packed: bool = False, has_rays: bool = True
+) -> None:
+    """Raise NonFiniteError at the first element that is not finite.
+
+    Args:
+        operator, output: what to call it.
+        tensor: of rays [B, ...]; of packed samples [S, ...] where is_packed; of neither where has_rays is false.
+    """
     bad = ~torch.isfinite(tensor.detach())
     if not bool(bad.any()):
         return
     first = [int(i) for i in bad.nonzero()[0]]
     count = int(bad.any(-1).sum()) if bad.dim() > 1 else int(bad.sum())
+    # Packed samples know their rays, their values do not.
+    ray = first[0] if has_rays and not is_packed and first else None
+    sample = first[0] if is_packed else first[1] if ray is not None and len(first) > 1 else None
     raise NonFiniteError(
         operator,
         output,
         float(tensor.detach()[tuple(first)]),
-        first[0] if has_rays and first else None,
-        first[1] if has_rays and len(first) > 1 else None,
+        ray,
+        sample,
         f"index {first} of shape {list(tensor.shape)} ({count} places in all)",
     )
 
 
-def _check_gradient(operator: str, output: str, gradient: Tensor | None) -> None:
+def _check_gradient(operator: str, output: str, is_packed: bool, gradient: Tensor | None) -> None:
     """As a hook: the gradient of an output that the loss does not depend on is None."""
     if gradient is not None:
-        check_finite(operator, f"the gradient of {output}", gradient)
+        check_finite(operator, f"the gradient of {output}", gradient, is_packed)
 
 
 def _named(outputs: tuple[str, ...], result: Any) -> Iterator[tuple[str, Tensor]]:
@@ -84,12 +94,15 @@ def _named(outputs: tuple[str, ...], result: Any) -> Iterator[tuple[str, Tensor]
             yield from _named((name,), part)
 
 
-def reports_non_finite(operator: str, *outputs: str) -> Callable[[Operator], Operator]:
+def reports_non_finite(
+    operator: str, *outputs: str, is_packed: bool = False
+) -> Callable[[Operator], Operator]:
     """Decorate an operator so that, while checking is on, it looks at its outputs and at their gradients.
 
     Args:
         operator: its name in the message.
         outputs: names of what it returns; the fields of a named tuple name themselves.
+        is_packed: whether rows are samples that lie one after the other, not rays.
     """
 
     def decorate(function: Operator) -> Operator:
@@ -98,9 +111,9 @@ def reports_non_finite(operator: str, *outputs: str) -> Callable[[Operator], Ope
             result = function(*arguments, **options)
             if _enabled:
                 for name, tensor in _named(outputs, result):
-                    check_finite(operator, name, tensor)
+                    check_finite(operator, name, tensor, is_packed)
                     if tensor.requires_grad:
-                        tensor.register_hook(functools.partial(_check_gradient, operator, name))
+                        tensor.register_hook(functools.partial(_check_gradient, operator, name, is_packed))
             return result
 
         return checked  # type: ignore[return-value]
