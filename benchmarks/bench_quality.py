@@ -43,21 +43,22 @@ POINTS = 24
 
 @dataclass(frozen=True)
 class Backend:
-    """A curve: what computes the operations and the network."""
+    """A curve: what computes the operations and the network, and whether the step is a CUDA graph."""
 
     name: str
     operations: str
     network: MlpBackend = "auto"
     operands: MlpDtype = "auto"
+    capture: bool = True
 
 
 def backends(device: torch.device) -> list[Backend]:
     """Those that are compared on a device."""
     if device.type == "cuda":
         return [
-            Backend("PyTorch fp32", "reference"),
-            Backend("ours, cublaslt bf16", "auto", "cublaslt", "bf16"),
-            Backend("ours, fused bf16", "auto", "fused", "bf16"),
+            Backend("PyTorch fp32", "reference", capture=False),
+            Backend("ours, cublaslt bf16, in a CUDA graph", "auto", "cublaslt", "bf16"),
+            Backend("ours, fused bf16, in a CUDA graph", "auto", "fused", "bf16"),
         ]
     return [
         Backend("PyTorch fp32", "reference"),
@@ -104,20 +105,23 @@ def train_curve(
     """
     assert isinstance(config.model, MipNerfConfig)
     model = dataclasses.replace(config.model, mlp_backend=backend.network, mlp_dtype=backend.operands)
-    config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(config, model=model, capture=backend.capture)
     rays, target = RayBatches(test, device).draw(0, 0, min(SAMPLE, test.pixels.shape[0]))
     points: list[dict[str, Any]] = []
     with use_backend(backend.operations):
         trainer = make_trainer(config, train, device, seconds)
         waiting = marks(seconds)
         while not trainer.is_done:
-            trainer.train_step()
+            trainer.launch_step()
+            trainer.results()
             if waiting and trainer.seconds >= waiting[0]:
+                trainer.results(wait=True)
                 while waiting and trainer.seconds >= waiting[0]:
                     waiting.pop(0)
                 rgb = render_image(trainer.model, rays, test.white_background).rgb
                 psnr = float(mse_to_psnr(((rgb - target) ** 2).mean()))
                 points.append({"seconds": trainer.seconds, "step": trainer.step, "psnr": psnr})
+        trainer.results(wait=True)
         whole = evaluate(trainer.model, test, steps=trainer.step, seconds=trainer.seconds)
     return {
         "backend": asdict(backend),

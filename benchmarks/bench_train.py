@@ -5,7 +5,8 @@ python benchmarks/bench_train.py [--device cpu|cuda] [--out FOLDER]
 A step is everything from random pixel indices to updated weights: rays and colours of the pixels, both levels, the
 loss, its gradient, Adam. The images are random and lie on the device for every row. PyTorch's rows run the plain
 reference of this package with torch's own random numbers and its fused Adam; under torch.compile pixels, rays, levels
-and loss are one compiled function. The rows of ours are the trainer's own `train_step`.
+and loss are one compiled function. The rows of ours are the trainer's own step,
+launched as it is and, on a GPU, recorded as a CUDA graph.
 
 Errors are of the loss and of the gradient (relative, ||got - want|| / ||want|| over all weights), against the
 reference in float64 on the same batch with the same random numbers.
@@ -57,6 +58,8 @@ from mipnerf_fast.trainer import Trainer
 _TRUTH_CHUNK = 256
 _BETAS = (0.9, 0.999)
 _STEP = 1
+# After so many the trainer's step is recorded.
+_STEPS_TO_CAPTURE = 5
 # torch.compile with max-autotune takes minutes for each batch size.
 _AUTOTUNED_RAYS = 4096
 
@@ -253,25 +256,38 @@ class ReferenceStep:
 
 
 class TrainerStep:
-    """Ours: the trainer's own step with an engine for the network."""
+    """Ours: the trainer's own step with an engine for the network, captured as a CUDA graph or not."""
 
-    def __init__(self, problem: Problem, mlp_backend: MlpBackend, mlp_dtype: MlpDtype) -> None:
+    def __init__(
+        self, problem: Problem, mlp_backend: MlpBackend, mlp_dtype: MlpDtype, captured: bool = False
+    ) -> None:
         model = dataclasses.replace(problem.model_config, mlp_backend=mlp_backend, mlp_dtype=mlp_dtype)
         # One pass, as every other row.
-        config = dataclasses.replace(problem.config, model=model, chunk_rays=problem.config.batch_size)
-        self.problem, self.repeats = problem, problem.repeats
+        config = dataclasses.replace(
+            problem.config, model=model, capture=captured, chunk_rays=problem.config.batch_size
+        )
+        self.problem, self.captured = problem, captured
+        self.repeats = problem.repeats
         self.trainer = Trainer(config, problem.data, problem.device)
 
     def __call__(self) -> Any:
         for _ in range(self.repeats):
-            result = self.trainer.train_step()
-        return result
+            self.trainer.launch_step()
+        return self.trainer.results(wait=True)
 
     def errors(self) -> dict[str, float]:
-        """Of the trainer's first step, whose batch and random numbers the truth has."""
-        result = self.trainer.train_step()
-        gradients = [p.grad for p in self.trainer.parameters if p.grad is not None]
-        return self.problem.errors(result.loss, gradients)
+        """Of the trainer's first step, whose batch and random numbers the truth has; a graph replays it."""
+        trainer, flat = self.trainer, self.trainer.work.flat
+        if self.captured:
+            # Until the step is recorded, it is launched as it is; then from the beginning again.
+            initial = flat.values.detach().clone()
+            for _ in range(_STEPS_TO_CAPTURE):
+                trainer.train_step()
+            with torch.no_grad():
+                flat.values.copy_(initial)
+            trainer.work.go_on_from(0, 0, 0, 1.0, 0)
+        result = trainer.train_step()
+        return self.problem.errors(result.loss, list(flat.split(flat.gradients).values()))
 
 
 # ------------------------------------------------------------------------------------------------------ the rows
@@ -328,14 +344,22 @@ def engine_names(mlp: ops.MipMLP, device: torch.device) -> list[tuple[MlpBackend
 
 
 def our_variants(problem: Problem) -> list[Variant]:
-    """Ours: every engine for the network."""
+    """Ours: every engine for the network uncaptured and, on a GPU, in the graph."""
+    no_graph = "" if problem.device.type == "cuda" else "a CUDA graph needs a GPU"
     variants = []
-    for engine, dtype, name, why_not in engine_names(problem.new_model().mlp, problem.device):
+    for captured in (False, True):
+        for engine, dtype, name, why_not in engine_names(problem.new_model().mlp, problem.device):
+            if captured and no_graph and engine != "fused":
+                continue  # one line says it for all
 
-        def make(engine: MlpBackend = engine, dtype: MlpDtype = dtype) -> TrainerStep:
-            return TrainerStep(problem, engine, dtype)
+            def make(
+                engine: MlpBackend = engine, dtype: MlpDtype = dtype, captured: bool = captured
+            ) -> TrainerStep:
+                return TrainerStep(problem, engine, dtype, captured)
 
-        variants.append(Variant(name, OURS, dtype, make, why_not))
+            in_graph = " in a CUDA graph" if captured else ""
+            why = (no_graph if captured else "") or why_not
+            variants.append(Variant(f"{name}{in_graph}", OURS, dtype, make, why))
     return variants
 
 

@@ -233,7 +233,8 @@ def test_what_the_stages_run_in_processes_of_their_own(
     assert "ours, network fused bf16: not run: it runs on a GPU" in said
     assert gpu_processes.profile_steps(tmp_path, "cpu", "small", steps=1) == 0
     profile = json.loads((tmp_path / "profile.json").read_text())
-    assert profile["kernels"][0]["share"] > 0
+    assert set(profile) == {"launched", "captured"}
+    assert profile["launched"]["kernels"][0]["share"] > 0
     # Three seconds teach a network little: the status says so.
     assert gpu_processes.train_multiscale(tmp_path, 0.05, "cpu", "demo", downscale=4, levels=2) in (0, 1)
     training = json.loads((tmp_path / "training.json").read_text())
