@@ -75,7 +75,7 @@ def test_the_digest_of_steps_and_its_chart(tmp_path: Path) -> None:
     # Another time: the chart is out of date; no time: no row.
     (tmp_path / "train_cpu.json").write_text(json.dumps(report(None)))
     assert not chart_is_current(tmp_path)
-    assert "ours" not in steps(tmp_path)
+    assert "**ours**" not in steps(tmp_path)
 
 
 def test_the_chart_is_of_the_results() -> None:
