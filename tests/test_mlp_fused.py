@@ -1,11 +1,17 @@
-"""The way from the network's parameters to the fused kernels and from their gradients back, over twins in float64."""
+"""The way from the network's parameters to the fused kernels and from their gradients back.
+
+Over twins in float64 it is exact; over the emulated kernels its error is compared with autocast's.
+"""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from cuda_emulation.harness import run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -211,3 +217,128 @@ def test_shapes_for_the_compiler(samples: int) -> None:
 def test_why_not() -> None:
     sizes, cpu, bfloat16 = Sizes(256, 8, 4, 128, 1), torch.device("cpu"), torch.bfloat16
     assert "on cpu" in why_not_fused(96, sizes, cpu, torch.float32, bfloat16)
+
+
+# ---- through the emulated kernels
+
+
+class Emulated:
+    """The operators by csrc/mlp in the CUDA emulation, bfloat16, with the sums split in three."""
+
+    def kernels(self) -> Kernels:
+        return Kernels(lambda flat, *_: flat.clone(), self.forward, self.backward)
+
+    def _run(
+        self,
+        features: Tensor,
+        ray_bias: Tensor | None,
+        flat: Tensor,
+        samples_per_ray: int,
+        sizes: Sizes,
+        grads: dict[str, Tensor | None],
+        to_features: bool,
+    ) -> dict[str, np.ndarray]:
+        assert features.dtype == torch.bfloat16
+        count, columns = features.shape
+        arrays = {"features": features.view(torch.int16).numpy().view(np.uint16)}
+        layers = twin_layers(flat, columns, sizes)
+        for number, (weight, bias) in enumerate(layers):
+            arrays |= {f"weight{number}": weight.numpy(), f"bias{number}": bias.numpy()}
+        if ray_bias is not None:
+            arrays["ray_bias"] = ray_bias.numpy()
+            del arrays[f"bias{sizes.depth + 1}"]
+        module = _native.load()
+        assert module is not None
+        per_tile, tiles = module.mlp_sizes(columns, *sizes), -(-count // 128)
+        hidden = count * (sizes.width * sizes.depth + sizes.view_width * sizes.view_depth)
+        outputs: dict[str, Any] = {
+            "packed": ((per_tile["packed"],), np.uint8),
+            "rgb": ((count, 3), np.float32),
+            "density": ((count,), np.float32),
+            "activations": ((hidden,), np.uint16),
+            "masks": ((per_tile["masks"] // 4 * tiles,), np.uint32),
+        }
+        if grads:
+            arrays |= {name: grad.numpy() for name, grad in grads.items() if grad is not None}
+            outputs |= {
+                "deltas": ((hidden + 8 * count,), np.uint16),
+                "gradients": (flat.shape, np.float32),
+                "workspace": ((3 * flat.numel(),), np.float32),
+            }
+            if to_features:
+                outputs["grad_features"] = ((count, columns), np.float32)
+            if sizes.view_depth:
+                outputs["ray_sums"] = ((count // samples_per_ray, sizes.view_width), np.float32)
+        scalars = {"features": columns, "samples": count, "samples_per_ray": samples_per_ray, "splits": 3}
+        return run("mlp", arrays, outputs, scalars | sizes._asdict(), checks=["memory"])
+
+    def forward(
+        self, features: Tensor, ray_bias: Tensor | None, packed: Tensor, samples_per_ray: int, *options: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *numbers, _ = options
+        out = self._run(features, ray_bias, packed, samples_per_ray, Sizes(*numbers), {}, False)
+        rgb, density = torch.from_numpy(out["rgb"]), torch.from_numpy(out["density"])
+        return rgb, density, features.new_empty(0) if ray_bias is None else ray_bias, features.new_empty(0)
+
+    def backward(
+        self,
+        grad_rgb: Tensor | None,
+        grad_density: Tensor | None,
+        features: Tensor,
+        packed: Tensor,
+        activations: Tensor,
+        masks: Tensor,
+        samples_per_ray: int,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *numbers, _, to_features = options
+        sizes = Sizes(*numbers)
+        ray_bias = activations if sizes.view_depth else None
+        grads = {"grad_rgb": grad_rgb, "grad_density": grad_density}
+        out = self._run(features, ray_bias, packed, samples_per_ray, sizes, grads, to_features)
+        ray_sums = out.get("ray_sums", np.zeros((0, 0), np.float32))
+        of_features = out.get("grad_features", np.zeros((0, features.shape[1]), np.float32))
+        found = (out["gradients"], ray_sums, of_features)
+        gradients, sums, grad_features = (torch.from_numpy(array) for array in found)
+        return gradients, sums, grad_features
+
+
+@pytest.mark.parametrize(
+    "shape", [(96, 27, 64, 8, 32, 1, 4), (48, None, 64, 4, 8, 1, 3), (30, 15, 128, 2, 64, 2, 4)]
+)
+def test_error_is_within_twice_that_of_autocast(shape: tuple[Any, ...]) -> None:
+    """Outputs and gradients of everything, by the emulated kernels and by torch's bfloat16, against float64."""
+    features, views, width, depth, view_width, view_depth, skip = shape
+    torch.manual_seed(0)
+    sizes = reference.mip_mlp_shapes(features, views, depth, width, view_depth, view_width, skip)
+    linears = torch.nn.ModuleList(torch.nn.Linear(i, o) for i, o in sizes)
+    inputs = [torch.rand(5, 29, features) * 2 - 1] + ([] if views is None else [torch.rand(5, views) * 2 - 1])
+    architecture = Architecture(depth, view_depth, skip)
+
+    def results(dtype: torch.dtype, autocast: bool, fused: bool) -> list[Tensor]:
+        network = copy.deepcopy(linears).to(dtype)
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        parameters = [p for linear in network for p in linear.parameters()]
+        directions = None if views is None else leaves[1]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if fused:
+                outputs = fused_mlp(
+                    leaves[0],
+                    directions,
+                    parameters,
+                    architecture,
+                    torch.bfloat16,
+                    kernels=Emulated().kernels(),
+                )
+            else:
+                outputs = reference.mip_mlp(leaves[0], directions, network, *architecture)
+        rgb, density = (output.to(dtype) for output in outputs)
+        loss = torch.sigmoid(rgb).square().sum() + torch.nn.functional.softplus(density - 1).sum()
+        grads = torch.autograd.grad(loss, [*leaves, *parameters])
+        return [tensor.detach().double() for tensor in (rgb, density, *grads)]
+
+    exact = results(torch.float64, False, False)
+    for one, rounded, other in zip(
+        exact, results(torch.float32, True, False), results(torch.float32, False, True), strict=True
+    ):
+        assert (other - one).norm() <= 2 * (rounded - one).norm()
