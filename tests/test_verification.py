@@ -24,17 +24,18 @@ def report() -> verification.Report:
 def test_every_operation_passes_with_its_kernel(report: verification.Report) -> None:
     assert report.passed
     assert all(row.native_error is not None for row in report.rows)
-    assert {row.operation for row in report.rows} == {
-        "frustum_ipe",
-        "composite",
-        "resample",
-        *ops.FAST_OPERATIONS,
-    }
+    assert {row.operation for row in report.rows} == {*ops.OPERATIONS, *ops.FAST_OPERATIONS}
     assert {row.dtype for row in report.rows} >= {
         "float32",
         "float64",
         "float32 to bfloat16",
         "float32 to float16",
+    }
+    engines = {(row.quantity.split(":")[0], row.dtype) for row in report.rows if row.operation == "mlp"}
+    assert engines - {("folded", "float32 to bfloat16")} == {
+        ("folded", "float32"),
+        ("emulated", "float32 to bfloat16"),
+        ("emulated", "float32 to float16"),
     }
     gradients = {row.quantity.partition("gradient to ")[2] for row in report.rows} - {""}
     assert gradients >= {
@@ -46,6 +47,10 @@ def test_every_operation_passes_with_its_kernel(report: verification.Report) -> 
         "density",
         "raw_rgb",
         "raw_density",
+        "features",
+        "viewdirs_enc",
+        "linears.0.weight",
+        "linears.7.bias",
     }
 
 
