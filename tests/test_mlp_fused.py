@@ -16,7 +16,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mipnerf_fast import _native, reference
-from mipnerf_fast.ops.mlp_fused import Architecture, Kernels, Sizes, fused_mlp, why_not_fused
+from mipnerf_fast.ops import mlp_fused
+from mipnerf_fast.ops.mlp_folded import Architecture
+from mipnerf_fast.ops.mlp_fused import Kernels, Sizes, fused_mlp, why_not_fused
 
 # features, view features (None: no views), width, depth, view width, view depth, skip
 SHAPES = [
@@ -110,6 +112,10 @@ def twin_backward(
 TWINS = Kernels(lambda flat, *_: flat.clone(), twin_forward, twin_backward)
 
 
+def take(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp_fused, "operators", lambda: kernels)
+
+
 def make(shape: tuple[Any, ...], seed: int = 0) -> tuple[Tensor, Tensor | None, list[Tensor], Architecture]:
     features, views, width, depth, view_width, view_depth, skip = shape
     generator = torch.Generator().manual_seed(seed)
@@ -125,13 +131,16 @@ def make(shape: tuple[Any, ...], seed: int = 0) -> tuple[Tensor, Tensor | None, 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("outputs", ["both", "rgb", "density"])
-def test_function_and_gradients(shape: tuple[Any, ...], outputs: str) -> None:
+def test_function_and_gradients(
+    shape: tuple[Any, ...], outputs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(TWINS, monkeypatch)
     features, directions, parameters, architecture = make(shape)
     linears = [torch.nn.Linear(*w.shape[::-1], dtype=w.dtype) for w in parameters[0::2]]
     for linear, weight, bias in zip(linears, parameters[0::2], parameters[1::2], strict=True):
         linear.weight, linear.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
     wanted = reference.mip_mlp(features, directions, linears, *architecture)
-    given = fused_mlp(features, directions, parameters, architecture, torch.float64, kernels=TWINS)
+    given = fused_mlp(features, directions, parameters, architecture, torch.float64)
     inputs = [features, *([] if directions is None else [directions])]
     of_reference = [p for linear in linears for p in (linear.weight, linear.bias)]
     gradients = []
@@ -152,7 +161,7 @@ def test_function_and_gradients(shape: tuple[Any, ...], outputs: str) -> None:
         )
 
 
-def test_no_gradient_to_the_features_unless_asked_for() -> None:
+def test_no_gradient_to_the_features_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     features, directions, parameters, architecture = make(SHAPES[0])
     asked = []
 
@@ -160,15 +169,15 @@ def test_no_gradient_to_the_features_unless_asked_for() -> None:
         asked.append(arguments[-1])
         return twin_backward(*arguments)
 
-    kernels = TWINS._replace(backward=backward)
+    take(TWINS._replace(backward=backward), monkeypatch)
     for wanted in (False, True):
         features.requires_grad_(wanted)
-        rgb, _ = fused_mlp(features, directions, parameters, architecture, torch.float64, kernels=kernels)
+        rgb, _ = fused_mlp(features, directions, parameters, architecture, torch.float64)
         rgb.sum().backward()
         assert asked[-1] is wanted and (features.grad is not None) is wanted
 
 
-def test_half_is_scaled_and_scaled_back() -> None:
+def test_half_is_scaled_and_scaled_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients a million times too small for float16 arrive at the kernels in its range, and come back exact."""
     features, directions, parameters, architecture = make(SHAPES[0])
     seen = []
@@ -180,10 +189,10 @@ def test_half_is_scaled_and_scaled_back() -> None:
         seen.append(float(grad_rgb.abs().max()))
         return twin_backward(grad_rgb, grad_density, x.double(), *rest)
 
-    kernels = TWINS._replace(forward=forward, backward=backward)
+    take(TWINS._replace(forward=forward, backward=backward), monkeypatch)
     found = []
     for size in (1.0, 2.0**-40):
-        rgb, _ = fused_mlp(features, directions, parameters, architecture, torch.float16, kernels=kernels)
+        rgb, _ = fused_mlp(features, directions, parameters, architecture, torch.float16)
         found.append(torch.autograd.grad((rgb * size).sum(), parameters, allow_unused=True))
     assert all(4 < largest <= 8 for largest in seen)
     for one, other in zip(*found, strict=True):
@@ -191,12 +200,38 @@ def test_half_is_scaled_and_scaled_back() -> None:
             torch.testing.assert_close(other * 2.0**40, one, rtol=1e-12, atol=0)
 
 
-def test_a_second_derivative_raises() -> None:
+def test_a_second_derivative_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    take(TWINS, monkeypatch)
     features, directions, parameters, architecture = make(SHAPES[0])
-    rgb, _ = fused_mlp(features, directions, parameters, architecture, torch.float64, kernels=TWINS)
+    rgb, _ = fused_mlp(features, directions, parameters, architecture, torch.float64)
     (grad,) = torch.autograd.grad(rgb.square().sum(), parameters[0], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|second derivative|differentiate twice"):
+    with pytest.raises(RuntimeError, match="second derivative"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]])
+def test_compiled_is_eager(shape: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients that are no derivatives but go the same way: autograd is not there within an operator."""
+
+    def backward(
+        grad_rgb: Tensor, grad_density: Tensor, features: Tensor, packed: Tensor, kept: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ray_sums = kept * grad_density.mean() if kept.numel() else packed.new_empty(3, 0)
+        return packed * grad_rgb.sum(), ray_sums, features * 2 if rest[-1] else features[:0].clone()
+
+    take(TWINS._replace(backward=backward), monkeypatch)
+    torch.compiler.reset()
+    features, directions, parameters, architecture = make(shape)
+
+    def loss() -> Tensor:
+        rgb, density = fused_mlp(features, directions, parameters, architecture, torch.float64)
+        return rgb.square().sum() + density.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for one, other in zip(
+        torch.autograd.grad(loss(), parameters), torch.autograd.grad(compiled(), parameters), strict=True
+    ):
+        torch.testing.assert_close(other, one)
 
 
 @pytest.mark.parametrize("samples", [1, 128, 129])
@@ -306,8 +341,11 @@ class Emulated:
 @pytest.mark.parametrize(
     "shape", [(96, 27, 64, 8, 32, 1, 4), (48, None, 64, 4, 8, 1, 3), (30, 15, 128, 2, 64, 2, 4)]
 )
-def test_error_is_within_twice_that_of_autocast(shape: tuple[Any, ...]) -> None:
+def test_error_is_within_twice_that_of_autocast(
+    shape: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Outputs and gradients of everything, by the emulated kernels and by torch's bfloat16, against float64."""
+    take(Emulated().kernels(), monkeypatch)
     features, views, width, depth, view_width, view_depth, skip = shape
     torch.manual_seed(0)
     sizes = reference.mip_mlp_shapes(features, views, depth, width, view_depth, view_width, skip)
@@ -328,7 +366,6 @@ def test_error_is_within_twice_that_of_autocast(shape: tuple[Any, ...]) -> None:
                     parameters,
                     architecture,
                     torch.bfloat16,
-                    kernels=Emulated().kernels(),
                 )
             else:
                 outputs = reference.mip_mlp(leaves[0], directions, network, *architecture)

@@ -11,6 +11,7 @@ from .arguments import check_float, require
 from .finite import reports_non_finite
 from .mlp_backends import MLP_BACKENDS, MLP_DTYPES, MlpChoice, MlpShape, choose_mlp
 from .mlp_folded import CUBLASLT, TORCH, TWIN, Architecture, folded_mlp
+from .mlp_fused import fused_mlp
 from .mlp_tcnn import WHAT, TcnnNetworks
 
 _PRODUCTS = {"folded": TORCH, "emulated": TWIN, "cublaslt": CUBLASLT}
@@ -131,6 +132,8 @@ class MipMLP(nn.Module):
             )
         parameters = [p for linear in self.linears for p in linear.parameters()]
         architecture = Architecture(self.net_depth, self.net_depth_condition, self.skip_layer)
+        if choice.engine == "fused":
+            return fused_mlp(features, viewdirs_enc, parameters, architecture, choice.dtype)
         return folded_mlp(
             features, viewdirs_enc, parameters, architecture, _PRODUCTS[choice.engine], choice.dtype
         )

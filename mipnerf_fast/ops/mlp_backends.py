@@ -9,6 +9,7 @@ import torch
 from .. import _native
 from ..backend import current_backend
 from .gemm import has_cublaslt
+from .mlp_fused import Sizes, why_not_fused
 
 # auto: the fastest exact one. tcnn is another architecture, and emulated is for checks: neither is ever chosen by auto.
 MLP_BACKENDS = ("auto", "reference", "folded", "cublaslt", "fused", "tcnn", "emulated")
@@ -177,9 +178,10 @@ def _why_not_cublaslt(
 
 
 def _why_not_fused(shape: MlpShape, device: torch.device, dtype: torch.dtype, operands: torch.dtype) -> str:
-    if device.type != "cuda":
-        return f"it runs on a GPU, and the parameters are on {device.type}"
-    return "no CUDA kernel for it is available"
+    view_width = 0 if shape.view_features is None else shape.net_width_condition
+    view_depth = 0 if shape.view_features is None else shape.net_depth_condition
+    sizes = Sizes(shape.net_width, shape.net_depth, shape.skip_layer, view_width, view_depth)
+    return why_not_fused(shape.in_features, sizes, device, dtype, operands)
 
 
 _WHY_NOT = {
