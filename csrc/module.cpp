@@ -2,6 +2,7 @@
 // itself is how it was built, and how large the fused network's buffers are.
 #include <pybind11/pybind11.h>
 
+#include "common/for_rays.h"
 #include "mipnerf_fast_build_info.h"  // written by setup.py
 #include "mlp/mlp_schedule.h"
 
@@ -9,6 +10,17 @@ namespace py = pybind11;
 
 static py::object build_info() {
     return py::module_::import("json").attr("loads")(kBuildInfo);
+}
+
+static const char* vector_unit_name() {
+    switch (mipnerf::vector_unit()) {
+        case mipnerf::VectorUnit::kAvx512:
+            return "avx512";
+        case mipnerf::VectorUnit::kAvx2:
+            return "avx2";
+        default:
+            return "baseline";
+    }
 }
 
 static py::dict mlp_sizes(int features, int width, int depth, int skip_layer, int view_width,
@@ -28,6 +40,8 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Native operators of mipnerf_fast; they are called as torch.ops.mipnerf_fast.<name>.";
     m.def("build_info", &build_info,
           "What was built and why: reason, torch, cuda, architectures, compilers, flags, sources, revision.");
+    m.def("vector_unit", &vector_unit_name,
+          "Whose copies of the loops run here: avx512, avx2 or baseline; ATEN_CPU_CAPABILITY limits it.");
     m.def("mlp_sizes", &mlp_sizes, py::arg("features"), py::arg("width"), py::arg("depth"),
           py::arg("skip_layer"), py::arg("view_width"), py::arg("view_depth"),
           "The floats of the fused network's parameters, and the bytes of its packed weights, and of the "

@@ -14,7 +14,7 @@ from .checkpoint import MOMENTS, Checkpoint
 from .config import FastConfig, TrainConfig
 from .data import Dataset
 from .fast_model import FastModel
-from .ops.fast_step import FastGradients, PixelSource
+from .ops.fast_step import FastGradients, MarchRays, PixelSource, StepStatistics
 from .schedules import log_lerp, warm_up
 from .trainer_base import DivergedError, StepResult, TrainerBase
 
@@ -33,7 +33,7 @@ _EARLY_DECAY, _LATE_DECAY = 0.4, 0.8
 # A cell counts as occupied where a step through it would absorb this share of the light.
 _OCCUPIED_OPACITY = 0.01
 # Half of the cone's radius at t = 1, for a pixel one unit wide there: radius 1/sqrt(3), deviation radius/2.
-_DEVIATION_PER_PIXEL = 0.5 / math.sqrt(3.0)
+DEVIATION_PER_PIXEL = 0.5 / math.sqrt(3.0)
 
 
 class FastTrainer(TrainerBase):
@@ -69,19 +69,17 @@ class FastTrainer(TrainerBase):
         self.settings = config.model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model: FastModel = FastModel(config.model)
+            self.model: FastModel = self._build_model(config.model)
         # Both have the same functions; what is chosen now stays for the whole run.
         self._engine = fast_reference if current_backend() == "reference" else ops
         self.source = pixel_source(dataset, self.settings.scale_ratio)
         self.random_background = self.settings.random_background and dataset.pixels.shape[1] == 4
         self.background = 1.0 if dataset.white_background else 0.0
         side = 2 * self.settings.box_half
-        low = (dataset.near / dataset.focal).min().item() * _DEVIATION_PER_PIXEL / side
-        high = (dataset.far / dataset.focal).max().item() * _DEVIATION_PER_PIXEL / side
-        self.model.scale_range.copy_(torch.tensor([low, high]))
+        self.model.scale_range.copy_(torch.tensor(self._scale_range(dataset)))
         middle = 0.5 * float(dataset.near.min() + dataset.far.max())
         pixel = middle / float(dataset.focal.max())
-        self._cell_scale = pixel * _DEVIATION_PER_PIXEL / side
+        self._cell_scale = pixel * DEVIATION_PER_PIXEL / side
         step = min(max(self.settings.step_scale * pixel, self.settings.min_step), self.settings.max_step)
         self._max_threshold = _OCCUPIED_OPACITY / step
         if checkpoint is not None:
@@ -97,10 +95,11 @@ class FastTrainer(TrainerBase):
             }
             for moment in MOMENTS
         }
-        self._gradient_buffers = FastGradients(
-            *(self._gradients.get(name) for name in FastGradients._fields)  # type: ignore[arg-type]
-        )
         self._failures = 0
+        self.samples = 0  # marched by this trainer
+
+    def _build_model(self, config: FastConfig) -> FastModel:
+        return FastModel(config)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """Of Adam: {"exp_avg": {parameter name: tensor}, "exp_avg_sq": ...}."""
@@ -122,28 +121,17 @@ class FastTrainer(TrainerBase):
         Errors: DivergedError after MAX_FAILURES steps in a row whose gradient was not finite.
         """
         start = time.perf_counter()
-        config, model, step, engine = self.config, self.model, self.step, self._engine
-        fields = model.fields()
+        config, model, step = self.config, self.model, self.step
         if step % UPDATE_EVERY == 0:
-            is_early = step < _EARLY_STEPS
-            engine.occupancy_update(
-                model.densities,
-                self._cell_scale,
-                config.seed,
-                step,
-                _EARLY_STRIDE if is_early else _LATE_STRIDE,
-                _EARLY_DECAY if is_early else _LATE_DECAY,
-                self._max_threshold,
-                fields,
-            )
+            self._renew_occupancy()
         samples_per_ray = model.samples_per_ray.item()
-        wanted = min(max(config.batch_size / samples_per_ray, MIN_RAYS), MAX_RAYS)
-        count = math.ceil(wanted / _GROUP_RAYS) * _GROUP_RAYS
-        rays, target = engine.draw_rays(
+        count = self._ray_count()
+        rays, target = self._engine.draw_rays(
             self.source, config.seed, step, count, self.random_background, self.background
         )
-        found = engine.fast_train_step(rays, target, config.loss_beta, fields, self._gradient_buffers)
+        found = self._add_gradients(rays, target)
         self.last_rate = self.learning_rate()
+        self.samples += found.samples
         self.step += 1
         model.samples_per_ray.fill_(0.8 * samples_per_ray + 0.2 * max(0.5, found.samples / count))
         if found.is_finite:
@@ -159,6 +147,41 @@ class FastTrainer(TrainerBase):
             )
         return StepResult(found.loss, found.squared_error, count)
 
+    def _scale_range(self, dataset: Dataset) -> tuple[float, float]:
+        """The least and the largest width that a sample can have, in units of the box's side."""
+        side = 2 * self.settings.box_half
+        low = (dataset.near / dataset.focal).min().item() * DEVIATION_PER_PIXEL / side
+        high = (dataset.far / dataset.focal).max().item() * DEVIATION_PER_PIXEL / side
+        return low, high
+
+    def _ray_count(self) -> int:
+        """As many as make batch_size samples, by the samples that rays have taken lately; whole groups."""
+        wanted = self.config.batch_size / self.model.samples_per_ray.item()
+        return math.ceil(min(max(wanted, MIN_RAYS), MAX_RAYS) / _GROUP_RAYS) * _GROUP_RAYS
+
+    def _renew_occupancy(self) -> None:
+        is_early = self.step < _EARLY_STEPS
+        self._engine.occupancy_update(
+            self.model.densities,
+            self._cell_scale,
+            self.config.seed,
+            self.step,
+            _EARLY_STRIDE if is_early else _LATE_STRIDE,
+            _EARLY_DECAY if is_early else _LATE_DECAY,
+            self._max_threshold,
+            self.model.fields(),
+        )
+
+    def _add_gradients(self, rays: MarchRays, target: Tensor) -> StepStatistics:
+        """Add the gradients of a batch to `_gradients`, unless one of them is not finite."""
+        buffers = FastGradients(
+            *(self._gradients.get(name) for name in FastGradients._fields)  # type: ignore[arg-type]
+        )
+        found: StepStatistics = self._engine.fast_train_step(
+            rays, target, self.config.loss_beta, self.model.fields(), buffers
+        )
+        return found
+
     def _update(self, rate: float) -> None:
         for name, values in self._parameters.items():
             self._engine.sparse_adam(
@@ -166,7 +189,7 @@ class FastTrainer(TrainerBase):
                 self._gradients[name],
                 self._moments["exp_avg"][name],
                 self._moments["exp_avg_sq"][name],
-                rate if name == "tables" else rate * self.settings.network_lr_ratio,
+                rate if name.endswith("tables") else rate * self.settings.network_lr_ratio,
                 BETA1,
                 BETA2,
                 self.config.adam_eps,

@@ -35,6 +35,7 @@ from .environment import choose_device, device_name, revision
 from .errors import InputError
 from .fast_training import FastTrainer
 from .metrics import mse_to_psnr
+from .proposal_training import ProposalTrainer
 from .rendering import render_image
 from .run_folder import (
     RunConfig,
@@ -77,7 +78,9 @@ def make_trainer(
     checkpoint: Checkpoint | None = None,
 ) -> Trainer | FastTrainer:
     """The trainer of the configured model's family; arguments as of `Trainer`."""
-    kind = FastTrainer if isinstance(config.model, FastConfig) else Trainer
+    kind: type[Trainer | FastTrainer] = Trainer
+    if isinstance(config.model, FastConfig):
+        kind = ProposalTrainer if config.model.sampling == "proposal" else FastTrainer
     return kind(config, dataset, device, max_seconds, checkpoint)
 
 
