@@ -405,6 +405,7 @@ def _define() -> None:
 _HAS_KERNELS = _native.available() and all(
     torch._C._dispatch_has_kernel_for_dispatch_key(f"mipnerf_fast::{name}", "CUDA") for name in _OPERATORS
 )
+_HAS_HOPPER = "9.0a" in _native.build_info().get("architectures", [])
 _WHY_NO_KERNELS = _native.why_missing() or "the native library was built without its CUDA kernels"
 
 
@@ -421,13 +422,16 @@ def _no_derivative(*_: Any) -> None:
 def _register() -> None:
     """What the raw operators need beside their kernels: shapes for the compiler, and derivatives."""
 
-    def bytes_of(features: int, sizes: tuple[Any, ...]) -> dict[str, int]:
+    def bytes_of(features: int, sizes: tuple[Any, ...], device: torch.device) -> dict[str, int]:
         module = _native.load()
         assert module is not None
-        return dict(module.mlp_sizes(features, *sizes))
+        hopper = _HAS_HOPPER and device.type == "cuda" and torch.cuda.get_device_properties(device).major == 9
+        return dict(module.mlp_sizes(features, *sizes, hopper))
 
     def fake_pack(parameters: Tensor, features: int, *options: Any) -> Tensor:
-        return parameters.new_empty(bytes_of(features, options[:5])["packed"], dtype=torch.uint8)
+        return parameters.new_empty(
+            bytes_of(features, options[:5], parameters.device)["packed"], dtype=torch.uint8
+        )
 
     def fake_forward(
         features: Tensor, ray_bias: Tensor | None, packed: Tensor, samples_per_ray: int, *options: Any
@@ -435,7 +439,7 @@ def _register() -> None:
         *sizes, training = options
         count, columns = features.shape
         tiles = (count + _TILE_ROWS - 1) // _TILE_ROWS if training else 0
-        per_tile = bytes_of(columns, tuple(sizes))
+        per_tile = bytes_of(columns, tuple(sizes), features.device)
         rgb, density = (features.new_empty(shape, dtype=torch.float32) for shape in ((count, 3), (count,)))
         activations, masks = (
             features.new_empty(tiles * per_tile[name], dtype=torch.uint8) for name in ("activations", "masks")
@@ -451,7 +455,7 @@ def _register() -> None:
     ) -> tuple[Tensor, Tensor, Tensor]:
         samples_per_ray, *sizes, _, to_features = rest[3:]
         count, columns = features.shape
-        floats = bytes_of(columns, tuple(sizes))["gradients"]
+        floats = bytes_of(columns, tuple(sizes), features.device)["gradients"]
         shapes = ((floats,), (count // samples_per_ray, sizes[3]), (count if to_features else 0, columns))
         gradients, ray_sums, grad_features = (
             features.new_empty(shape, dtype=torch.float32) for shape in shapes
