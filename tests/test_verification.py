@@ -85,6 +85,7 @@ def test_a_wrong_kernel_fails_and_is_named(
 
     monkeypatch.setattr(ops, "composite", wrong)
     monkeypatch.setattr(verification, "FAST_CASES", ())
+    monkeypatch.setattr(verification, "MLP_CASES", ())
     assert cli.main(["verify", "--device", "cpu"]) == cli.FAILED
     failures = [line for line in capsys.readouterr().out.splitlines() if "**FAIL**" in line]
     assert any("composite | activated: weights | float32" in line for line in failures)
@@ -116,6 +117,7 @@ def test_a_wrong_kernel_of_the_fast_model_fails_and_is_named(
 
     monkeypatch.setattr(ops, name, faulty)
     monkeypatch.setattr(verification, "_CASES", ())
+    monkeypatch.setattr(verification, "MLP_CASES", ())
     chosen = [case for case in verification.FAST_CASES if case.operation == operation]
     monkeypatch.setattr(verification, "FAST_CASES", tuple(chosen))
     report = verification.verify(["cpu"])
@@ -129,6 +131,7 @@ def test_without_the_library_nothing_is_verified(
     monkeypatch.setattr(_native, "why_missing", lambda: "the native library has not been built")
     monkeypatch.setattr(verification, "_CASES", verification._CASES[-1:])
     monkeypatch.setattr(verification, "FAST_CASES", ())
+    monkeypatch.setattr(verification, "MLP_CASES", ())
     missing = verification.verify(["cpu"])
     assert not missing.passed
     assert "Nothing was verified: the native library has not been built." in verification.markdown(missing)

@@ -177,9 +177,14 @@ def _why_not_cublaslt(
     return _why_not_aligned(shape, operands) or _why_not_master(dtype)
 
 
+# A constant to torch.compile, which cannot look at the dispatcher or ask for a GPU's capability.
+@torch.compiler.assume_constant_result
 def _why_not_fused(shape: MlpShape, device: torch.device, dtype: torch.dtype, operands: torch.dtype) -> str:
-    view_width = 0 if shape.view_features is None else shape.net_width_condition
-    view_depth = 0 if shape.view_features is None else shape.net_depth_condition
+    has_views = shape.view_features is not None
+    if has_views and shape.net_depth_condition < 1:
+        return "net_depth_condition must be 1 to 8, not 0"
+    view_width = shape.net_width_condition if has_views else 0
+    view_depth = shape.net_depth_condition if has_views else 0
     sizes = Sizes(shape.net_width, shape.net_depth, shape.skip_layer, view_width, view_depth)
     return why_not_fused(shape.in_features, sizes, device, dtype, operands)
 
