@@ -10,8 +10,8 @@ from ..backend import current_backend
 from .arguments import check_float, require
 from .finite import reports_non_finite
 from .mlp_backends import MLP_BACKENDS, MLP_DTYPES, MlpChoice, MlpShape, choose_mlp
-from .mlp_folded import CUBLASLT, TORCH, TWIN, Architecture, folded_mlp
-from .mlp_fused import fused_mlp
+from .mlp_folded import CUBLASLT, TORCH, TWIN, folded_mlp
+from .mlp_fused import Architecture, fused_mlp
 from .mlp_tcnn import WHAT, TcnnNetworks
 
 _PRODUCTS = {"folded": TORCH, "emulated": TWIN, "cublaslt": CUBLASLT}
@@ -33,7 +33,8 @@ class MipMLP(nn.Module):
             "cublaslt": the same with cuBLASLt's epilogues, bfloat16 or float16 operands, float32 sums. "fused": one
             kernel, likewise. "emulated": the arithmetic of cublaslt on the CPU, slow, for checks. "tcnn": networks of
             tiny-cuda-nn, ANOTHER ARCHITECTURE with other parameters: see `ops.mlp_tcnn`. "auto": the fastest of
-            fused, cublaslt, folded that serves; `implementation` says which and why.
+            fused, cublaslt and folded that serves (on GPUs of capability 8.x cublaslt goes first); `implementation`
+            says which and why.
         compute_dtype: of the operands, "bf16", "fp16", "fp32"; "auto": float32 on a CPU, bfloat16 on a GPU.
 
     Errors: ValueError for an unknown backend or compute_dtype, and for a network that tcnn cannot express;

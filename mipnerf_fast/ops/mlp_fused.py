@@ -14,11 +14,20 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .mlp_folded import Architecture, _loss_scale, _no_second_derivative, _Once
 
 _HALVES = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 128
+# With float16 the largest gradient that comes in is scaled to about 2^3; deltas may grow 2^12 times on their way down.
+_FP16_EXPONENT = 3
 _OPERATORS = ("mlp_pack", "mlp_forward", "mlp_encoded_forward", "mlp_backward")
+
+
+class Architecture(NamedTuple):
+    """What of `reference.mip_mlp`'s arguments the parameters' shapes do not tell."""
+
+    net_depth: int
+    net_depth_condition: int
+    skip_layer: int
 
 
 class Sizes(NamedTuple):
@@ -282,6 +291,31 @@ def _backward(
         grads, grad_viewdirs = network.unfold(gradients, ray_sums)
     shape = (rays if to_features else 0, samples, columns)
     return [grad_features.view(shape), grad_viewdirs, *grads]
+
+
+def _loss_scale(grads: list[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """With float16 a power of two that keeps the deltas in its range, found without waiting for the GPU."""
+    grads = [grad for grad in grads if grad.numel()]
+    if dtype != torch.float16 or not grads:
+        return None
+    largest = torch.stack([grad.detach().abs().amax() for grad in grads]).amax()
+    return torch.exp2(torch.floor(_FP16_EXPONENT - torch.log2(largest)).clamp(-100, 100))
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that remembers what it depends on, only to refuse a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *tracked: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        _no_second_derivative()
+
+
+def _no_second_derivative(*_: Any) -> None:
+    raise RuntimeError("mlp: the second derivative is not implemented; use_backend('reference') has it")
 
 
 class _Fused(torch.autograd.Function):
