@@ -58,7 +58,7 @@ def train_multiscale(
     minutes: float = 3.0,
     device: str = "cuda",
     name: str = "paper",
-    downscale: int = 1,
+    source: str = "demo",
     levels: int = 4,
 ) -> int:
     """Train on the built-in scene at several scales and evaluate: training.json, run/. 1 if nothing was learned."""
@@ -70,7 +70,7 @@ def train_multiscale(
     from mipnerf_fast.evaluation import evaluate, terminal_table
     from mipnerf_fast.training import run_training
 
-    data = multiscale.convert("demo", scratch / "scene", downscale, levels)
+    data = multiscale.convert(source, scratch / "scene", 1, levels)
     config = dataclasses.replace(preset(name), test_every=0, save_every=100_000)
     result = run_training(str(data), config, name, scratch / "run", max_minutes=minutes, device=device)
     model, _, checkpoint = load_model(scratch / "run", torch.device(device))
