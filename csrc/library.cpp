@@ -67,6 +67,9 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "Tensor masks, int samples_per_ray, int width, int depth, int skip_layer, int view_width, int "
         "view_depth, "
         "bool deterministic, bool to_features) -> (Tensor, Tensor, Tensor)");
+    // Random 32-bit words [R, columns] of the rows' numbers, by Philox 4x32-10; step is one number on their
+    // device.
+    m.def("counter_words(int seed, Tensor step, int stream, Tensor rows, int columns) -> Tensor");
     // ---- the fast model
     // Pixels of a step drawn by counter-based random numbers: origins, directions [B, 3], radii, near, far,
     // phase [B, 1], background and target colours [B, 3]. Of the images in `order`, sorted by scale, group g
