@@ -48,6 +48,8 @@
 //   warp_reverse_inclusive_sum, warp_reverse_exclusive_sum, warp_reverse_inclusive_max,
 //   warp_reverse_exclusive_max           the same over the lanes from this one to the last
 //   atomic_add(p, v)                     float, double, int, unsigned; global or shared memory; orders nothing
+//   atomic_add_pack(p, pack)             2 or 4 floats of global memory, each atomically, in one instruction
+//                                        from 9.0 on; aligned like the pack, nothing returned
 //   shared_memory<T>(byte_offset = 0)    the block's dynamic shared memory, uninitialised
 //   exp2_approx, log2_approx, reciprocal_approx, rsqrt_approx, sin_approx, cos_approx
 //                                        float, one special-function instruction each; sine and cosine for
@@ -214,6 +216,28 @@ MIPNERF_DEVICE bool warp_all(bool predicate, unsigned mask = kFullMask) {
 template <typename T>
 MIPNERF_DEVICE T atomic_add(T* address, T value) {
     return atomicAdd(address, value);
+}
+
+MIPNERF_DEVICE void atomic_add_pack(float* address, const Pack<float, 2>& pack) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};"
+                 :
+                 : "l"(__cvta_generic_to_global(address)), "f"(pack.value[0]), "f"(pack.value[1])
+                 : "memory");
+#else
+    for (int i = 0; i < 2; ++i) atomicAdd(address + i, pack.value[i]);
+#endif
+}
+MIPNERF_DEVICE void atomic_add_pack(float* address, const Pack<float, 4>& pack) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(__cvta_generic_to_global(address)), "f"(pack.value[0]), "f"(pack.value[1]),
+                   "f"(pack.value[2]), "f"(pack.value[3])
+                 : "memory");
+#else
+    for (int i = 0; i < 4; ++i) atomicAdd(address + i, pack.value[i]);
+#endif
 }
 
 // -------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@
 #include "../hash_encode/hash_encode_math.h"
 #include "../tiny_mlp/tiny_mlp_math.h"
 #include "../tiny_mlp/tiny_mlp_tiles.h"
+#include "fast_step_sizes.h"
 
 namespace mipnerf {
 
@@ -47,27 +48,6 @@ class RowBuffers {
   private:
     int rows_ = 0;
     std::deque<RowBuffer> buffers_;  // a deque: references stay good while it grows
-};
-
-struct FastSizes {
-    int encoded;        // levels x features
-    int inputs;         // of the density network: encoded + 4
-    int hidden;         // a multiple of 8
-    int colour_layers;  // hidden ones: 1 or 2
-
-    int colour_inputs() const { return kGeometryFeatures + kHarmonics; }
-    // The weights one after the other: density_in, density_out, colour_in, (colour_hidden), colour_out.
-    int64_t density_out_at() const { return static_cast<int64_t>(hidden) * inputs; }
-    int64_t colour_in_at() const {
-        return density_out_at() + static_cast<int64_t>(kGeometryFeatures) * hidden;
-    }
-    int64_t colour_hidden_at() const {
-        return colour_in_at() + static_cast<int64_t>(hidden) * colour_inputs();
-    }
-    int64_t colour_out_at() const {
-        return colour_hidden_at() + (colour_layers == 2 ? static_cast<int64_t>(hidden) * hidden : 0);
-    }
-    int64_t weights() const { return colour_out_at() + 3 * static_cast<int64_t>(hidden); }
 };
 
 // Where the rows of a tile of samples lie in its buffer; a colour tile (samples that count, compacted) uses

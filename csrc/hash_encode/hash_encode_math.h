@@ -20,6 +20,13 @@ namespace mipnerf {
 
 enum class Attenuation : int32_t { kNone, kGaussian, kErf };
 
+struct EncodeOptions {
+    Attenuation attenuation;
+    float cutoff;
+    bool scale_input;
+    float scale_low, scale_high;
+};
+
 constexpr int kMaxLevels = 16;
 
 struct HashLevel {

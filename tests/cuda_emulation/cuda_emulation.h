@@ -245,6 +245,12 @@ T atomic_add(T* address, T value) {
     return emulation::fetch_and_add(address, value);
 }
 
+template <int N>
+void atomic_add_pack(float* address, const Pack<float, N>& pack) {
+    emulation::require_alignment<Pack<float, N>>(address, "atomic");
+    for (int i = 0; i < N; ++i) atomic_add(address + i, pack.value[i]);
+}
+
 template <typename T>
 T* shared_memory(std::size_t byte_offset = 0) {
     unsigned char* start = emulation::shared_bytes() + byte_offset;
