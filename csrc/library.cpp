@@ -46,19 +46,32 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "step, "
         "int count, bool random_background, float background) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-    // Gaussians [S, 3], [S] in the unit box to features [S, L F]; attenuation is none, gaussian or erf.
+    // Gaussians [S, 3], [S] in the unit box to features [S, L F]; attenuation, here and below, is 0 for none,
+    // 1 for gaussian, 2 for erf.
     m.def(
         "hash_encode_forward(Tensor points, Tensor scales, Tensor tables, int[] resolutions, int table_size, "
-        "str attenuation, float cutoff) -> Tensor");
+        "int attenuation, float cutoff) -> Tensor");
     // Gradients of points, scales, tables.
     m.def(
         "hash_encode_backward(Tensor grad_features, Tensor points, Tensor scales, Tensor tables, "
-        "int[] resolutions, int table_size, str attenuation, float cutoff) -> (Tensor, Tensor, Tensor)");
+        "int[] resolutions, int table_size, int attenuation, float cutoff) -> (Tensor, Tensor, Tensor)");
     // Rays to packed samples: ray_starts [B + 1], rays [S], t0, t1 [S], means [S, 3], scales [S].
     m.def(
         "march(Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far, Tensor phase, "
         "Tensor masks, int occupancy_resolution, float box_half, float step_scale, float min_step, "
         "float max_step) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    // Encoded samples [S, E] and the harmonics [B, 16] of their rays to rgb [S, 3], density [S].
+    m.def(
+        "tiny_mlp_forward(Tensor features, Tensor harmonics, Tensor rays, Tensor density_in, "
+        "Tensor density_out, Tensor colour_in, Tensor? colour_hidden, Tensor colour_out) -> (Tensor, "
+        "Tensor)");
+    // Gradients of features, harmonics (without rows unless wanted), density_in, density_out, colour_in,
+    // colour_hidden (without rows unless given), colour_out.
+    m.def(
+        "tiny_mlp_backward(Tensor grad_rgb, Tensor grad_density, Tensor features, Tensor harmonics, "
+        "Tensor rays, Tensor density_in, Tensor density_out, Tensor colour_in, Tensor? colour_hidden, "
+        "Tensor colour_out, bool wants_features, bool wants_harmonics) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     // Packed samples to rgb [B, 3], distance [B], acc [B], weights [S].
     m.def(
         "packed_composite_forward(Tensor rgb, Tensor density, Tensor lengths, Tensor middles, Tensor "
@@ -77,7 +90,7 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "phase, "
         "Tensor background, Tensor target, float loss_beta, Tensor tables, Tensor density_in, "
         "Tensor density_out, Tensor colour_in, Tensor? colour_hidden, Tensor colour_out, Tensor masks, "
-        "int[] resolutions, int table_size, str attenuation, float cutoff, bool scale_input, float "
+        "int[] resolutions, int table_size, int attenuation, float cutoff, bool scale_input, float "
         "scale_low, "
         "float scale_high, int occupancy_resolution, float box_half, float step_scale, float min_step, "
         "float max_step, "
@@ -89,7 +102,7 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "phase, "
         "Tensor background, Tensor tables, Tensor density_in, "
         "Tensor density_out, Tensor colour_in, Tensor? colour_hidden, Tensor colour_out, Tensor masks, "
-        "int[] resolutions, int table_size, str attenuation, float cutoff, bool scale_input, float "
+        "int[] resolutions, int table_size, int attenuation, float cutoff, bool scale_input, float "
         "scale_low, "
         "float scale_high, int occupancy_resolution, float box_half, float step_scale, float min_step, "
         "float max_step) -> (Tensor, Tensor, Tensor)");
@@ -100,7 +113,7 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "decay, "
         "float max_threshold, Tensor tables, Tensor density_in, "
         "Tensor density_out, Tensor colour_in, Tensor? colour_hidden, Tensor colour_out, Tensor(b!) masks, "
-        "int[] resolutions, int table_size, str attenuation, float cutoff, bool scale_input, float "
+        "int[] resolutions, int table_size, int attenuation, float cutoff, bool scale_input, float "
         "scale_low, "
         "float scale_high, int occupancy_resolution, float box_half, float step_scale, float min_step, "
         "float max_step) -> Tensor");

@@ -175,6 +175,19 @@ class FastModel(nn.Module):
         inside = ((unit >= 0) & (unit <= 1)).all(-1)
         # The clamp of the network's input keeps a point's width, zero, out of its logarithm.
         scales = torch.full_like(points[:, 0], radius / (2 * half))
-        rows = torch.arange(points.shape[0], device=points.device)
-        found = reference.fast_query(unit.clamp(0, 1), scales, viewdirs, rows, self.fields())
-        return found.rgb, torch.where(inside, found.density, torch.zeros_like(found.density))
+        fields = self.fields()
+        encoded = ops.hash_encode(
+            unit.clamp(0, 1), scales, fields.tables, self.grid, fields.attenuation, fields.cutoff
+        )
+        extra = reference.scale_inputs(scales, fields.scale_input, fields.scale_low, fields.scale_high)
+        rgb, density = ops.tiny_mlp(
+            torch.cat([encoded, extra], -1),
+            reference.spherical_harmonics(viewdirs),
+            torch.arange(points.shape[0], device=points.device),
+            fields.density_in,
+            fields.density_out,
+            fields.colour_in,
+            fields.colour_hidden,
+            fields.colour_out,
+        )
+        return rgb, torch.where(inside, density, torch.zeros_like(density))

@@ -170,7 +170,6 @@ def test_a_gradient_that_is_not_finite_adds_nothing() -> None:
     [
         ("tables", torch.zeros(7, 4), "tables must be"),
         ("density_out", torch.zeros(16, 8), "density_out must be"),
-        ("attenuation", "sinc", "attenuation must be none, gaussian or erf"),
         ("masks", torch.zeros(3, dtype=torch.int32), "masks must be"),
         ("occupancy_resolution", 33, "occupancy_resolution must be"),
         ("table_size", 100, "table_size must be"),
@@ -180,6 +179,18 @@ def test_wrong_fields_are_named(field: str, value: object, message: str) -> None
     fields = _model(SMALL).fields()._replace(**{field: value})
     with pytest.raises(RuntimeError, match=message):
         ops.fast_render(_rays(), fields)
+
+
+def test_an_unknown_attenuation_is_named_by_every_operator() -> None:
+    model, rays = _model(SMALL), _rays()
+    fields = model.fields()._replace(attenuation="sinc")
+    for run in (
+        lambda: ops.fast_render(rays, fields),
+        lambda: ops.fast_train_step(rays, torch.rand(70, 3), 0.1, fields, _zeros(fields)),
+        lambda: ops.occupancy_update(model.densities, 0.01, 0, 0, 16, 0.5, 1.0, fields),
+    ):
+        with pytest.raises(ValueError, match=r"attenuation must be .*, got 'sinc'"):
+            run()
 
 
 def test_wrong_rays_are_named() -> None:

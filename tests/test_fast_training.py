@@ -204,6 +204,21 @@ def test_query_is_empty_outside_the_box_and_positive_inside() -> None:
     assert ((rgb > -0.01) & (rgb < 1.01)).all()
 
 
+def test_query_by_the_kernels_is_that_of_the_reference() -> None:
+    """What `export` samples its grid with; the bound is 32 roundings of the largest density and of a colour of 1."""
+    model = FastModel(dataclasses.replace(TINY, colour_layers=2))
+    with torch.no_grad():
+        model.tables.uniform_(-1, 1)
+    points, away = torch.rand(500, 3) * 4 - 2, torch.tensor([[0.0, 0.6, 0.8]]).expand(500, 3)
+    with use_backend("native"):
+        rgb, density = model.query(points, away, 0.02)
+    with use_backend("reference"):
+        wanted_rgb, wanted = model.query(points, away, 0.02)
+    assert torch.equal(density == 0, wanted == 0) and 0.2 < (wanted > 0).float().mean() < 0.6
+    torch.testing.assert_close(rgb, wanted_rgb, rtol=0, atol=32 * 2.0**-23)
+    torch.testing.assert_close(density, wanted, rtol=0, atol=32 * 2.0**-23 * float(wanted.max()))
+
+
 def test_a_run_folder_is_that_of_any_model(tmp_path: Path) -> None:
     config = _config(30, print_every=10, save_every=20, test_every=20)
     scene = str(write_scene(tmp_path / "scene"))

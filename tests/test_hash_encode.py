@@ -141,7 +141,7 @@ def test_the_kernel_in_float32_rounds_as_little_as_the_reference(kind: str) -> N
 def test_the_kernel_is_a_proper_operator() -> None:
     points, scales, tables = (x[:20] if x.shape[0] == 300 else x for x in _inputs(torch.float64))
     grid = _grid()
-    arguments = (points, scales, tables, list(grid.resolutions), grid.table_size, "gaussian", 0.02)
+    arguments = (points, scales, tables, list(grid.resolutions), grid.table_size, 1, 0.02)
     torch.library.opcheck(torch.ops.mipnerf_fast.hash_encode_forward, arguments)
     compiled = torch.compile(ops.hash_encode, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
@@ -156,4 +156,6 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="tables"):
         ops.hash_encode(points, scales, tables[1:], _grid())
     with pytest.raises(RuntimeError, match="tables must be"):
-        torch.ops.mipnerf_fast.hash_encode_forward(points, scales, tables, [3, 9], 256, "gaussian", 0.02)
+        torch.ops.mipnerf_fast.hash_encode_forward(points, scales, tables, [3, 9], 256, 1, 0.02)
+    with pytest.raises(RuntimeError, match=r"attenuation must be 0 .*, got 3"):
+        torch.ops.mipnerf_fast.hash_encode_forward(points, scales, tables, [3, 8, 20], 256, 3, 0.02)

@@ -29,7 +29,10 @@ struct Forward {
 
     MIPNERF_INLINE void operator()(int64_t begin, int64_t end) const {
         const CompositeRoom<T> room(in.samples);
-        for (int64_t ray = begin; ray < end; ++ray) composite_forward_ray(in, out, room, ray);
+        for (int64_t ray = begin; ray < end; ++ray) {
+            prefetch_ray(in, ray + kPrefetchRays, end);
+            composite_forward_ray(in, out, room, ray);
+        }
     }
 };
 
@@ -40,7 +43,10 @@ struct Backward {
 
     MIPNERF_INLINE void operator()(int64_t begin, int64_t end) const {
         const CompositeRoom<T> room(in.samples);
-        for (int64_t ray = begin; ray < end; ++ray) composite_backward_ray(in, grads, room, ray);
+        for (int64_t ray = begin; ray < end; ++ray) {
+            prefetch_ray(in, ray + kPrefetchRays, end);
+            composite_backward_ray(in, grads, room, ray);
+        }
     }
 };
 

@@ -81,6 +81,28 @@ struct CompositeGradients {
     T* grad_directions;  // null: not wanted
 };
 
+// ---- memory -----------------------------------------------------------------------------------
+
+// Asks for what a later ray reads. A row is short (a few hundred bytes), so the processor's own prefetcher
+// hardly gets going before it ends.
+constexpr int64_t kPrefetchRays = 4;
+
+template <typename S>
+MIPNERF_INLINE void prefetch_row(const S* row, int64_t count) {
+    const char* const begin = reinterpret_cast<const char*>(row);
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(S));
+    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(begin + offset);
+}
+
+template <typename T, typename S>
+MIPNERF_INLINE void prefetch_ray(const CompositeInputs<T, S>& in, int64_t ray, int64_t end) {
+    if (ray >= end) return;
+    const int64_t n = in.samples;
+    prefetch_row(in.density + ray * n, n);
+    prefetch_row(in.t_vals + ray * (n + 1), n + 1);
+    prefetch_row(in.rgb + ray * 3 * n, 3 * n);
+}
+
 // ---- rows ---------------------------------------------------------------------------------------
 
 // The activated row: `raw` itself where there is nothing to do, otherwise written to `room`. Where the slopes
@@ -174,6 +196,14 @@ MIPNERF_INLINE void sums_after(const T* value, int64_t samples, T* after) {
     }
 }
 
+// The sum of sixteen numbers, which it uses up.
+template <typename T>
+MIPNERF_INLINE T halving_sum(T (&lanes)[16]) {
+    for (int i = 0; i < 8; ++i) lanes[i] += lanes[i + 8];
+    for (int i = 0; i < 4; ++i) lanes[i] += lanes[i + 4];
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+
 // ---- forward ------------------------------------------------------------------------------------
 
 // Room for the rows of one ray, kept from ray to ray.
@@ -205,6 +235,45 @@ class CompositeRoom {
     T* const rgb_slope;
 };
 
+// Adds w c (three of them), w and w m of the samples begin..end-1 to sums. Sixteen running sums of each,
+// halved at the end: what the compiler makes of a reduction adds the lanes of a vector one after the other,
+// which takes about as long as the samples of a ray.
+template <typename T>
+MIPNERF_INLINE void add_weighted(const T* weights, const T* rgb, const T* t, int64_t begin, int64_t end,
+                                 double (&sums)[5]) {
+    constexpr int kLanes = 16;
+    alignas(64) T red[kLanes] = {}, green[kLanes] = {}, blue[kLanes] = {}, acc[kLanes] = {},
+                  middles[kLanes] = {};
+    for (int64_t first = begin; first < end; first += kLanes) {
+        const T* w = weights + first;
+        const T* c = rgb + 3 * first;
+        const T* fence = t + first;
+        if (first + kLanes <= end) {
+#pragma omp simd
+            for (int i = 0; i < kLanes; ++i) {
+                red[i] += w[i] * c[3 * i];
+                green[i] += w[i] * c[3 * i + 1];
+                blue[i] += w[i] * c[3 * i + 2];
+                acc[i] += w[i];
+                middles[i] += w[i] * interval_middle(fence[i], fence[i + 1]);
+            }
+        } else {
+            for (int i = 0; i < static_cast<int>(end - first); ++i) {
+                red[i] += w[i] * c[3 * i];
+                green[i] += w[i] * c[3 * i + 1];
+                blue[i] += w[i] * c[3 * i + 2];
+                acc[i] += w[i];
+                middles[i] += w[i] * interval_middle(fence[i], fence[i + 1]);
+            }
+        }
+    }
+    sums[0] += halving_sum(red);
+    sums[1] += halving_sum(green);
+    sums[2] += halving_sum(blue);
+    sums[3] += halving_sum(acc);
+    sums[4] += halving_sum(middles);
+}
+
 template <typename T, typename S>
 MIPNERF_INLINE void composite_forward_ray(const CompositeInputs<T, S>& in, const CompositeOutputs<T>& out,
                                           const CompositeRoom<T>& room, int64_t ray) {
@@ -218,33 +287,16 @@ MIPNERF_INLINE void composite_forward_ray(const CompositeInputs<T, S>& in, const
     const T* depth = room.depth;
     const T* before = room.through;
     T* weights = out.weights + ray * n;
-    double sum_red = 0, sum_green = 0, sum_blue = 0, sum_weights = 0, sum_middles = 0;
-    for (int64_t begin = 0; begin < n; begin += kSumBlock) {
-        const int64_t end = begin + kSumBlock < n ? begin + kSumBlock : n;
-        T red = 0, green = 0, blue = 0, acc = 0, middles = 0;
-#pragma omp simd reduction(+ : red, green, blue, acc, middles)
-        for (int64_t i = begin; i < end; ++i) {
-            const T w = transmittance(before[i]) * opacity(depth[i]);
-            weights[i] = w;
-            red += w * rgb[3 * i];
-            green += w * rgb[3 * i + 1];
-            blue += w * rgb[3 * i + 2];
-            acc += w;
-            middles += w * interval_middle(t[i], t[i + 1]);
-        }
-        sum_red += red;
-        sum_green += green;
-        sum_blue += blue;
-        sum_weights += acc;
-        sum_middles += middles;
-    }
-    const T acc = static_cast<T>(sum_weights);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) weights[i] = transmittance(before[i]) * opacity(depth[i]);
+    double sums[5] = {};
+    for (int64_t begin = 0; begin < n; begin += kSumBlock)
+        add_weighted(weights, rgb, t, begin, std::min(begin + kSumBlock, n), sums);
+    const T acc = static_cast<T>(sums[3]);
     const T left = in.options.background * (T(1) - acc);
-    out.rgb[3 * ray] = static_cast<T>(sum_red) + left;
-    out.rgb[3 * ray + 1] = static_cast<T>(sum_green) + left;
-    out.rgb[3 * ray + 2] = static_cast<T>(sum_blue) + left;
+    for (int k = 0; k < 3; ++k) out.rgb[3 * ray + k] = static_cast<T>(sums[k]) + left;
     out.acc[ray] = acc;
-    out.distance[ray] = expected_distance(static_cast<T>(sum_middles), acc, t[0], t[n]).value;
+    out.distance[ray] = expected_distance(static_cast<T>(sums[4]), acc, t[0], t[n]).value;
 }
 
 // ---- backward -----------------------------------------------------------------------------------

@@ -6,7 +6,6 @@
 
 #include <memory>
 #include <optional>
-#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -23,7 +22,7 @@ struct FastModelArguments {
     torch::stable::Tensor colour_out, masks;
     std::vector<int64_t> resolutions;
     int64_t table_size;
-    std::string attenuation;
+    int64_t attenuation;
     double cutoff;
     bool scale_input;
     double scale_low, scale_high;
@@ -83,7 +82,7 @@ class CheckedModel {
         check.that(given.box_half > 0, "box_half", "positive", given.box_half);
         check.that(given.min_step > 0 && given.max_step >= given.min_step, "min_step",
                    "positive and at most max_step", given.min_step);
-        model_.encode = {attenuation_named(check, given.attenuation), static_cast<float>(given.cutoff),
+        model_.encode = {attenuation_coded(check, given.attenuation), static_cast<float>(given.cutoff),
                          given.scale_input, static_cast<float>(given.scale_low),
                          static_cast<float>(given.scale_high)};
         model_.march = {static_cast<float>(given.box_half), static_cast<float>(given.step_scale),
@@ -95,7 +94,7 @@ class CheckedModel {
             sizes, tensor_data<float>(given.density_in), tensor_data<float>(given.density_out),
             tensor_data<float>(given.colour_in),
             given.colour_hidden.has_value() ? tensor_data<float>(*given.colour_hidden) : nullptr,
-            tensor_data<float>(given.colour_out), row_block());
+            tensor_data<float>(given.colour_out), dispatched_row_block());
         model_.networks = networks_.get();
     }
 
@@ -103,9 +102,6 @@ class CheckedModel {
     int features() const { return features_; }
 
   private:
-    // What run-time dispatch will choose: see vector_tasks.h.
-    static int row_block() { return vector_unit() == VectorUnit::kAvx512 ? kRowBlock<16> : kRowBlock<8>; }
-
     torch::stable::Tensor tables_, masks_;
     FastModel model_{};
     int features_;

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <memory>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -94,7 +93,7 @@ Tensor fast_train_step_cpu(Tensor origins, Tensor directions, Tensor radii, Tens
                            std::optional<Tensor> phase, Tensor background, Tensor target, double loss_beta,
                            Tensor tables, Tensor density_in, Tensor density_out, Tensor colour_in,
                            std::optional<Tensor> colour_hidden, Tensor colour_out, Tensor masks,
-                           std::vector<int64_t> resolutions, int64_t table_size, std::string attenuation,
+                           std::vector<int64_t> resolutions, int64_t table_size, int64_t attenuation,
                            double cutoff, bool scale_input, double scale_low, double scale_high,
                            int64_t occupancy_resolution, double box_half, double step_scale, double min_step,
                            double max_step, Tensor grad_tables, Tensor grad_density_in,
@@ -181,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> fast_render_cpu(
     Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far, std::optional<Tensor> phase,
     Tensor background, Tensor tables, Tensor density_in, Tensor density_out, Tensor colour_in,
     std::optional<Tensor> colour_hidden, Tensor colour_out, Tensor masks, std::vector<int64_t> resolutions,
-    int64_t table_size, std::string attenuation, double cutoff, bool scale_input, double scale_low,
+    int64_t table_size, int64_t attenuation, double cutoff, bool scale_input, double scale_low,
     double scale_high, int64_t occupancy_resolution, double box_half, double step_scale, double min_step,
     double max_step) {
     const Checker check{"fast_render"};

@@ -9,7 +9,7 @@
 #include "../hash_encode/hash_encode_math.h"
 #include "../march/march_launch.h"
 #include "../tiny_mlp/tiny_mlp_device.cuh"
-#include "fast_step_sizes.h"
+#include "../tiny_mlp/tiny_mlp_sizes.h"
 
 namespace mipnerf {
 

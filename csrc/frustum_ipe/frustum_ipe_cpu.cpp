@@ -15,6 +15,7 @@
 
 #include "../common/checks.h"
 #include "../common/for_rays.h"
+#include "../common/fresh_pages.h"
 #include "frustum_ipe_arguments.h"
 #include "frustum_ipe_math.h"
 
@@ -402,9 +403,10 @@ Tensor frustum_ipe_forward_cpu(Tensor t_vals, Tensor origins, Tensor directions,
     radii = torch::stable::contiguous(radii);
     Tensor features =
         torch::stable::new_empty(t_vals, {sizes.rays, sizes.intervals, sizes.features()}, out_dtype);
-    const bool large =
-        sizes.rays * sizes.intervals * sizes.features() * (out_dtype == ScalarType::Float ? 4 : 2) >=
-        kStreamBytes;
+    const int64_t bytes =
+        sizes.rays * sizes.intervals * sizes.features() * static_cast<int64_t>(features.element_size());
+    const bool large = bytes >= kStreamBytes;
+    if (large) prefer_large_pages(features.mutable_data_ptr(), bytes);
     with_dtypes(t_vals.scalar_type(), out_dtype, [&](auto* input, auto* output) {
         using T = std::remove_pointer_t<decltype(input)>;
         using Out = std::remove_pointer_t<decltype(output)>;

@@ -11,11 +11,9 @@
 
 namespace mipnerf {
 
-inline Attenuation attenuation_named(const Checker& check, const std::string& name) {
-    if (name == "gaussian") return Attenuation::kGaussian;
-    if (name == "erf") return Attenuation::kErf;
-    check.that(name == "none", "attenuation", "none, gaussian or erf", name);
-    return Attenuation::kNone;
+inline Attenuation attenuation_coded(const Checker& check, int64_t code) {
+    check.that(code >= 0 && code <= 2, "attenuation", "0 (none), 1 (gaussian) or 2 (erf)", code);
+    return static_cast<Attenuation>(code);
 }
 
 inline HashGrid checked_hash_grid(const Checker& check, const torch::stable::Tensor& tables,

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -109,10 +108,10 @@ struct Checked {
 
     Checked(const Checker& check, const Tensor& given_points, const Tensor& given_scales,
             const Tensor& given_tables, const std::vector<int64_t>& resolutions, int64_t table_size,
-            const std::string& kind, double given_cutoff)
+            int64_t kind, double given_cutoff)
         : grid(checked_hash_grid(check, given_tables, resolutions, table_size)),
           features(given_tables.size(1)),
-          attenuation(attenuation_named(check, kind)),
+          attenuation(attenuation_coded(check, kind)),
           cutoff(given_cutoff) {
         check.dims("points", given_points, 2, "[S, 3]");
         samples = given_points.size(0);
@@ -147,7 +146,7 @@ void with_dtype(const Tensor& tensor, const Run& run) {
 constexpr int64_t kSamplesPerTask = 1024;
 
 Tensor hash_encode_forward_cpu(Tensor points, Tensor scales, Tensor tables, std::vector<int64_t> resolutions,
-                               int64_t table_size, std::string attenuation, double cutoff) {
+                               int64_t table_size, int64_t attenuation, double cutoff) {
     const Checked checked(Checker{"hash_encode_forward"}, points, scales, tables, resolutions, table_size,
                           attenuation, cutoff);
     const int64_t row = checked.grid.levels * checked.features;
@@ -167,7 +166,7 @@ Tensor hash_encode_forward_cpu(Tensor points, Tensor scales, Tensor tables, std:
 std::tuple<Tensor, Tensor, Tensor> hash_encode_backward_cpu(Tensor grad_features, Tensor points,
                                                             Tensor scales, Tensor tables,
                                                             std::vector<int64_t> resolutions,
-                                                            int64_t table_size, std::string attenuation,
+                                                            int64_t table_size, int64_t attenuation,
                                                             double cutoff) {
     const Checker check{"hash_encode_backward"};
     const Checked checked(check, points, scales, tables, resolutions, table_size, attenuation, cutoff);

@@ -18,7 +18,8 @@
 
 namespace mipnerf {
 
-enum class Attenuation : int32_t { kNone, kGaussian, kErf };
+// By the numbers that the operators take.
+enum class Attenuation : int32_t { kNone = 0, kGaussian = 1, kErf = 2 };
 
 struct EncodeOptions {
     Attenuation attenuation;

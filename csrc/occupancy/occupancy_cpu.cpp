@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "../fast_step/fast_step_arguments.h"
@@ -167,7 +166,7 @@ Tensor occupancy_update_cpu(Tensor densities, double cell_scale, int64_t seed, i
                             double decay, double max_threshold, Tensor tables, Tensor density_in,
                             Tensor density_out, Tensor colour_in, std::optional<Tensor> colour_hidden,
                             Tensor colour_out, Tensor masks, std::vector<int64_t> resolutions,
-                            int64_t table_size, std::string attenuation, double cutoff, bool scale_input,
+                            int64_t table_size, int64_t attenuation, double cutoff, bool scale_input,
                             double scale_low, double scale_high, int64_t occupancy_resolution,
                             double box_half, double step_scale, double min_step, double max_step) {
     const Checker check{"occupancy_update"};

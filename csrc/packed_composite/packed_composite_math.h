@@ -17,7 +17,7 @@
 
 namespace mipnerf {
 
-constexpr float kMinTransmittance = 1e-3f;
+constexpr double kMinTransmittance = 1e-3;  // rounded to T where it is used
 
 template <typename T>
 struct RayState {

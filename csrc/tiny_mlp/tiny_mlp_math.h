@@ -15,7 +15,8 @@ namespace mipnerf {
 constexpr int kGeometryFeatures = 16;
 constexpr int kHarmonics = 16;
 constexpr float kDensityBias = -2.0f, kDensityLow = -12.0f, kDensityHigh = 9.0f;
-constexpr float kMaxLogit = 12.0f, kRgbPadding = 0.001f;
+constexpr float kMaxLogit = 12.0f;
+constexpr double kRgbPadding = 0.001;  // a double, rounded to T where it is used
 
 template <typename T>
 MIPNERF_HOST_DEVICE T clamp_to(T x, T low, T high) {

@@ -15,6 +15,11 @@ constexpr int kTile = 128;
 template <int W>
 constexpr int kRowBlock = W == 16 ? 8 : 4;
 
+// That of the width which run-time dispatch chooses: see vector_tasks.h.
+inline int dispatched_row_block() {
+    return vector_unit() == VectorUnit::kAvx512 ? kRowBlock<16> : kRowBlock<8>;
+}
+
 // Columns are computed in pairs of vectors.
 template <int W>
 MIPNERF_INLINE int padded_columns(int count) {

@@ -17,6 +17,7 @@ from .march import march
 from .mlp import MipMLP
 from .packed_composite import packed_composite
 from .resample import resample
+from .tiny_mlp import tiny_mlp
 
 __all__ = [
     "FAST_OPERATIONS",
@@ -39,4 +40,5 @@ __all__ = [
     "packed_composite",
     "resample",
     "sparse_adam",
+    "tiny_mlp",
 ]

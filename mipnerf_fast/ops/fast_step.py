@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .arguments import require
+from .hash_encode import ATTENUATION_CODES
 
 
 class FastFields(NamedTuple):
@@ -73,6 +75,14 @@ def _operators() -> Any:
     return torch.ops.mipnerf_fast
 
 
+def _flat(operator: str, fields: FastFields) -> tuple[Any, ...]:
+    """The model in the order of the operators' schemas, the attenuation by its number."""
+    kind = fields.attenuation
+    require(kind in ATTENUATION_CODES, operator, "attenuation", '"gaussian", "erf" or "none"', repr(kind))
+    at = FastFields._fields.index("attenuation")
+    return (*fields[:at], ATTENUATION_CODES[kind], *fields[at + 1 :])
+
+
 def fast_train_step(
     rays: MarchRays, target: Tensor, loss_beta: float, fields: FastFields, gradients: FastGradients
 ) -> StepStatistics:
@@ -89,15 +99,17 @@ def fast_train_step(
         fields: the model.
         gradients: where to add.
 
-    Errors: RuntimeError naming the argument that is wrong, or why there is no native library.
+    Errors: RuntimeError naming the argument that is wrong, or why there is no native library; ValueError for an unknown
+    attenuation.
     """
-    values = _operators().fast_train_step(*rays, target, loss_beta, *fields, *gradients).tolist()
+    flat = _flat("fast_train_step", fields)
+    values = _operators().fast_train_step(*rays, target, loss_beta, *flat, *gradients).tolist()
     return StepStatistics(values[0], values[1], int(values[2]), int(values[3]), values[4] == 1.0)
 
 
 def fast_render(rays: MarchRays, fields: FastFields) -> tuple[Tensor, Tensor, Tensor]:
     """Colour [B, 3], expected distance [B] (near where the ray is empty) and opacity [B] of rays."""
-    rgb, distance, acc = _operators().fast_render(*rays, *fields)
+    rgb, distance, acc = _operators().fast_render(*rays, *_flat("fast_render", fields))
     return rgb, distance, acc
 
 
@@ -124,9 +136,10 @@ def occupancy_update(
     Returns:
         The share of occupied cells and the threshold.
     """
+    flat = _flat("occupancy_update", fields)
     share, threshold = (
         _operators()
-        .occupancy_update(densities, cell_scale, seed, step, stride, decay, max_threshold, *fields)
+        .occupancy_update(densities, cell_scale, seed, step, stride, decay, max_threshold, *flat)
         .tolist()
     )
     return share, threshold

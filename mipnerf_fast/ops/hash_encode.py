@@ -14,6 +14,9 @@ from .implementations import takes_kernel
 
 _FEATURES = (2, 4)  # of the kernel
 _MAX_LEVELS = 16
+# Of csrc/hash_encode/hash_encode_math.h: the raw operators take numbers, because torch's stable interface leaks a copy
+# of every string argument.
+ATTENUATION_CODES = {"none": 0, "gaussian": 1, "erf": 2}
 
 
 def hash_encode(
@@ -59,7 +62,7 @@ def hash_encode(
     check_shape(name, "scales", scales, (points.shape[0],), "[S]")
     check_like(name, "scales", scales, "points", points)
     check_like(name, "tables", tables, "points", points)
-    require(kind in ("gaussian", "erf", "none"), name, "kind", '"gaussian", "erf" or "none"', repr(kind))
+    require(kind in ATTENUATION_CODES, name, "kind", '"gaussian", "erf" or "none"', repr(kind))
     require(
         tables.dim() == 2 and tables.shape[0] == grid.entries,
         name,
@@ -75,7 +78,7 @@ def hash_encode(
     if not takes_kernel(name, points, unsupported):
         return reference.hash_encode(points, scales, tables, grid, kind, cutoff)
     features: Tensor = torch.ops.mipnerf_fast.hash_encode_forward(
-        points, scales, tables, list(grid.resolutions), grid.table_size, kind, cutoff
+        points, scales, tables, list(grid.resolutions), grid.table_size, ATTENUATION_CODES[kind], cutoff
     )
     return features
 
@@ -89,7 +92,7 @@ def _forward_fake(
     tables: Tensor,
     resolutions: list[int],
     table_size: int,
-    attenuation: str,
+    attenuation: int,
     cutoff: float,
 ) -> Tensor:
     return points.new_empty((points.shape[0], len(resolutions) * tables.shape[1]))
@@ -102,7 +105,7 @@ def _backward_fake(
     tables: Tensor,
     resolutions: list[int],
     table_size: int,
-    attenuation: str,
+    attenuation: int,
     cutoff: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return points.new_empty(points.shape), scales.new_empty(scales.shape), tables.new_empty(tables.shape)

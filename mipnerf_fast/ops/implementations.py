@@ -12,7 +12,7 @@ from ..backend import current_backend
 
 # Of the exact model, which `backend_in_use` sums up; and of the fast one.
 OPERATIONS = ("frustum_ipe", "composite", "resample", "mlp")
-FAST_OPERATIONS = ("hash_encode", "march", "packed_composite", "fast_step")
+FAST_OPERATIONS = ("hash_encode", "march", "tiny_mlp", "packed_composite", "fast_step")
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,6 +24,7 @@ _KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "mlp": {},
     "hash_encode": {"cpu": (torch.float32, torch.float64)},
     "march": {"cpu": (torch.float32, torch.float64)},
+    "tiny_mlp": {"cpu": (torch.float32, torch.float64)},
     "packed_composite": {"cpu": (torch.float32, torch.float64)},
     "fast_step": {"cpu": (torch.float32,)},
 }

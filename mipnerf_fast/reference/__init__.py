@@ -35,7 +35,7 @@ from .occupancy import (
 from .packed_composite import PackedComposite, packed_composite
 from .resample import blur_weights, resample, sample_piecewise_constant, sample_t_vals
 from .sparse_adam import sparse_adam
-from .tiny_mlp import colour_network, density_network, fast_density, spherical_harmonics
+from .tiny_mlp import TinyMlp, colour_network, density_network, fast_density, spherical_harmonics, tiny_mlp
 
 __all__ = [
     "Activations",
@@ -43,6 +43,7 @@ __all__ = [
     "HashGrid",
     "PackedComposite",
     "PackedSamples",
+    "TinyMlp",
     "activate_density",
     "activate_rgb",
     "attenuation",
@@ -81,6 +82,7 @@ __all__ = [
     "scale_inputs",
     "sparse_adam",
     "spherical_harmonics",
+    "tiny_mlp",
     "unpack_masks",
     "weights_from_density",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .hash_encode import HashGrid, hash_encode, hash_grid_of, scale_inputs
 from .march import PackedSamples, march
 from .occupancy import unpack_masks
 from .packed_composite import PackedComposite, packed_composite
-from .tiny_mlp import colour_network, density_network, fast_density, spherical_harmonics
+from .tiny_mlp import TinyMlp, spherical_harmonics, tiny_mlp
 
 
 class FieldsLike(Protocol):
@@ -57,14 +57,7 @@ class FieldsLike(Protocol):
     def max_step(self) -> float: ...
 
 
-class Query(NamedTuple):
-    """Colour [S, 3] and density [S] of samples."""
-
-    rgb: Tensor
-    density: Tensor
-
-
-def fast_query(means: Tensor, scales: Tensor, viewdirs: Tensor, rays: Tensor, fields: FieldsLike) -> Query:
+def fast_query(means: Tensor, scales: Tensor, viewdirs: Tensor, rays: Tensor, fields: FieldsLike) -> TinyMlp:
     """Colour and density of Gaussians.
 
     Args:
@@ -75,16 +68,16 @@ def fast_query(means: Tensor, scales: Tensor, viewdirs: Tensor, rays: Tensor, fi
     grid: HashGrid = hash_grid_of(fields.resolutions, fields.table_size)
     encoded = hash_encode(means, scales, fields.tables, grid, fields.attenuation, fields.cutoff)
     extra = scale_inputs(scales, fields.scale_input, fields.scale_low, fields.scale_high)
-    geometry = density_network(torch.cat([encoded, extra], -1), fields.density_in, fields.density_out)
-    rgb = colour_network(
-        geometry,
+    return tiny_mlp(
+        torch.cat([encoded, extra], -1),
         spherical_harmonics(viewdirs),
         rays,
+        fields.density_in,
+        fields.density_out,
         fields.colour_in,
         fields.colour_hidden,
         fields.colour_out,
     )
-    return Query(rgb, fast_density(geometry))
 
 
 def fast_samples(

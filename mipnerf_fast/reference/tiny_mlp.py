@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -78,3 +80,40 @@ def colour_network(
         hidden = torch.relu(hidden @ colour_hidden.T)
     logits = torch.clamp(hidden @ colour_out.T, -MAX_LOGIT, MAX_LOGIT)
     return torch.sigmoid(logits) * (1 + 2 * RGB_PADDING) - RGB_PADDING
+
+
+class TinyMlp(NamedTuple):
+    """Colours rgb [S, 3] and densities [S], per world unit, of samples."""
+
+    rgb: Tensor
+    density: Tensor
+
+
+def tiny_mlp(
+    features: Tensor,
+    harmonics: Tensor,
+    rays: Tensor,
+    density_in: Tensor,
+    density_out: Tensor,
+    colour_in: Tensor,
+    colour_hidden: Tensor | None,
+    colour_out: Tensor,
+) -> TinyMlp:
+    """Both networks, one after the other: from encoded samples to colours and densities.
+
+    g = density_network(features), density = fast_density(g), rgb = colour_network(g, harmonics of the sample's ray).
+
+    Args:
+        features: [S, E], encoded samples with the scale inputs. harmonics: [B, 16], of each ray's direction.
+        rays: int64 [S], in [0, B), the ray of each sample.
+        density_in: [H, I], I at least E. density_out: [16, H]. colour_in: [H, 32]. colour_hidden: [H, H] or None.
+        colour_out: [3, H].
+
+    Returns:
+        TinyMlp; differentiable in everything but rays.
+
+    Source: Mueller et al. 2022, section 5.4 (the shape of the two networks).
+    """
+    geometry = density_network(features, density_in, density_out)
+    rgb = colour_network(geometry, harmonics, rays, colour_in, colour_hidden, colour_out)
+    return TinyMlp(rgb, fast_density(geometry))

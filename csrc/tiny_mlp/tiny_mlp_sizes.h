@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../tiny_mlp/tiny_mlp_math.h"
+#include "tiny_mlp_math.h"
 
 namespace mipnerf {
 

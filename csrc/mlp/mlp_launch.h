@@ -1,0 +1,31 @@
+// The launches of the fused network, alike for both kernel generations: mlp_mma (mma.sync, compute capability
+// 8.0 and higher; mlp_launch.cu) and mlp_hopper (wgmma, 9.0a alone; mlp_hopper_launch.cu). W is the width, T
+// Bfloat16 or Half. Packed weights and stashes of one generation mean nothing to the other.
+#pragma once
+
+#include "../common/device.cuh"
+#include "mlp_plan.h"
+
+namespace mipnerf {
+
+#define MIPNERF_MLP_LAUNCHES                                                         \
+    MlpSizes mlp_sizes(const MlpPlan& plan, std::int64_t samples);                   \
+    template <int W, typename T>                                                     \
+    void launch_mlp_pack(const MlpPackArguments& arguments, Stream stream);          \
+    template <int W, typename T>                                                     \
+    void launch_mlp_forward(const MlpForwardArguments<T>& arguments, Stream stream); \
+    template <int W, typename T>                                                     \
+    void launch_mlp_dgrad(const MlpDgradArguments<T>& arguments, Stream stream);     \
+    template <int W, typename T>                                                     \
+    void launch_mlp_wgrad(const MlpWgradArguments<T>& arguments, Stream stream);
+
+namespace mlp_mma {
+MIPNERF_MLP_LAUNCHES
+}
+namespace mlp_hopper {
+MIPNERF_MLP_LAUNCHES
+}
+
+#undef MIPNERF_MLP_LAUNCHES
+
+}  // namespace mipnerf
