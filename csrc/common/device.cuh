@@ -22,6 +22,8 @@
 // Contents (namespace mipnerf; W is a power of two up to 32, normally 32: lanes talk within segments of W)
 //
 //   MIPNERF_DEVICE, MIPNERF_HOST_DEVICE  function prefixes (inlined)
+//   MIPNERF_DEVICE_LARGE                 of a function template that many kernels use: inlined on the device only,
+//                                        since every copy costs g++ seconds under the sanitizers
 //   MIPNERF_LAUNCH(kernel, grid, block, shared_bytes, stream, args...)
 //                                        launches, checks, throws; an empty grid is no launch. A kernel with
 //                                        commas in its template arguments goes in parentheses
@@ -73,6 +75,7 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 #define MIPNERF_DEVICE __device__ __forceinline__
+#define MIPNERF_DEVICE_LARGE __device__ __forceinline__
 #ifndef MIPNERF_HOST_DEVICE
 #define MIPNERF_HOST_DEVICE __host__ __device__ __forceinline__
 #endif
@@ -81,6 +84,7 @@
 #define MIPNERF_PASS_SITE
 #elif defined(MIPNERF_CUDA_EMULATION)
 #define MIPNERF_DEVICE inline __attribute__((always_inline))
+#define MIPNERF_DEVICE_LARGE __attribute__((noinline))
 #ifndef MIPNERF_HOST_DEVICE
 #define MIPNERF_HOST_DEVICE inline __attribute__((always_inline))
 #endif

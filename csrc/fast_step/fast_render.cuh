@@ -38,10 +38,10 @@ MIPNERF_DEVICE void write_ray(const MarchArguments& in, const RenderArrays& out,
 // space leave threads without work until the rays run out. A ray's result does not depend on who follows it.
 template <typename S, int F>
 __global__ void __launch_bounds__(kTileThreads, 6)
-    fast_render_kernel(DeviceModel<S> model, MarchArguments in, RenderArrays out) {
+    fast_render_kernel(const __grid_constant__ DeviceModel<S> model, MarchArguments in, RenderArrays out) {
     float* const rows = shared_memory<float>();
-    float* const colour_inputs = rows + encoding_rows(model.sizes) * kRowStride;
-    std::int32_t* const flags = shared_memory<std::int32_t>(tile_bytes(render_rows(model.sizes)));
+    float* const colour_inputs = rows + encoding_rows(model.networks.sizes) * kRowStride;
+    std::int32_t* const flags = shared_memory<std::int32_t>(tile_bytes(render_rows(model.networks.sizes)));
     float* const column = rows + threadIdx.x;
     float* const colour_column = colour_inputs + threadIdx.x;
     for (int g = 0; g < kGeometryFeatures + kHarmonics; ++g) colour_column[g * kRowStride] = 0.0f;
@@ -72,18 +72,16 @@ __global__ void __launch_bounds__(kTileThreads, 6)
             sample = {{found.mean[0], found.mean[1], found.mean[2], found.scale}};
         }
         encode_column<F>(model, sample, column, [](int, const Pack<S, F>&) {});
-        // Its barriers also publish the flags.
-        const TileSums<kGeometryFeatures> geometry = density_network(model, rows);
+        block_sync();
         if ((flags[0] | flags[1]) == 0) return;
+        const TileSums<kGeometryFeatures> geometry = density_layers(model.networks, rows, rows);
         store_layer<LayerEnd::kNone>(geometry, colour_inputs);
         block_sync();
         const float raw_density = colour_column[0];
-        layer<LayerEnd::kRelu, kTileWidth>(model.matrix(NetworkLayout::kColourIn), colour_inputs,
-                                           model.sizes.colour_inputs(), rows);
-        if (model.sizes.colour_layers == 2)
-            layer<LayerEnd::kRelu, kTileWidth>(model.matrix(NetworkLayout::kColourHidden), rows, kTileWidth,
-                                               rows);
-        layer<LayerEnd::kNone, 8>(model.matrix(NetworkLayout::kColourOut), rows, kTileWidth, rows);
+        const TileSums<8> raw = colour_layers(model.networks, colour_inputs, rows, rows);
+        block_sync();
+        store_layer<LayerEnd::kNone>(raw, rows);
+        block_sync();
         if (has_sample) {
             const float keep = exp_nonpositive(-(fast_density(raw_density) * ((t1 - t0) * ray.march.norm)));
             const float weight = ray.state.transmittance * (1.0f - keep);
@@ -101,7 +99,7 @@ void launch_fast_render(const DeviceModel<S>& model, const MarchArguments& rays,
                         int blocks, Stream stream) {
     const std::int64_t most = ceil_div(rays.rays, std::int64_t{kTileThreads});
     MIPNERF_LAUNCH((fast_render_kernel<S, F>), grid_size(std::min<std::int64_t>(most, blocks)),
-                   dim3(kTileThreads), render_bytes(model.sizes), stream, model, rays, arrays);
+                   dim3(kTileThreads), render_bytes(model.networks.sizes), stream, model, rays, arrays);
 }
 
 }  // namespace mipnerf

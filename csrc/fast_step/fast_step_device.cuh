@@ -9,27 +9,26 @@ namespace mipnerf {
 
 // Rows that the encoding and the density network's hidden layer need.
 MIPNERF_HOST_DEVICE int encoding_rows(const FastSizes& sizes) {
-    const int inputs = NetworkLayout::padded_inputs(sizes);
-    return inputs > kTileWidth ? inputs : kTileWidth;
+    return padded_inputs(sizes) > kTileWidth ? padded_inputs(sizes) : kTileWidth;
 }
 
 // The scale's inputs, and zeros up to the padded depth, into the thread's column.
 template <typename S>
-MIPNERF_DEVICE void store_scale_inputs(const DeviceModel<S>& model, float scale, float* column) {
+MIPNERF_DEVICE_LARGE void store_scale_inputs(const DeviceModel<S>& model, float scale, float* column) {
     const ScaleInputs<float> extra = scale_inputs(scale, model.encode.scale_input, model.encode.scale_low,
                                                   model.encode.scale_high);
-    column += model.sizes.encoded * kRowStride;
+    column += model.networks.sizes.encoded * kRowStride;
     column[0] = extra.one;
     column[kRowStride] = extra.q;
     column[2 * kRowStride] = extra.q2;
-    const int rows = NetworkLayout::padded_inputs(model.sizes) - model.sizes.encoded;
+    const int rows = padded_inputs(model.networks.sizes) - model.networks.sizes.encoded;
     for (int row = 3; row < rows; ++row) column[row * kRowStride] = 0.0f;
 }
 
 // One thread's sample into its column of the rows; keep(level, pack) is handed the features as they are kept. They
 // are used as rounded, so that a backward pass that reads them back sees the same hidden layer.
 template <int F, typename S, typename Keep>
-MIPNERF_DEVICE void encode_column(const DeviceModel<S>& model, const Pack<float, 4>& sample, float* column,
+MIPNERF_DEVICE_LARGE void encode_column(const DeviceModel<S>& model, const Pack<float, 4>& sample, float* column,
                                   const Keep& keep) {
     for (int l = 0; l < model.grid.levels; ++l) {
         const HashLevel& level = model.grid.level[l];
@@ -47,15 +46,6 @@ MIPNERF_DEVICE void encode_column(const DeviceModel<S>& model, const Pack<float,
         keep(l, rounded);
     }
     store_scale_inputs(model, sample.value[3], column);
-}
-
-// From the encoded rows, which the threads have just written, to the 16 outputs; the rows then hold the hidden layer.
-template <typename S>
-MIPNERF_DEVICE TileSums<kGeometryFeatures> density_network(const DeviceModel<S>& model, float* rows) {
-    block_sync();
-    layer<LayerEnd::kRelu, kTileWidth>(model.matrix(NetworkLayout::kDensityIn), rows,
-                                       NetworkLayout::padded_inputs(model.sizes), rows);
-    return layer_sums<kGeometryFeatures>(model.matrix(NetworkLayout::kDensityOut), rows, kTileWidth);
 }
 
 // A place in the middle of the box for the padding of a tile.

@@ -5,7 +5,7 @@
 //   2  step_density                                                 encoding and density network
 //   3  step_scan, step_list                                         transmittance; which samples count
 //   4  step_colour, step_loss, step_colour_backward                 colours, pixels, loss, gradients of both
-//   5  step_density_backward, step_reduce, step_scatter             gradients of the networks and of the tables
+//   5  step_density_backward, sum_parts (tiny_mlp_kernels.cuh), step_scatter             gradients of the networks and of the tables
 //   6  step_finish; sparse_adam (sparse_adam_kernels.cuh)
 //
 // No size depends on the host: launches are as large as there is room for, and what there is is read from
@@ -17,15 +17,6 @@
 #include "fast_step_device.cuh"
 
 namespace mipnerf {
-
-// Thread i of the grid writes element i of the packed weights.
-__global__ void __launch_bounds__(256) pack_networks_kernel(NetworkLayout layout, float* packed) {
-    const int element = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
-    if (element >= layout.total) return;
-    int m = kMatrices - 1;
-    while (element < layout.matrix[m].at) --m;
-    packed[element] = packed_weight(layout.matrix[m], element - layout.matrix[m].at);
-}
 
 // Thread i of block b writes the samples of ray b * kRayThreads + i, where the ray takes part.
 __global__ void __launch_bounds__(kRayThreads) step_samples_kernel(MarchArguments in, StepScratch s) {
@@ -47,7 +38,7 @@ __global__ void __launch_bounds__(kRayThreads) step_samples_kernel(MarchArgument
 // Block b owns samples 64 b to 64 b + 63: thread i encodes one of them into its column of the rows in shared memory;
 // the layers are the block's (tiny_mlp_device.cuh). Writes encoding, geometry and tau.
 template <typename S, int F>
-__global__ void __launch_bounds__(kTileThreads, 8) step_density_kernel(DeviceModel<S> model, StepScratch s) {
+__global__ void __launch_bounds__(kTileThreads, 8) step_density_kernel(const __grid_constant__ DeviceModel<S> model, StepScratch s) {
     const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileSamples;
     const std::int64_t count = s.counters->samples;
     if (first >= count) return;
@@ -58,7 +49,8 @@ __global__ void __launch_bounds__(kTileThreads, 8) step_density_kernel(DeviceMod
     S* const kept = static_cast<S*>(s.encoding) + F * own;
     encode_column<F>(model, sample, rows + threadIdx.x,
                      [&](int l, const Pack<S, F>& pack) { store_pack(kept + l * F * s.capacity, pack); });
-    const TileSums<kGeometryFeatures> sums = density_network(model, rows);
+    block_sync();
+    const TileSums<kGeometryFeatures> sums = density_layers(model.networks, rows, rows);
     const std::int64_t column = first + 8 * tile_y();
 #pragma unroll
     for (int i = 0; i < kGeometryFeatures / 8; ++i)
@@ -117,24 +109,15 @@ MIPNERF_DEVICE void load_colour_inputs(const StepScratch& s, const float* direct
 // Block b owns counted samples 64 b to 64 b + 63 and writes their raw colours.
 template <typename S>
 __global__ void __launch_bounds__(kTileThreads, 8)
-    step_colour_kernel(DeviceModel<S> model, const float* directions, StepScratch s) {
+    step_colour_kernel(const __grid_constant__ DeviceModel<S> model, const float* directions, StepScratch s) {
     const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileSamples;
     const std::int64_t count = s.counters->counted;
     if (first >= count) return;
     float* const rows = shared_memory<float>();
     load_colour_inputs(s, directions, first + threadIdx.x, count, rows + threadIdx.x);
     block_sync();
-    layer<LayerEnd::kRelu, kTileWidth>(model.matrix(NetworkLayout::kColourIn), rows,
-                                       model.sizes.colour_inputs(), rows);
-    if (model.sizes.colour_layers == 2)
-        layer<LayerEnd::kRelu, kTileWidth>(model.matrix(NetworkLayout::kColourHidden), rows, kTileWidth,
-                                           rows);
-    const TileSums<8> sums = layer_sums<8>(model.matrix(NetworkLayout::kColourOut), rows, kTileWidth);
+    const TileSums<8> sums = colour_layers(model.networks, rows, rows, rows);
     if (tile_x() < 3) store_eight(s.raw + tile_x() * s.capacity + first + 8 * tile_y(), sums.of[0]);
-}
-
-MIPNERF_DEVICE bool is_finite_number(float x) {
-    return (float_bits(x) & 0x7f800000u) != 0x7f800000u;
 }
 
 // Thread i of block b composites its ray's counted samples, compares with the target and writes the gradients of the
@@ -200,15 +183,13 @@ __global__ void __launch_bounds__(kRayThreads) step_loss_kernel(StepTargets targ
 // the outputs' gradients, 64 per hidden layer, whose gradients take the place of its values.
 template <typename S>
 __global__ void __launch_bounds__(kTileThreads)
-    step_colour_backward_kernel(DeviceModel<S> model, const float* directions, StepScratch s) {
+    step_colour_backward_kernel(const __grid_constant__ DeviceModel<S> model, const float* directions, StepScratch s) {
     const std::int64_t count = s.counters->counted;
-    const FastSizes& sizes = model.sizes;
-    const int H = sizes.hidden, C = sizes.colour_inputs();
-    const bool two_layers = sizes.colour_layers == 2;
+    const FastSizes& sizes = model.networks.sizes;
     float* const inputs = shared_memory<float>();
-    float* const outputs = inputs + C * kRowStride;
+    float* const outputs = inputs + sizes.colour_inputs() * kRowStride;
     float* const hidden = outputs + 8 * kRowStride;
-    float* const last = two_layers ? hidden + kTileWidth * kRowStride : hidden;
+    float* const last = sizes.colour_layers == 2 ? hidden + kTileWidth * kRowStride : hidden;
     float* const part = s.weight_parts + blockIdx.x * sizes.weights();
     bool is_first = true;
     for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileSamples; first < count;
@@ -219,20 +200,9 @@ __global__ void __launch_bounds__(kTileThreads)
         for (int k = 0; k < 8; ++k)
             outputs[k * kRowStride + threadIdx.x] = k < 3 && own < count ? s.raw[k * s.capacity + own] : 0.0f;
         block_sync();
-        layer<LayerEnd::kRelu, kTileWidth>(model.matrix(NetworkLayout::kColourIn), inputs, C, hidden);
-        if (two_layers)
-            layer<LayerEnd::kRelu, kTileWidth>(model.matrix(NetworkLayout::kColourHidden), hidden, kTileWidth,
-                                               last);
-        add_weight_gradient<1>(outputs, last, 3, H, is_first, part + sizes.colour_out_at());
-        layer<LayerEnd::kReluGradient, kTileWidth>(model.matrix(NetworkLayout::kColourOutT), outputs, 8, last);
-        if (two_layers) {
-            add_weight_gradient<8>(last, hidden, H, H, is_first, part + sizes.colour_hidden_at());
-            layer<LayerEnd::kReluGradient, kTileWidth>(model.matrix(NetworkLayout::kColourHiddenT), last,
-                                                       kTileWidth, hidden);
-        }
-        add_weight_gradient<8>(hidden, inputs, H, C, is_first, part + sizes.colour_in_at());
-        TileSums<kGeometryFeatures> sums = layer_sums<kGeometryFeatures>(
-            model.matrix(NetworkLayout::kColourInT), hidden, kTileWidth);
+        hidden_colour_layers(model.networks, inputs, hidden, last);
+        TileSums<kGeometryFeatures> sums =
+            colour_layers_backward(model.networks, inputs, outputs, hidden, last, is_first, part);
         const std::int64_t column = first + 8 * tile_y();
         if (tile_x() == 0) {
 #pragma unroll
@@ -250,17 +220,12 @@ __global__ void __launch_bounds__(kTileThreads)
             part[i] = 0.0f;
 }
 
-template <int kOutputs>
-MIPNERF_DEVICE void encoding_gradient(const float* weights, const float* hidden, float* rows) {
-    layer<LayerEnd::kNone, kOutputs>(weights, hidden, kTileWidth, rows);
-}
-
 // As step_colour_backward_kernel for the density network, from the kept encoding; writes the gradients of the
 // encoding. Shared memory: 16 rows of the outputs' gradients, 64 of the hidden layer, the encoding.
 template <typename S, int F>
-__global__ void __launch_bounds__(kTileThreads) step_density_backward_kernel(DeviceModel<S> model, StepScratch s) {
+__global__ void __launch_bounds__(kTileThreads) step_density_backward_kernel(const __grid_constant__ DeviceModel<S> model, StepScratch s) {
     const std::int64_t count = s.counters->counted;
-    const FastSizes& sizes = model.sizes;
+    const FastSizes& sizes = model.networks.sizes;
     float* const outputs = shared_memory<float>();
     float* const hidden = outputs + kGeometryFeatures * kRowStride;
     float* const inputs = hidden + kTileWidth * kRowStride;
@@ -284,18 +249,7 @@ __global__ void __launch_bounds__(kTileThreads) step_density_backward_kernel(Dev
         for (int g = 0; g < kGeometryFeatures; ++g)
             outputs[g * kRowStride + threadIdx.x] = is_one ? s.grad_geometry[g * s.capacity + own] : 0.0f;
         block_sync();
-        layer<LayerEnd::kRelu, kTileWidth>(model.matrix(NetworkLayout::kDensityIn), inputs,
-                                           NetworkLayout::padded_inputs(sizes), hidden);
-        add_weight_gradient<2>(outputs, hidden, kGeometryFeatures, sizes.hidden, is_first,
-                               part + sizes.density_out_at());
-        layer<LayerEnd::kReluGradient, kTileWidth>(model.matrix(NetworkLayout::kDensityOutT), outputs,
-                                                   kGeometryFeatures, hidden);
-        add_weight_gradient<8>(hidden, inputs, sizes.hidden, sizes.inputs, is_first, part);
-        const float* const transposed = model.matrix(NetworkLayout::kDensityInT);
-        if (sizes.encoded > 32)
-            encoding_gradient<64>(transposed, hidden, inputs);
-        else
-            encoding_gradient<32>(transposed, hidden, inputs);
+        density_layers_backward(model.networks, inputs, outputs, hidden, is_first, part);
         if (is_one)
             for (int l = 0; l < model.grid.levels; ++l) {
                 Pack<float, F> gradient;
@@ -310,34 +264,13 @@ __global__ void __launch_bounds__(kTileThreads) step_density_backward_kernel(Dev
         for (std::int64_t i = threadIdx.x; i < sizes.colour_in_at(); i += kTileThreads) part[i] = 0.0f;
 }
 
-constexpr int kReduceThreads = 256, kReduceGroups = kReduceThreads / kWarpSize;
-
-// Block b sums weights 32 b to 32 b + 31 over the parts: warp w those with index w modulo 8, in their order, then the
-// warps in theirs.
-__global__ void __launch_bounds__(kReduceThreads) step_reduce_kernel(std::int64_t weights, StepScratch s) {
-    float* const of_warps = shared_memory<float>();
-    const std::int64_t weight = static_cast<std::int64_t>(blockIdx.x) * kWarpSize + lane_index();
-    float sum = 0.0f;
-    if (weight < weights) {
-#pragma unroll 8
-        for (int part = warp_index(); part < s.parts; part += kReduceGroups)
-            sum += s.weight_parts[part * weights + weight];
-    }
-    of_warps[threadIdx.x] = sum;
-    block_sync();
-    if (warp_index() != 0 || weight >= weights) return;
-    for (int group = 1; group < kReduceGroups; ++group) sum += of_warps[group * kWarpSize + lane_index()];
-    s.weight_sums[weight] = sum;
-    if (!is_finite_number(sum)) atomic_add(&s.counters->not_finite, 1);
-}
-
 constexpr int kScatterThreads = 128;
 
 // Thread i of block (b, l) adds the gradient of level l of counted sample b * kScatterThreads + i to its eight entries:
 // sums of floats in no particular order.
 template <typename S, int F>
 __global__ void __launch_bounds__(kScatterThreads)
-    step_scatter_kernel(DeviceModel<S> model, StepScratch s, float* grad_tables) {
+    step_scatter_kernel(const __grid_constant__ DeviceModel<S> model, StepScratch s, float* grad_tables) {
     const std::int64_t own = static_cast<std::int64_t>(blockIdx.x) * kScatterThreads + threadIdx.x;
     if (own >= s.counters->counted || s.counters->not_finite != 0) return;
     const HashLevel& level = model.grid.level[blockIdx.y];
@@ -409,11 +342,6 @@ __global__ void __launch_bounds__(kWarpSize) step_pace_kernel(const double* stat
 
 // ---- launches -----------------------------------------------------------------------------------
 
-void launch_pack_networks(const NetworkLayout& layout, float* packed, Stream stream) {
-    MIPNERF_LAUNCH(pack_networks_kernel, grid_size(ceil_div(layout.total, 256)), dim3(256), 0, stream, layout,
-                   packed);
-}
-
 // Zeroes what kernels add to or may leave unwritten.
 __global__ void __launch_bounds__(kWarpSize) step_begin_kernel(StepScratch s) {
     if (threadIdx.x == 0) *s.counters = StepCounters{0, 0, 0, 0};
@@ -430,11 +358,11 @@ template <typename S, int F>
 void launch_train_step(const DeviceModel<S>& model, const MarchArguments& rays, const StepTargets& targets,
                        const StepScratch& s, float* grad_tables, const FastWeights<float>& grads,
                        double* statistics, Stream stream) {
-    const FastSizes& sizes = model.sizes;
+    const FastSizes& sizes = model.networks.sizes;
     const dim3 of_rays = grid_size(ray_blocks(s.rays)), of_tiles = grid_size(s.capacity / kTileSamples);
     const dim3 ray_block(kRayThreads), tile_block(kTileThreads), parts(static_cast<unsigned>(s.parts));
     const std::size_t sum_bytes = 2 * kRayThreads / kWarpSize * sizeof(float);
-    const int inputs = NetworkLayout::padded_inputs(sizes), encoded = sizes.encoded > 32 ? 64 : 32;
+    const int inputs = std::max(padded_inputs(sizes), gradient_rows(sizes));
     MIPNERF_LAUNCH(step_samples_kernel, of_rays, ray_block, 0, stream, rays, s);
     MIPNERF_LAUNCH((step_density_kernel<S, F>), of_tiles, tile_block, tile_bytes(encoding_rows(sizes)),
                    stream, model, s);
@@ -447,9 +375,8 @@ void launch_train_step(const DeviceModel<S>& model, const MarchArguments& rays, 
                    tile_bytes(sizes.colour_inputs() + 8 + sizes.colour_layers * kTileWidth), stream, model,
                    rays.directions, s);
     MIPNERF_LAUNCH((step_density_backward_kernel<S, F>), parts, tile_block,
-                   tile_bytes(kGeometryFeatures + kTileWidth + std::max(inputs, encoded)), stream, model, s);
-    MIPNERF_LAUNCH(step_reduce_kernel, grid_size(ceil_div(sizes.weights(), std::int64_t{kWarpSize})),
-                   dim3(kReduceThreads), kReduceThreads * sizeof(float), stream, sizes.weights(), s);
+                   tile_bytes(kGeometryFeatures + kTileWidth + inputs), stream, model, s);
+    launch_sum_parts(sizes.weights(), s.parts, s.weight_parts, s.weight_sums, &s.counters->not_finite, stream);
     dim3 of_levels = grid_size(ceil_div(s.capacity, std::int64_t{kScatterThreads}));
     of_levels.y = static_cast<unsigned>(model.grid.levels);
     MIPNERF_LAUNCH((step_scatter_kernel<S, F>), of_levels, dim3(kScatterThreads), 0, stream, model, s,

@@ -8,69 +8,9 @@
 #include "../common/device.cuh"
 #include "../hash_encode/hash_encode_math.h"
 #include "../march/march_launch.h"
-#include "../tiny_mlp/tiny_mlp_device.cuh"
-#include "../tiny_mlp/tiny_mlp_sizes.h"
+#include "../tiny_mlp/tiny_mlp_launch.h"
 
 namespace mipnerf {
-
-// ---- the networks -------------------------------------------------------------------------------
-
-// One array per matrix, or its gradient; colour_hidden null with one colour layer.
-template <typename T>
-struct FastWeights {
-    T* density_in;     // [H, inputs]
-    T* density_out;    // [16, H]
-    T* colour_in;      // [H, 32]
-    T* colour_hidden;  // [H, H]
-    T* colour_out;     // [3, H]
-};
-
-constexpr int kMatrices = 10;
-
-// The matrices as the layers read them, forward and transposed, one after the other; H padded to 64.
-struct NetworkLayout {
-    enum Matrix {
-        kDensityIn,
-        kDensityOut,
-        kColourIn,
-        kColourHidden,
-        kColourOut,
-        kColourOutT,
-        kColourHiddenT,
-        kColourInT,
-        kDensityOutT,
-        kDensityInT
-    };
-    PackedMatrix matrix[kMatrices];
-    int total;
-
-    NetworkLayout(const FastSizes& sizes, const FastWeights<const float>& weights) : total(0) {
-        const int H = sizes.hidden, W = kTileWidth, C = sizes.colour_inputs(), G = kGeometryFeatures;
-        const int inputs = padded_inputs(sizes), encoded = sizes.encoded > 32 ? 64 : 32;
-        add(kDensityIn, weights.density_in, H, sizes.inputs, sizes.inputs, 1, inputs, W);
-        add(kDensityOut, weights.density_out, G, H, H, 1, W, G);
-        add(kColourIn, weights.colour_in, H, C, C, 1, C, W);
-        const int hidden = sizes.colour_layers == 2 ? W : 0;  // of no depth: takes no room
-        add(kColourHidden, weights.colour_hidden, H, H, H, 1, hidden, W);
-        add(kColourOut, weights.colour_out, 3, H, H, 1, W, 8);
-        add(kColourOutT, weights.colour_out, H, 3, 1, H, 8, W);
-        add(kColourHiddenT, weights.colour_hidden, H, H, 1, H, hidden, W);
-        add(kColourInT, weights.colour_in, G, H, 1, C, W, G);
-        add(kDensityOutT, weights.density_out, H, G, 1, H, G, W);
-        add(kDensityInT, weights.density_in, sizes.encoded, H, 1, sizes.inputs, W, encoded);
-    }
-
-    static MIPNERF_HOST_DEVICE int padded_inputs(const FastSizes& sizes) { return (sizes.inputs + 7) / 8 * 8; }
-
-  private:
-    void add(Matrix which, const float* source, int rows, int inputs, int row_stride, int input_stride,
-             int depth, int outputs) {
-        matrix[which] = {source, rows, inputs, row_stride, input_stride, depth, outputs, total};
-        total += depth * outputs;
-    }
-};
-
-void launch_pack_networks(const NetworkLayout& layout, float* packed, Stream stream);
 
 // What the device is told of a model: S is the type of the tables, float or Half, and of the encodings kept.
 template <typename S>
@@ -78,11 +18,7 @@ struct DeviceModel {
     HashGrid grid;
     EncodeOptions encode;
     const S* tables;  // [entries, F]
-    FastSizes sizes;
-    const float* packed;
-    int at[kMatrices];  // of the matrices in `packed`
-
-    MIPNERF_HOST_DEVICE const float* matrix(NetworkLayout::Matrix which) const { return packed + at[which]; }
+    DeviceNetworks networks;
 };
 
 // ---- the training step --------------------------------------------------------------------------
@@ -158,8 +94,6 @@ struct StepScratch {
     }
 };
 
-// Blocks that sum weight gradients: fixed, so that the sums do not depend on the GPU.
-constexpr int kBackwardParts = 512;
 constexpr int kStepStatistics = 6;  // loss, squared error, samples, counted, finite, rays
 
 // Marches up to counting; scratch.counters then holds rays and samples.

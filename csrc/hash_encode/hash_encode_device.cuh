@@ -15,7 +15,7 @@ MIPNERF_DEVICE std::int64_t corner_entry(const HashLevel& level, const Cell<floa
 
 // The F features of a level: eight gathers of one entry each, all on their way before the first is used.
 template <int F, typename S>
-MIPNERF_DEVICE Floats<F> gather_level(const HashLevel& level, float kept, const Cell<float>& cell,
+MIPNERF_DEVICE_LARGE Floats<F> gather_level(const HashLevel& level, float kept, const Cell<float>& cell,
                                       const S* tables) {
     Pack<S, F> entry[8];
 #pragma unroll
@@ -33,7 +33,7 @@ MIPNERF_DEVICE Floats<F> gather_level(const HashLevel& level, float kept, const 
 
 // Adds the gradient of a level's features to its eight entries.
 template <int F>
-MIPNERF_DEVICE void scatter_level(const HashLevel& level, float kept, const Cell<float>& cell,
+MIPNERF_DEVICE_LARGE void scatter_level(const HashLevel& level, float kept, const Cell<float>& cell,
                                   const Floats<F>& gradient, float* grad_tables) {
 #pragma unroll
     for (int corner = 0; corner < 8; ++corner) {

@@ -7,28 +7,16 @@
 // layers narrower than 64 are padded with zeros, which stay zero in every product.
 #pragma once
 
-#include "../common/device.cuh"
+#include "tiny_mlp_launch.h"
 #include "tiny_mlp_math.h"
 
 namespace mipnerf {
 
-constexpr int kTileSamples = 64;
-constexpr int kTileThreads = 64;
 constexpr int kRowStride = 68;
-constexpr int kTileWidth = 64;  // widest hidden layer
 
 MIPNERF_HOST_DEVICE constexpr std::size_t tile_bytes(int rows) {
     return static_cast<std::size_t>(rows) * kRowStride * sizeof(float);
 }
-
-// One matrix as the layers read it: [depth, outputs], output o at column (o % 8) (outputs / 8) + o / 8.
-struct PackedMatrix {
-    const float* source;
-    int rows, inputs;               // of the weights that are there
-    int row_stride, input_stride;   // in floats: exchanged for a transpose
-    int depth, outputs;             // with padding; outputs 8, 16, 32 or 64
-    int at;                         // in the packed array
-};
 
 MIPNERF_DEVICE float packed_weight(const PackedMatrix& matrix, int element) {
     const int k = element / matrix.outputs, column = element % matrix.outputs, per_thread = matrix.outputs / 8;
@@ -87,7 +75,7 @@ MIPNERF_DEVICE Floats<kOutputs / 8> load_weights(const float* weights) {
 
 // sum_k weights[k, o] x[k]; x are rows of shared memory that a barrier has published.
 template <int kOutputs>
-MIPNERF_DEVICE TileSums<kOutputs> layer_sums(const float* weights, const float* x, int depth) {
+MIPNERF_DEVICE_LARGE TileSums<kOutputs> layer_sums(const float* weights, const float* x, int depth) {
     constexpr int R = kOutputs / 8;
     TileSums<kOutputs> sums{};
     weights += tile_x() * R;
@@ -109,7 +97,7 @@ enum class LayerEnd { kNone, kRelu, kReluGradient };
 // The sums to rows y; with kReluGradient the rows hold the outputs of the ReLU before, which the gradient replaces
 // where it stands. Compared so that a NaN passes: swallowed here, it would leave the loss finite.
 template <LayerEnd kEnd, int kOutputs>
-MIPNERF_DEVICE void store_layer(const TileSums<kOutputs>& sums, float* y) {
+MIPNERF_DEVICE_LARGE void store_layer(const TileSums<kOutputs>& sums, float* y) {
 #pragma unroll
     for (int i = 0; i < kOutputs / 8; ++i) {
         float* const row = y + (tile_x() + 8 * i) * kRowStride + 8 * tile_y();
@@ -129,7 +117,7 @@ MIPNERF_DEVICE void store_layer(const TileSums<kOutputs>& sums, float* y) {
 
 // A whole layer from rows x to rows y, which may overlap. Barriers: before the rows are written and after.
 template <LayerEnd kEnd, int kOutputs>
-MIPNERF_DEVICE void layer(const float* weights, const float* x, int depth, float* y) {
+MIPNERF_DEVICE_LARGE void layer(const float* weights, const float* x, int depth, float* y) {
     const TileSums<kOutputs> sums = layer_sums<kOutputs>(weights, x, depth);
     block_sync();
     store_layer<kEnd>(sums, y);
@@ -139,7 +127,7 @@ MIPNERF_DEVICE void layer(const float* weights, const float* x, int depth, float
 // The tile's share of a weight gradient, sum over the samples of dy[o] x[k], for outputs ty + 8 i and inputs
 // first + tx + 8 j, added to `gradient` [rows, depth] (stored, where it is the first).
 template <int kI, int kJ>
-MIPNERF_DEVICE void add_outer_product(const float* dy, const float* x, int rows, int depth, int first,
+MIPNERF_DEVICE_LARGE void add_outer_product(const float* dy, const float* x, int rows, int depth, int first,
                                       bool is_first, float* gradient) {
     float sum[kI][kJ] = {};
     dy += tile_y() * kRowStride;
@@ -171,7 +159,7 @@ MIPNERF_DEVICE void add_outer_product(const float* dy, const float* x, int rows,
 
 // Rows of dy: 8 kI, of x: depth rounded up to 8; the padding is zero.
 template <int kI>
-MIPNERF_DEVICE void add_weight_gradient(const float* dy, const float* x, int rows, int depth, bool is_first,
+MIPNERF_DEVICE_LARGE void add_weight_gradient(const float* dy, const float* x, int rows, int depth, bool is_first,
                                         float* gradient) {
     int first = 0;
 #pragma unroll 1
@@ -180,6 +168,77 @@ MIPNERF_DEVICE void add_weight_gradient(const float* dy, const float* x, int row
 #pragma unroll 1
     for (; first < depth; first += 8)
         add_outer_product<kI, 1>(dy, x, rows, depth, first, is_first, gradient);
+}
+
+// ---- the networks -------------------------------------------------------------------------------
+
+// Density network from published rows of inputs to the hidden layer in rows `hidden`, which may be the same.
+MIPNERF_DEVICE TileSums<kGeometryFeatures> density_layers(const DeviceNetworks& networks, const float* inputs,
+                                                          float* hidden) {
+    layer<LayerEnd::kRelu, kTileWidth>(networks.matrix(Matrix::kDensityIn), inputs,
+                                       padded_inputs(networks.sizes), hidden);
+    return layer_sums<kGeometryFeatures>(networks.matrix(Matrix::kDensityOut), hidden, kTileWidth);
+}
+
+// Colour network from its 32 published rows; the last hidden layer comes into rows `last`, the first into `hidden`.
+// They are the same where there is one, or where nothing is differentiated; `inputs` may be too.
+MIPNERF_DEVICE void hidden_colour_layers(const DeviceNetworks& networks, const float* inputs, float* hidden,
+                                         float* last) {
+    layer<LayerEnd::kRelu, kTileWidth>(networks.matrix(Matrix::kColourIn), inputs,
+                                       networks.sizes.colour_inputs(), hidden);
+    if (networks.sizes.colour_layers == 2)
+        layer<LayerEnd::kRelu, kTileWidth>(networks.matrix(Matrix::kColourHidden), hidden, kTileWidth, last);
+}
+
+// The same and the raw colours.
+MIPNERF_DEVICE TileSums<8> colour_layers(const DeviceNetworks& networks, const float* inputs, float* hidden,
+                                         float* last) {
+    hidden_colour_layers(networks, inputs, hidden, last);
+    return layer_sums<8>(networks.matrix(Matrix::kColourOut), last, kTileWidth);
+}
+
+// Gradients of the colour network's weights, from 8 published rows of those of its raw outputs, added to `part`. The
+// hidden rows take their gradients; the result is that of the geometry inputs.
+MIPNERF_DEVICE TileSums<kGeometryFeatures> colour_layers_backward(const DeviceNetworks& networks,
+                                                                  const float* inputs, const float* outputs,
+                                                                  float* hidden, float* last, bool is_first,
+                                                                  float* part) {
+    const FastSizes& sizes = networks.sizes;
+    const int H = sizes.hidden, C = sizes.colour_inputs();
+    add_weight_gradient<1>(outputs, last, 3, H, is_first, part + sizes.colour_out_at());
+    layer<LayerEnd::kReluGradient, kTileWidth>(networks.matrix(Matrix::kColourOutT), outputs, 8, last);
+    if (sizes.colour_layers == 2) {
+        add_weight_gradient<8>(last, hidden, H, H, is_first, part + sizes.colour_hidden_at());
+        layer<LayerEnd::kReluGradient, kTileWidth>(networks.matrix(Matrix::kColourHiddenT), last, kTileWidth,
+                                                   hidden);
+    }
+    add_weight_gradient<8>(hidden, inputs, H, C, is_first, part + sizes.colour_in_at());
+    return layer_sums<kGeometryFeatures>(networks.matrix(Matrix::kGeometryT), hidden, kTileWidth);
+}
+
+// Gradients of the density network's weights, from 16 published rows of those of its outputs; evaluates the hidden
+// layer anew. The first `encoded` rows of the inputs take their gradients, published by a barrier.
+MIPNERF_DEVICE void density_layers_backward(const DeviceNetworks& networks, float* inputs, const float* outputs,
+                                            float* hidden, bool is_first, float* part) {
+    const FastSizes& sizes = networks.sizes;
+    layer<LayerEnd::kRelu, kTileWidth>(networks.matrix(Matrix::kDensityIn), inputs, padded_inputs(sizes), hidden);
+    add_weight_gradient<2>(outputs, hidden, kGeometryFeatures, sizes.hidden, is_first,
+                           part + sizes.density_out_at());
+    layer<LayerEnd::kReluGradient, kTileWidth>(networks.matrix(Matrix::kDensityOutT), outputs,
+                                               kGeometryFeatures, hidden);
+    add_weight_gradient<8>(hidden, inputs, sizes.hidden, sizes.inputs, is_first, part);
+    block_sync();
+#pragma unroll 1
+    for (int first = 0; first < gradient_rows(sizes); first += kGradientOutputs)
+        store_layer<LayerEnd::kNone>(
+            layer_sums<kGradientOutputs>(networks.matrix(Matrix::kDensityInT, first / kGradientOutputs), hidden,
+                                         kTileWidth),
+            inputs + first * kRowStride);
+    block_sync();
+}
+
+MIPNERF_DEVICE bool is_finite_number(float x) {
+    return (float_bits(x) & 0x7f800000u) != 0x7f800000u;
 }
 
 }  // namespace mipnerf
