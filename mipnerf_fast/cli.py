@@ -363,7 +363,12 @@ def information(device_flag: str = "auto") -> dict[str, Any]:
         "architectures": list(built.get("architectures", [])),
         "backend": current_backend(),
         "operations": {
-            entry.operation: {"used": entry.used, "why": entry.why} for entry in ops.implementations(device)
+            entry.operation: {
+                "model": "fast" if entry.operation in ops.FAST_OPERATIONS else "exact",
+                "used": entry.used,
+                "why": entry.why,
+            }
+            for entry in ops.implementations(device)
         },
     }
 
@@ -388,7 +393,8 @@ def run_info(verb: Info) -> int:
         ("backend", facts["backend"]),
     ]
     lines += [
-        (name, f"{entry['used']}: {entry['why']}") for name, entry in sorted(facts["operations"].items())
+        (f"{entry['model']} model: {name}", f"{entry['used']}: {entry['why']}")
+        for name, entry in facts["operations"].items()
     ]
     width = max(len(name) for name, _ in lines)
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in lines))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference
+from . import fast_reference, ops, reference
 from .backend import current_backend
 from .cameras import Rays
 from .config import FastConfig
@@ -136,10 +136,8 @@ class FastModel(nn.Module):
         background = torch.full_like(flat.origins, 1.0 if white_background else 0.0)
         marched = MarchRays(flat.origins, flat.directions, flat.radii, flat.near, flat.far, None, background)
         with torch.no_grad():
-            if current_backend() == "reference":
-                rendered = reference.fast_render(*marched, self.fields())
-            else:
-                rendered = ops.fast_render(marched, self.fields())
+            render = fast_reference.fast_render if current_backend() == "reference" else ops.fast_render
+            rendered = render(marched, self.fields())
         weights = background.new_zeros(background.shape[0], 0)
         return Composite(*rendered, weights).unflatten(rays.batch_shape)
 

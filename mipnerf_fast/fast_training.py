@@ -8,7 +8,8 @@ import time
 import torch
 from torch import Tensor
 
-from . import ops
+from . import fast_reference, ops
+from .backend import current_backend
 from .checkpoint import MOMENTS, Checkpoint
 from .config import FastConfig, TrainConfig
 from .data import Dataset
@@ -38,8 +39,9 @@ _DEVIATION_PER_PIXEL = 0.5 / math.sqrt(3.0)
 class FastTrainer(TrainerBase):
     """Trains a `FastModel` on a dataset; nothing but its checkpoint decides how it goes on, bit by bit.
 
-    A step draws pixels by counter-based random numbers, runs `ops.fast_train_step` and Adam on the entries that were
-    touched, and every UPDATE_EVERY steps renews the occupancy grid. The number of rays follows the number of samples
+    A step draws pixels by counter-based random numbers, runs `ops.fast_train_step` (on the backend "reference" the
+    same by autograd: `fast_reference`) and Adam on the entries that were touched, and every UPDATE_EVERY steps renews
+    the occupancy grid. The number of rays follows the number of samples
     that a ray takes, so that a step has `config.batch_size` samples. A step whose gradient is not finite changes
     nothing and is counted in `model.skipped_steps`; many in a row end the run.
 
@@ -68,6 +70,8 @@ class FastTrainer(TrainerBase):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model: FastModel = FastModel(config.model)
+        # Both have the same functions; what is chosen now stays for the whole run.
+        self._engine = fast_reference if current_backend() == "reference" else ops
         self.source = pixel_source(dataset, self.settings.scale_ratio)
         self.random_background = self.settings.random_background and dataset.pixels.shape[1] == 4
         self.background = 1.0 if dataset.white_background else 0.0
@@ -118,11 +122,11 @@ class FastTrainer(TrainerBase):
         Errors: DivergedError after MAX_FAILURES steps in a row whose gradient was not finite.
         """
         start = time.perf_counter()
-        config, model, step = self.config, self.model, self.step
+        config, model, step, engine = self.config, self.model, self.step, self._engine
         fields = model.fields()
         if step % UPDATE_EVERY == 0:
             is_early = step < _EARLY_STEPS
-            ops.occupancy_update(
+            engine.occupancy_update(
                 model.densities,
                 self._cell_scale,
                 config.seed,
@@ -135,10 +139,10 @@ class FastTrainer(TrainerBase):
         samples_per_ray = model.samples_per_ray.item()
         wanted = min(max(config.batch_size / samples_per_ray, MIN_RAYS), MAX_RAYS)
         count = math.ceil(wanted / _GROUP_RAYS) * _GROUP_RAYS
-        rays, target = ops.draw_rays(
+        rays, target = engine.draw_rays(
             self.source, config.seed, step, count, self.random_background, self.background
         )
-        found = ops.fast_train_step(rays, target, config.loss_beta, fields, self._gradient_buffers)
+        found = engine.fast_train_step(rays, target, config.loss_beta, fields, self._gradient_buffers)
         self.last_rate = self.learning_rate()
         self.step += 1
         model.samples_per_ray.fill_(0.8 * samples_per_ray + 0.2 * max(0.5, found.samples / count))
@@ -157,7 +161,7 @@ class FastTrainer(TrainerBase):
 
     def _update(self, rate: float) -> None:
         for name, values in self._parameters.items():
-            ops.sparse_adam(
+            self._engine.sparse_adam(
                 values,
                 self._gradients[name],
                 self._moments["exp_avg"][name],

@@ -420,10 +420,11 @@ def _device_of_fast_model(device: str, backend: str) -> str:
     """The CPU, for which its training kernels are."""
     if device == "cuda":
         raise InputError("--device: the fast model trains on the CPU; leave it at auto, or say cpu")
-    if backend == "reference":
-        raise InputError("--backend: the fast model trains with the native library; leave it at auto")
-    if not _native.available():
-        raise InputError(f"--preset: the fast model needs the native library, but {_native.why_missing()}")
+    if "reference" not in (backend, current_backend()) and not _native.available():
+        raise InputError(
+            f"--preset: the fast model needs the native library, but {_native.why_missing()}; "
+            "--backend reference trains it without, many times slower"
+        )
     return "cpu"
 
 

@@ -14,6 +14,9 @@ from . import __version__, _native, ops
 from .backend import use_backend
 from .environment import device_name, revision
 from .ops.implementations import implementations
+from .verification_case import Case as _Case
+from .verification_case import Tensors
+from .verification_fast import FAST_CASES
 
 # An output must be no further from float64 than this many times the reference in the same precision, plus a floor.
 FACTOR = 2.0
@@ -24,8 +27,6 @@ FLOOR_ULPS = 8.0
 ROUNDINGS = 32.0
 # N is odd so that the last vector of a ray is a partial one; the rays are more than any block holds.
 _RAYS, _SAMPLES = 96, 65
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,6 @@ def _rays(generator: torch.Generator) -> Tensors:
     arrays["weights"][4] = 0
     # Every precision starts from the same numbers, those that float32 holds; a sorted ray stays sorted.
     return {name: value.float().double() for name, value in arrays.items()}
-
-
-@dataclass(frozen=True)
-class _Case:
-    """One call of a public operator: its output tensors by name, from the arrays that it differentiates."""
-
-    operation: str
-    name: str
-    inputs: tuple[str, ...]
-    run: Callable[[Tensors, torch.dtype | None], Tensors]
-    differentiable: bool = True
-    out_dtypes: tuple[torch.dtype | None, ...] = (None,)
-    in_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
 
 
 def _encode(**options: object) -> Callable[[Tensors, torch.dtype | None], Tensors]:
@@ -157,11 +145,17 @@ _CASES = (
 def _evaluate(
     case: _Case, arrays: Tensors, dtype: torch.dtype, out: torch.dtype | None, device: str
 ) -> Tensors:
-    """Outputs and gradients of a case, in float64 on the CPU."""
-    moved = {name: value.to(device, dtype) for name, value in arrays.items()}
+    """Outputs and gradients of a case, in float64 on the CPU; counts and bits stay integers."""
+    moved = {
+        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        for name, value in arrays.items()
+    }
     leaves = [moved[name].requires_grad_() for name in case.inputs] if case.differentiable else []
     outputs = case.run(moved, out)
-    results = {name: value.detach().double().cpu() for name, value in outputs.items()}
+    results = {
+        name: value.detach().double().cpu() if value.is_floating_point() else value.cpu()
+        for name, value in outputs.items()
+    }
     if case.differentiable:
         generator = torch.Generator().manual_seed(7)
         total = torch.zeros((), dtype=torch.float64, device=device)
@@ -191,22 +185,30 @@ def _sensitivity(case: _Case, arrays: Tensors) -> dict[str, float]:
     with use_backend("reference"):
         here, there = (_evaluate(case, a, torch.float64, None, "cpu") for a in (arrays, moved))
     scale = torch.finfo(torch.float64).eps / ulp
-    return {name: scale * float((there[name] - here[name]).abs().max()) for name in here}
+    return {name: scale * _largest((there[name] - here[name]).abs()) for name in here}
 
 
-def _worst(error: Tensor) -> str:
-    """Ray and sample of the largest (or the first non-finite) error."""
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
+
+
+def _worst(error: Tensor, unit: str | None) -> str:
+    """Where the largest (or the first non-finite) error is: ray and sample, or so many of the unit."""
+    if not error.numel():
+        return ""
     bad = ~error.isfinite()
     index = int((bad if bool(bad.any()) else error).to(torch.float64).argmax())
     ray, rest = divmod(index, max(error[0].numel(), 1))
+    if unit is not None:
+        return f"{unit} {ray}"
     if error.dim() < 2 or error.shape[1] < _SAMPLES:
         return f"ray {ray}"
     return f"ray {ray}, sample {rest // max(error[0, 0].numel(), 1)}"
 
 
 def _rows(case: _Case, device: str) -> Iterator[Row]:
-    arrays = _rays(torch.Generator().manual_seed(0))
-    sensitivity = _sensitivity(case, arrays)
+    arrays = (case.make or _rays)(torch.Generator().manual_seed(0))
+    sensitivity = _sensitivity(case, arrays) if torch.float64 in case.in_dtypes else {}
     for dtype in case.in_dtypes:
         if dtype == torch.float64 and device != "cpu":
             continue  # float64 is for checking, on the CPU
@@ -220,12 +222,15 @@ def _rows(case: _Case, device: str) -> Iterator[Row]:
                 entry = next(e for e in implementations(device, dtype) if e.operation == case.operation)
                 native = _evaluate(case, arrays, dtype, out, device) if entry.used == "native" else None
             result_dtype = out or dtype
-            for name, exact in want.items():
-                scale = float(exact.abs().max())
+            for name, wanted in want.items():
+                exact = wanted.double()
+                scale = _largest(exact.abs())
                 ulp = torch.finfo(result_dtype).eps
                 error = (plain[name] - exact).abs()
-                bound = FACTOR * float(error.max()) + FLOOR_ULPS * ulp * scale
-                if dtype == torch.float64:
+                bound = FACTOR * _largest(error) + FLOOR_ULPS * ulp * scale
+                if not wanted.is_floating_point():
+                    bound = 0.0  # counts and bits are the same or wrong
+                elif dtype == torch.float64:
                     bound += ROUNDINGS * sensitivity[name]
                 mine = None if native is None else (native[name] - exact).abs()
                 norm = float(exact.norm()) or 1.0
@@ -237,12 +242,12 @@ def _rows(case: _Case, device: str) -> Iterator[Row]:
                     quantity=f"{case.name}: {name}",
                     dtype=label,
                     device=device,
-                    reference_error=float(error.max()),
+                    reference_error=_largest(error),
                     reference_relative=float(error.norm()) / norm,
-                    native_error=None if mine is None else float(mine.max()),
+                    native_error=None if mine is None else _largest(mine),
                     native_relative=None if mine is None else float(mine.norm()) / norm,
                     bound=bound,
-                    where="" if mine is None else _worst(mine),
+                    where="" if mine is None else _worst(mine, case.unit),
                     why=entry.why,
                 )
 
@@ -265,7 +270,7 @@ def verify(devices: list[str]) -> Report:
 
     Each row holds |native - float64| against 2 |reference - float64| + 8 ulps of the largest value: a kernel's
     error stays within twice PyTorch's own in the same precision. A float64 kernel is held to the reference itself,
-    within 32 times what moving every input by one ulp does to the result.
+    within 32 times what moving every input by one ulp does to the result. Counts and bits must be equal.
 
     Args:
         devices: "cpu", "cuda".
@@ -273,7 +278,7 @@ def verify(devices: list[str]) -> Report:
     Returns:
         The report; it has not passed where the native library is missing, because nothing was checked then.
     """
-    rows = [row for device in devices for case in _CASES for row in _rows(case, device)]
+    rows = [row for device in devices for case in (*_CASES, *FAST_CASES) for row in _rows(case, device)]
     environment = {
         "package": __version__,
         "revision": revision(),

@@ -15,7 +15,7 @@ from analytic_models import Ball
 from PIL import Image
 from tiny_scenes import write_blender
 
-from mipnerf_fast import cli
+from mipnerf_fast import cli, ops
 from mipnerf_fast.backend import configure_backend
 from mipnerf_fast.config import PRESETS, MipNerfConfig, NerfConfig
 
@@ -313,13 +313,14 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads((tmp_path / "new" / "info.json").read_text())
     exact, fast = (
         {"frustum_ipe", "composite", "resample", "mlp"},
-        {"hash_encode", "march", "packed_composite", "fast_step"},
+        set(ops.FAST_OPERATIONS),
     )
     assert set(facts["operations"]) == exact | fast
     for name, entry in facts["operations"].items():
         assert entry["used"] in ("native", "reference", "unavailable")
         assert entry["why"]
-        assert name in text
+        assert entry["model"] == ("fast" if name in fast else "exact")
+        assert f"{entry['model']} model: {name} " in text
         assert entry["why"] in text
     assert facts["torch"] == torch.__version__
     assert facts["version"] in text
@@ -328,7 +329,9 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_says_what_the_backend_forces(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", "--backend", "reference"]) == 0
-    assert capsys.readouterr().out.count("the backend is set to reference") == 8
+    assert capsys.readouterr().out.count("the backend is set to reference") == len(
+        ops.OPERATIONS + ops.FAST_OPERATIONS
+    )
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

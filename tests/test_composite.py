@@ -628,12 +628,10 @@ def test_cuda_kernels_emulated(rays: int, samples: int, seed: int, activations: 
     assert_agrees(got, inputs, cotangents, white, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rays", "samples"), [(9, 32), (3, 45)])
-def test_cuda_kernels_emulated_in_16_bits(rays: int, samples: int) -> None:
-    inputs, cotangents = (
-        make_inputs(rays, samples, True, dtype=torch.bfloat16),
-        make_cotangents(rays, samples),
-    )
+def test_cuda_kernels_emulated_in_16_bits(rays: int, samples: int, dtype: torch.dtype) -> None:
+    inputs, cotangents = make_inputs(rays, samples, True, dtype=dtype), make_cotangents(rays, samples)
     got = emulate(inputs, cotangents, RAW, seed=7)
     assert_agrees(got, inputs, cotangents, **RAW)
 

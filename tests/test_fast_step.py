@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mipnerf_fast import ops, reference
+from mipnerf_fast import fast_reference, ops, reference
 from mipnerf_fast.config import FastConfig
 from mipnerf_fast.counter_rng import FAST_RAYS, OCCUPANCY, counter_uint32
 from mipnerf_fast.fast_model import FastModel
@@ -135,6 +135,23 @@ def test_gradients_agree_with_finite_differences_of_the_render() -> None:
         slope = (losses[0] - losses[1]) / (2 * step)
         # The quotient is off by the curvature and by 1e-7 / step of rounding.
         assert math.isclose(slope, gradient.norm().item(), rel_tol=0.05)
+
+
+def test_the_plain_step_counts_and_adds_alike() -> None:
+    """Rays that end early: the fused step marches them on to the end of their round of eight samples."""
+    model, rays = _model(SMALL), _rays()
+    fields, target = model.fields(), torch.rand(70, 3)
+    fields.density_out[0] += 1.0
+    gradients, plain = _zeros(fields), _zeros(fields)
+    found = ops.fast_train_step(rays, target, 0.1, fields, gradients)
+    wanted = fast_reference.fast_train_step(rays, target, 0.1, fields, plain)
+    assert (found.samples, found.counted, found.is_finite) == (wanted.samples, wanted.counted, True)
+    everything = reference.fast_samples(*rays[:6], fields).rays.shape[0]
+    assert found.counted < found.samples < everything
+    for mine, other in zip(gradients, plain, strict=True):
+        if mine is not None and other is not None:
+            # Both round; how far from the truth is tested above.
+            assert (mine - other).norm() <= 100 * 2.0**-23 * other.norm()
 
 
 def test_the_result_does_not_depend_on_threads() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,12 @@ def report() -> verification.Report:
 def test_every_operation_passes_with_its_kernel(report: verification.Report) -> None:
     assert report.passed
     assert all(row.native_error is not None for row in report.rows)
-    assert {row.operation for row in report.rows} == {"frustum_ipe", "composite", "resample"}
+    assert {row.operation for row in report.rows} == {
+        "frustum_ipe",
+        "composite",
+        "resample",
+        *ops.FAST_OPERATIONS,
+    }
     assert {row.dtype for row in report.rows} >= {
         "float32",
         "float64",
@@ -72,6 +79,7 @@ def test_a_wrong_kernel_fails_and_is_named(
         return level._replace(weights=level.weights * factor)
 
     monkeypatch.setattr(ops, "composite", wrong)
+    monkeypatch.setattr(verification, "FAST_CASES", ())
     assert cli.main(["verify", "--device", "cpu"]) == cli.FAILED
     failures = [line for line in capsys.readouterr().out.splitlines() if "**FAIL**" in line]
     assert any("composite | activated: weights | float32" in line for line in failures)
@@ -79,11 +87,43 @@ def test_a_wrong_kernel_fails_and_is_named(
     assert any("**FAIL** at ray 17, sample 31" in line for line in failures)
 
 
+@pytest.mark.parametrize(
+    ("name", "operation", "wrong", "row"),
+    [
+        ("hash_encode", "hash_encode", lambda out: out * 1.0001, "gaussian: features"),
+        ("tiny_mlp", "tiny_mlp", lambda out: out._replace(density=out.density * 1.0001), "density"),
+        ("march", "march", lambda out: out._replace(ray_starts=out.ray_starts + 1), "ray_starts"),
+        ("fast_render", "fast_step", lambda out: (out[0] + 1e-5, *out[1:]), "rendering: rgb"),
+    ],
+)
+def test_a_wrong_kernel_of_the_fast_model_fails_and_is_named(
+    name: str,
+    operation: str,
+    wrong: Callable[[Any], Any],
+    row: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = getattr(ops, name)
+
+    def faulty(*arguments: Any) -> Any:
+        out = right(*arguments)
+        return out if current_backend() == "reference" else wrong(out)
+
+    monkeypatch.setattr(ops, name, faulty)
+    monkeypatch.setattr(verification, "_CASES", ())
+    chosen = [case for case in verification.FAST_CASES if case.operation == operation]
+    monkeypatch.setattr(verification, "FAST_CASES", tuple(chosen))
+    report = verification.verify(["cpu"])
+    assert any(r.quantity.endswith(row) and not r.passed for r in report.rows)
+    assert all(r.operation == operation for r in report.rows)
+
+
 def test_without_the_library_nothing_is_verified(
     report: verification.Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_native, "why_missing", lambda: "the native library has not been built")
     monkeypatch.setattr(verification, "_CASES", verification._CASES[-1:])
+    monkeypatch.setattr(verification, "FAST_CASES", ())
     missing = verification.verify(["cpu"])
     assert not missing.passed
     assert "Nothing was verified: the native library has not been built." in verification.markdown(missing)

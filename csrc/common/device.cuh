@@ -12,7 +12,8 @@
 //
 // - All shared memory comes from shared_memory<T>(byte_offset); there are no __shared__ variables.
 //
-// - Lanes talk through the functions below, never through intrinsics; no assembly outside this file.
+// - Lanes talk through the functions below, never through intrinsics; no assembly outside this file and
+//   tensor_core.cuh.
 //
 // - An address that two threads touch, one of them writing, needs a barrier between (warp_sync inside a warp,
 //   block_sync across warps) or atomics: warps run in lockstep neither here nor on the GPU.
@@ -27,6 +28,7 @@
 //   MIPNERF_LAUNCH(kernel, grid, block, shared_bytes, stream, args...)
 //                                        launches, checks, throws; an empty grid is no launch. A kernel with
 //                                        commas in its template arguments goes in parentheses
+//   resident_blocks(kernel, threads, shared_bytes)       as many blocks as run on the device at once
 //   Stream, dim3, grid_size(blocks)      cudaStream_t; grid_size turns a checked 64-bit count into a dim3
 //   ceil_div(a, b), is_aligned(p, bytes)
 //   Bfloat16, Half                       16-bit storage types, bit-compatible with torch's and CUDA's
@@ -152,16 +154,19 @@ inline void check_cuda(cudaError_t status, const char* name) {
         throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
 }
 
+inline void allow_shared_bytes(const char* name, const void* kernel, std::size_t shared_bytes) {
+    constexpr std::size_t kWithoutAsking = 48 * 1024;
+    if (shared_bytes > kWithoutAsking)
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)),
+                   name);
+}
+
 template <typename... P, typename... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes,
             Stream stream, const A&... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-    constexpr std::size_t kWithoutAsking = 48 * 1024;
-    if (shared_bytes > kWithoutAsking)
-        check_cuda(
-            cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-            name);
+    allow_shared_bytes(name, reinterpret_cast<const void*>(kernel), shared_bytes);
     kernel<<<grid, block, shared_bytes, stream>>>(static_cast<P>(args)...);
     check_cuda(cudaGetLastError(), name);
 }
@@ -169,6 +174,20 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, std::
 }  // namespace detail
 
 #define MIPNERF_LAUNCH(kernel, ...) ::mipnerf::detail::launch(#kernel, kernel, __VA_ARGS__)
+
+template <typename... P>
+int resident_blocks(void (*kernel)(P...), int threads, std::size_t shared_bytes) {
+    const char* name = "resident_blocks";
+    const void* function = reinterpret_cast<const void*>(kernel);
+    detail::allow_shared_bytes(name, function, shared_bytes);
+    int device = 0, multiprocessors = 0, blocks = 0;
+    detail::check_cuda(cudaGetDevice(&device), name);
+    detail::check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+                       name);
+    detail::check_cuda(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, shared_bytes), name);
+    return multiprocessors * blocks;
+}
 
 // ------------------------------------------------------------------------------------------------- indices
 // and barriers

@@ -132,4 +132,54 @@ struct InputGradients {
           directions(torch::stable::new_empty(like_t_vals, {geometry ? sizes.rays : 0, 3})) {}
 };
 
+// What an operator starts from on either path: its arguments checked, the inputs contiguous.
+struct CompositeCall {
+    CompositeSizes sizes;
+    CompositeOptions<double> options;
+    ContiguousInputs inputs;
+
+    CompositeCall(const Checker& check, const torch::stable::Tensor& rgb,
+                  const torch::stable::Tensor& density, const torch::stable::Tensor& t_vals,
+                  const torch::stable::Tensor& directions, bool white_background, int64_t density_activation,
+                  double density_bias, int64_t rgb_activation, double rgb_padding, bool allow_float64)
+        : sizes(check_composite(check, rgb, density, t_vals, directions, allow_float64)),
+          options(composite_options(check, white_background, density_activation, density_bias, rgb_activation,
+                                    rgb_padding)),
+          inputs(contiguous_inputs(rgb, density, t_vals, directions)) {}
+};
+
+// The gradients of the outputs, checked, and room for those of the inputs.
+struct CompositeBackwardCall {
+    OutputGradient rgb, distance, acc, weights;
+    InputGradients to;
+    bool geometry;
+
+    CompositeBackwardCall(const Checker& check, const CompositeCall& call,
+                          const std::optional<torch::stable::Tensor>& grad_rgb,
+                          const std::optional<torch::stable::Tensor>& grad_distance,
+                          const std::optional<torch::stable::Tensor>& grad_acc,
+                          const std::optional<torch::stable::Tensor>& grad_weights,
+                          const torch::stable::Tensor& like_density, bool geometry)
+        : rgb(check, "grad_rgb", grad_rgb, {call.sizes.rays, 3}, "[B, 3]", call.inputs.t_vals),
+          distance(check, "grad_distance", grad_distance, {call.sizes.rays}, "[B]", call.inputs.t_vals),
+          acc(check, "grad_acc", grad_acc, {call.sizes.rays}, "[B]", call.inputs.t_vals),
+          weights(check, "grad_weights", grad_weights, {call.sizes.rays, call.sizes.samples}, "[B, N]",
+                  call.inputs.t_vals),
+          to(call.inputs.rgb, like_density, call.inputs.t_vals, call.sizes, geometry),
+          geometry(geometry) {}
+
+    // CompositeGradients of the CPU, CompositeCotangents of CUDA: the same eight pointers.
+    template <typename Pointers, typename T, typename S>
+    Pointers pointers() const {
+        return {rgb.data<T>(),
+                distance.data<T>(),
+                acc.data<T>(),
+                weights.data<T>(),
+                mutable_data<S>(to.rgb),
+                mutable_data<S>(to.density),
+                geometry ? mutable_data<T>(to.t_vals) : nullptr,
+                geometry ? mutable_data<T>(to.directions) : nullptr};
+    }
+};
+
 }  // namespace mipnerf

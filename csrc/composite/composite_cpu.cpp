@@ -31,6 +31,8 @@ struct Forward {
         const CompositeRoom<T> room(in.samples);
         for (int64_t ray = begin; ray < end; ++ray) {
             prefetch_ray(in, ray + kPrefetchRays, end);
+            if (ray + kPrefetchRays < end)
+                prefetch_row<true>(out.weights + (ray + kPrefetchRays) * in.samples, in.samples);
             composite_forward_ray(in, out, room, ray);
         }
     }
@@ -45,6 +47,10 @@ struct Backward {
         const CompositeRoom<T> room(in.samples);
         for (int64_t ray = begin; ray < end; ++ray) {
             prefetch_ray(in, ray + kPrefetchRays, end);
+            if (ray + kPrefetchRays < end) {
+                prefetch_row<true>(grads.grad_rgb + (ray + kPrefetchRays) * 3 * in.samples, 3 * in.samples);
+                prefetch_row<true>(grads.grad_density + (ray + kPrefetchRays) * in.samples, in.samples);
+            }
             composite_backward_ray(in, grads, room, ray);
         }
     }
@@ -86,14 +92,9 @@ void with_dtypes(const Tensor& t_vals, const Tensor& rgb, const Run& run) {
 }
 
 template <typename T, typename S>
-CompositeInputs<T, S> inputs_of(const ContiguousInputs& inputs, int64_t samples,
-                                const CompositeOptions<double>& options) {
-    return {samples,
-            data<S>(inputs.rgb),
-            data<S>(inputs.density),
-            data<T>(inputs.t_vals),
-            data<T>(inputs.directions),
-            options.as<T>()};
+CompositeInputs<T, S> inputs_of(const CompositeCall& call) {
+    return {call.sizes.samples,          data<S>(call.inputs.rgb),        data<S>(call.inputs.density),
+            data<T>(call.inputs.t_vals), data<T>(call.inputs.directions), call.options.as<T>()};
 }
 
 template <typename T>
@@ -108,16 +109,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cpu(Tensor rgb, Ten
                                                                  double density_bias, int64_t rgb_activation,
                                                                  double rgb_padding) {
     const Checker check{"composite_forward"};
-    const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);
-    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
-                                                               density_bias, rgb_activation, rgb_padding);
-    const ContiguousInputs inputs = contiguous_inputs(rgb, density, t_vals, directions);
-    const CompositeTensors out(t_vals, sizes);
+    const CompositeCall call(check, rgb, density, t_vals, directions, white_background, density_activation,
+                             density_bias, rgb_activation, rgb_padding, /*allow_float64=*/true);
+    const CompositeTensors out(t_vals, call.sizes);
     with_dtypes(t_vals, rgb, [&](auto* geometry, auto* samples) {
         using T = std::remove_pointer_t<decltype(geometry)>;
         using S = std::remove_pointer_t<decltype(samples)>;
-        for_rays(sizes.rays, sizes.samples,
-                 Forward<T, S>{inputs_of<T, S>(inputs, sizes.samples, options), outputs_of<T>(out)});
+        for_rays(call.sizes.rays, call.sizes.samples,
+                 Forward<T, S>{inputs_of<T, S>(call), outputs_of<T>(out)});
     });
     return {out.rgb, out.distance, out.acc, out.weights};
 }
@@ -128,32 +127,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cpu(
     bool white_background, int64_t density_activation, double density_bias, int64_t rgb_activation,
     double rgb_padding, bool geometry) {
     const Checker check{"composite_backward"};
-    const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);
-    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
-                                                               density_bias, rgb_activation, rgb_padding);
-    const OutputGradient cotangent_rgb(check, "grad_rgb", grad_rgb, {sizes.rays, 3}, "[B, 3]", t_vals);
-    const OutputGradient cotangent_distance(check, "grad_distance", grad_distance, {sizes.rays}, "[B]",
-                                            t_vals);
-    const OutputGradient cotangent_acc(check, "grad_acc", grad_acc, {sizes.rays}, "[B]", t_vals);
-    const OutputGradient cotangent_weights(check, "grad_weights", grad_weights, {sizes.rays, sizes.samples},
-                                           "[B, N]", t_vals);
-    const ContiguousInputs inputs = contiguous_inputs(rgb, density, t_vals, directions);
-    const InputGradients to(rgb, density, t_vals, sizes, geometry);
+    const CompositeCall call(check, rgb, density, t_vals, directions, white_background, density_activation,
+                             density_bias, rgb_activation, rgb_padding, /*allow_float64=*/true);
+    const CompositeBackwardCall backward(check, call, grad_rgb, grad_distance, grad_acc, grad_weights,
+                                         density, geometry);
     with_dtypes(t_vals, rgb, [&](auto* geometry_type, auto* samples_type) {
         using T = std::remove_pointer_t<decltype(geometry_type)>;
         using S = std::remove_pointer_t<decltype(samples_type)>;
-        const CompositeGradients<T, S> grads{cotangent_rgb.data<T>(),
-                                             cotangent_distance.data<T>(),
-                                             cotangent_acc.data<T>(),
-                                             cotangent_weights.data<T>(),
-                                             mutable_data<S>(to.rgb),
-                                             mutable_data<S>(to.density),
-                                             geometry ? mutable_data<T>(to.t_vals) : nullptr,
-                                             geometry ? mutable_data<T>(to.directions) : nullptr};
-        for_rays(sizes.rays, sizes.samples,
-                 Backward<T, S>{inputs_of<T, S>(inputs, sizes.samples, options), grads});
+        for_rays(call.sizes.rays, call.sizes.samples,
+                 Backward<T, S>{inputs_of<T, S>(call), backward.pointers<CompositeGradients<T, S>, T, S>()});
     });
-    return {to.rgb, to.density, to.t_vals, to.directions};
+    return {backward.to.rgb, backward.to.density, backward.to.t_vals, backward.to.directions};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_resample_forward_cpu(
@@ -161,21 +145,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_resample_forward_cp
     int64_t density_activation, double density_bias, int64_t rgb_activation, double rgb_padding,
     int64_t num_samples, std::optional<Tensor> u, double padding) {
     const Checker check{"composite_resample_forward"};
-    const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, true);
+    const CompositeCall call(check, rgb, density, t_vals, directions, white_background, density_activation,
+                             density_bias, rgb_activation, rgb_padding, /*allow_float64=*/true);
     const ResampleSizes resample_sizes = check_positions(check, t_vals, num_samples, u);
-    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
-                                                               density_bias, rgb_activation, rgb_padding);
-    const ContiguousInputs inputs = contiguous_inputs(rgb, density, t_vals, directions);
     if (u.has_value()) u = torch::stable::contiguous(*u);
-    const CompositeTensors out(t_vals, sizes);
-    const Tensor new_t_vals = torch::stable::new_empty(t_vals, {sizes.rays, resample_sizes.num_fenceposts});
+    const CompositeTensors out(t_vals, call.sizes);
+    const Tensor new_t_vals =
+        torch::stable::new_empty(t_vals, {call.sizes.rays, resample_sizes.num_fenceposts});
     with_dtypes(t_vals, rgb, [&](auto* geometry, auto* samples) {
         using T = std::remove_pointer_t<decltype(geometry)>;
         using S = std::remove_pointer_t<decltype(samples)>;
-        const CompositeInputs<T, S> in = inputs_of<T, S>(inputs, sizes.samples, options);
-        const ResampleInputs<T> resample{sizes.samples, resample_sizes.num_fenceposts, in.t_vals,
+        const CompositeInputs<T, S> in = inputs_of<T, S>(call);
+        const ResampleInputs<T> resample{call.sizes.samples, resample_sizes.num_fenceposts, in.t_vals,
                                          u.has_value() ? data<T>(*u) : nullptr, padding};
-        for_rays(sizes.rays, sizes.samples + resample_sizes.num_fenceposts,
+        for_rays(call.sizes.rays, call.sizes.samples + resample_sizes.num_fenceposts,
                  ForwardAndResample<T, S>{in, outputs_of<T>(out), resample, mutable_data<T>(new_t_vals)});
     });
     return {out.rgb, out.distance, out.acc, out.weights, new_t_vals};

@@ -46,15 +46,14 @@ void with_dtype(const Tensor& rgb, const Run& run) {
 }
 
 template <typename S>
-CompositeArguments<S> arguments_of(const ContiguousInputs& inputs, const CompositeSizes& sizes,
-                                   const CompositeOptions<double>& options) {
-    return {sizes.rays,
-            static_cast<int>(sizes.samples),
-            data<S>(inputs.rgb),
-            data<S>(inputs.density),
-            data<float>(inputs.t_vals),
-            data<float>(inputs.directions),
-            options.as<float>()};
+CompositeArguments<S> arguments_of(const CompositeCall& call) {
+    return {call.sizes.rays,
+            static_cast<int>(call.sizes.samples),
+            data<S>(call.inputs.rgb),
+            data<S>(call.inputs.density),
+            data<float>(call.inputs.t_vals),
+            data<float>(call.inputs.directions),
+            call.options.as<float>()};
 }
 
 CompositeResults results_of(const CompositeTensors& out) {
@@ -68,17 +67,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cuda(Tensor rgb, Te
                                                                   double density_bias, int64_t rgb_activation,
                                                                   double rgb_padding) {
     const Checker check{"composite_forward"};
-    const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, false);
-    check_cuda_samples(check, sizes.samples);
-    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
-                                                               density_bias, rgb_activation, rgb_padding);
+    const CompositeCall call(check, rgb, density, t_vals, directions, white_background, density_activation,
+                             density_bias, rgb_activation, rgb_padding, /*allow_float64=*/false);
+    check_cuda_samples(check, call.sizes.samples);
     const torch::stable::accelerator::DeviceGuard guard(t_vals.get_device_index());
-    const ContiguousInputs inputs = contiguous_inputs(rgb, density, t_vals, directions);
-    const CompositeTensors out(t_vals, sizes);
+    const CompositeTensors out(t_vals, call.sizes);
     with_dtype(rgb, [&](auto* type) {
         using S = std::remove_pointer_t<decltype(type)>;
-        launch_composite_forward<S>(arguments_of<S>(inputs, sizes, options), results_of(out),
-                                    current_stream(t_vals));
+        launch_composite_forward<S>(arguments_of<S>(call), results_of(out), current_stream(t_vals));
     });
     return {out.rgb, out.distance, out.acc, out.weights};
 }
@@ -89,33 +85,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cuda(
     bool white_background, int64_t density_activation, double density_bias, int64_t rgb_activation,
     double rgb_padding, bool geometry) {
     const Checker check{"composite_backward"};
-    const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, false);
-    check_cuda_samples(check, sizes.samples);
-    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
-                                                               density_bias, rgb_activation, rgb_padding);
+    const CompositeCall call(check, rgb, density, t_vals, directions, white_background, density_activation,
+                             density_bias, rgb_activation, rgb_padding, /*allow_float64=*/false);
+    check_cuda_samples(check, call.sizes.samples);
     const torch::stable::accelerator::DeviceGuard guard(t_vals.get_device_index());
-    const OutputGradient cotangent_rgb(check, "grad_rgb", grad_rgb, {sizes.rays, 3}, "[B, 3]", t_vals);
-    const OutputGradient cotangent_distance(check, "grad_distance", grad_distance, {sizes.rays}, "[B]",
-                                            t_vals);
-    const OutputGradient cotangent_acc(check, "grad_acc", grad_acc, {sizes.rays}, "[B]", t_vals);
-    const OutputGradient cotangent_weights(check, "grad_weights", grad_weights, {sizes.rays, sizes.samples},
-                                           "[B, N]", t_vals);
-    const ContiguousInputs inputs = contiguous_inputs(rgb, density, t_vals, directions);
-    const InputGradients to(rgb, density, t_vals, sizes, geometry);
+    const CompositeBackwardCall backward(check, call, grad_rgb, grad_distance, grad_acc, grad_weights,
+                                         density, geometry);
     with_dtype(rgb, [&](auto* type) {
         using S = std::remove_pointer_t<decltype(type)>;
-        const CompositeCotangents<S> cotangents{cotangent_rgb.data<float>(),
-                                                cotangent_distance.data<float>(),
-                                                cotangent_acc.data<float>(),
-                                                cotangent_weights.data<float>(),
-                                                mutable_data<S>(to.rgb),
-                                                mutable_data<S>(to.density),
-                                                geometry ? mutable_data<float>(to.t_vals) : nullptr,
-                                                geometry ? mutable_data<float>(to.directions) : nullptr};
-        launch_composite_backward<S>(arguments_of<S>(inputs, sizes, options), cotangents,
+        launch_composite_backward<S>(arguments_of<S>(call),
+                                     backward.pointers<CompositeCotangents<S>, float, S>(),
                                      current_stream(t_vals));
     });
-    return {to.rgb, to.density, to.t_vals, to.directions};
+    return {backward.to.rgb, backward.to.density, backward.to.t_vals, backward.to.directions};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_resample_forward_cuda(
@@ -123,19 +105,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_resample_forward_cu
     int64_t density_activation, double density_bias, int64_t rgb_activation, double rgb_padding,
     int64_t num_samples, std::optional<Tensor> u, double padding) {
     const Checker check{"composite_resample_forward"};
-    const CompositeSizes sizes = check_composite(check, rgb, density, t_vals, directions, false);
+    const CompositeCall call(check, rgb, density, t_vals, directions, white_background, density_activation,
+                             density_bias, rgb_activation, rgb_padding, /*allow_float64=*/false);
     const ResampleSizes resample_sizes = check_positions(check, t_vals, num_samples, u);
-    check_cuda_samples(check, sizes.samples);
-    const CompositeOptions<double> options = composite_options(check, white_background, density_activation,
-                                                               density_bias, rgb_activation, rgb_padding);
+    check_cuda_samples(check, call.sizes.samples);
     const torch::stable::accelerator::DeviceGuard guard(t_vals.get_device_index());
-    const ContiguousInputs inputs = contiguous_inputs(rgb, density, t_vals, directions);
     if (u.has_value()) u = torch::stable::contiguous(*u);
-    const CompositeTensors out(t_vals, sizes);
-    const Tensor new_t_vals = torch::stable::new_empty(t_vals, {sizes.rays, resample_sizes.num_fenceposts});
+    const CompositeTensors out(t_vals, call.sizes);
+    const Tensor new_t_vals =
+        torch::stable::new_empty(t_vals, {call.sizes.rays, resample_sizes.num_fenceposts});
     with_dtype(rgb, [&](auto* type) {
         using S = std::remove_pointer_t<decltype(type)>;
-        launch_composite_resample<S>(arguments_of<S>(inputs, sizes, options), results_of(out),
+        launch_composite_resample<S>(arguments_of<S>(call), results_of(out),
                                      static_cast<int>(resample_sizes.num_fenceposts),
                                      static_cast<float>(padding), u.has_value() ? data<float>(*u) : nullptr,
                                      mutable_data<float>(new_t_vals), current_stream(t_vals));

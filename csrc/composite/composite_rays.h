@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -87,11 +88,11 @@ struct CompositeGradients {
 // hardly gets going before it ends.
 constexpr int64_t kPrefetchRays = 4;
 
-template <typename S>
+template <bool kToWrite = false, typename S>
 MIPNERF_INLINE void prefetch_row(const S* row, int64_t count) {
     const char* const begin = reinterpret_cast<const char*>(row);
     const int64_t bytes = count * static_cast<int64_t>(sizeof(S));
-    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(begin + offset);
+    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(begin + offset, kToWrite);
 }
 
 template <typename T, typename S>
@@ -196,12 +197,19 @@ MIPNERF_INLINE void sums_after(const T* value, int64_t samples, T* after) {
     }
 }
 
-// The sum of sixteen numbers, which it uses up.
+// The sum of sixteen numbers, by halves: in vectors, because the compiler adds them one by one.
 template <typename T>
-MIPNERF_INLINE T halving_sum(T (&lanes)[16]) {
-    for (int i = 0; i < 8; ++i) lanes[i] += lanes[i + 8];
-    for (int i = 0; i < 4; ++i) lanes[i] += lanes[i + 4];
-    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+MIPNERF_INLINE T halving_sum(const T (&lanes)[16]) {
+    typedef T Eight __attribute__((vector_size(8 * sizeof(T))));
+    typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+    Eight low, high;
+    std::memcpy(&low, lanes, sizeof(low));
+    std::memcpy(&high, lanes + 8, sizeof(high));
+    const Eight eight = low + high;
+    Four four[2];
+    std::memcpy(four, &eight, sizeof(eight));
+    const Four sums = four[0] + four[1];
+    return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
 // ---- forward ------------------------------------------------------------------------------------

@@ -85,8 +85,7 @@ class CheckedModel {
         model_.encode = {attenuation_coded(check, given.attenuation), static_cast<float>(given.cutoff),
                          given.scale_input, static_cast<float>(given.scale_low),
                          static_cast<float>(given.scale_high)};
-        model_.march = {static_cast<float>(given.box_half), static_cast<float>(given.step_scale),
-                        static_cast<float>(given.min_step), static_cast<float>(given.max_step),
+        model_.march = {given.box_half, given.step_scale, given.min_step, given.max_step,
                         static_cast<int32_t>(resolution)};
         model_.table = tensor_data<float>(tables_);
         model_.masks = reinterpret_cast<const uint32_t*>(tensor_data<int32_t>(masks_));

@@ -101,8 +101,7 @@ Packed march_cpu(Tensor origins, Tensor directions, Tensor radii, Tensor near, T
     check.that(box_half > 0, "box_half", "positive", box_half);
     check.that(min_step > 0 && max_step >= min_step, "min_step", "positive and at most max_step", min_step);
     const Tensor words = torch::stable::contiguous(masks);
-    const MarchOptions options{static_cast<float>(box_half), static_cast<float>(step_scale),
-                               static_cast<float>(min_step), static_cast<float>(max_step),
+    const MarchOptions options{box_half, step_scale, min_step, max_step,
                                static_cast<int32_t>(occupancy_resolution)};
     const auto run = [&](auto zero) {
         using T = decltype(zero);

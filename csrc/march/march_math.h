@@ -15,10 +15,11 @@
 
 namespace mipnerf {
 
+// Doubles, rounded to T where they are used: a float64 march steps by 0.01, not by the float nearest to it.
 struct MarchOptions {
-    float half;        // of the box's side, world units
-    float step_scale;  // c
-    float min_step, max_step;
+    double half;        // of the box's side, world units
+    double step_scale;  // c
+    double min_step, max_step;
     int32_t resolution;  // of the occupancy grid
 };
 

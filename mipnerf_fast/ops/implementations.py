@@ -10,9 +10,18 @@ from torch import Tensor
 from .. import _native
 from ..backend import current_backend
 
-# Of the exact model, which `backend_in_use` sums up; and of the fast one.
+# Of the exact model and of the fast one; `backend_in_use` sums up either.
 OPERATIONS = ("frustum_ipe", "composite", "resample", "mlp")
-FAST_OPERATIONS = ("hash_encode", "march", "tiny_mlp", "packed_composite", "fast_step")
+FAST_OPERATIONS = (
+    "draw_rays",
+    "march",
+    "hash_encode",
+    "tiny_mlp",
+    "packed_composite",
+    "fast_step",
+    "occupancy",
+    "sparse_adam",
+)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,7 +35,10 @@ _KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "march": {"cpu": (torch.float32, torch.float64)},
     "tiny_mlp": {"cpu": (torch.float32, torch.float64)},
     "packed_composite": {"cpu": (torch.float32, torch.float64)},
+    "draw_rays": {"cpu": (torch.float32,)},
     "fast_step": {"cpu": (torch.float32,)},
+    "occupancy": {"cpu": (torch.float32,)},
+    "sparse_adam": {"cpu": (torch.float32,)},
 }
 
 # Decided when the package is imported: torch.compile can read module globals but not look for a library.

@@ -22,7 +22,7 @@ from .hash_encode import (
     scale_inputs,
 )
 from .ipe import integrated_pos_enc, pos_enc
-from .march import PackedSamples, march, mask_for_width, sample_gaussians
+from .march import PackedSamples, box_interval, march, mask_for_width, sample_gaussians
 from .mlp import mip_mlp, mip_mlp_shapes
 from .occupancy import (
     occupancy_layout,
@@ -48,6 +48,7 @@ __all__ = [
     "activate_rgb",
     "attenuation",
     "blur_weights",
+    "box_interval",
     "colour_network",
     "composite",
     "density_inputs",

@@ -45,10 +45,10 @@ static void run(const emulation::Program& program) {
 
 int main(int argc, char** argv) {
     const emulation::Program program(argc, argv);
-    // Half differs from Bfloat16 in nothing but the conversion, which the self test has; it would cost half a
-    // minute of compiling.
     if (program.type("rgb") == "<f4")
         run<float>(program);
+    else if (program.type("rgb") == "<f2")
+        run<Half>(program);
     else
         run<Bfloat16>(program);
 }

@@ -18,6 +18,7 @@
 
 #include "common/device.cuh"
 #include "races.h"
+#include "tensor_core.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -130,7 +131,7 @@ void prepare_fiber(Fiber& fiber, void (*entry)()) {
 // ------------------------------------------------------------------------------------------------------ one
 // block's state
 
-enum class State : std::uint8_t { ready, at_block_barrier, at_warp_operation, gone };
+enum class State : std::uint8_t { ready, at_block_barrier, at_warp_operation, at_collective, gone };
 
 struct Thread {
     Fiber fiber;
@@ -140,6 +141,8 @@ struct Thread {
     unsigned mask = 0;
     Site site{};
     Exchange exchange{};
+    const char* collective = nullptr;  // the name of the whole warp's operation that it waits in
+    void* handed_over = nullptr;
 };
 
 struct Random {
@@ -166,6 +169,7 @@ struct Machine {
     int waiting = 0;  // at the block barrier
     int current = -1;
     unsigned ready[32] = {};  // a bit for each lane of each warp
+    int arrived[32] = {};     // lanes of each warp at the whole warp's operation
     Policy policy = Policy::any;
     Random random;
     const char* kernel = nullptr;
@@ -197,6 +201,8 @@ std::string describe(const Thread& t) {
     char text[256];
     if (t.state == State::at_block_barrier)
         snprintf(text, sizeof text, "at block_sync, %s:%d", base_name(t.site.file), t.site.line);
+    else if (t.state == State::at_collective)
+        snprintf(text, sizeof text, "in %s, %s:%d", t.collective, base_name(t.site.file), t.site.line);
     else if (t.state == State::at_warp_operation)
         snprintf(text, sizeof text, "in %s with mask %08x, %s:%d", name_of(t.operation), t.mask,
                  base_name(t.site.file), t.site.line);
@@ -363,6 +369,8 @@ void thread_entry() {
     for (;;) {  // a fiber lives on and serves the same thread of the following blocks
         const int rank = machine.current;
         machine.body(machine.context);
+        if (has_copies_in_flight()) fail("the thread ends without waiting for its asynchronous copies");
+        forget_copies();
         thread(rank).state = State::gone;
         --machine.live;
         release_block_barrier_if_complete();
@@ -378,6 +386,7 @@ void run_block(dim3 block_index, std::size_t shared_bytes) {
     machine.policy = static_cast<Policy>(machine.random.below(static_cast<int>(Policy::count)));
     machine.live = machine.count;
     machine.waiting = 0;
+    for (int& lanes : machine.arrived) lanes = 0;
     for (int rank = 0; rank < machine.count; ++rank) {
         const dim3 size = indices.block_size;
         const auto r = static_cast<unsigned>(rank);
@@ -482,6 +491,32 @@ void warp_rendezvous(WarpOperation operation, unsigned mask, Site site) {
     run_next();
 }
 
+void warp_collective(const char* name, void (*perform)(void* const lanes[32]), void* mine, Site site) {
+    const int warp = machine.current / 32, first = warp * 32;
+    Thread& t = thread(machine.current);
+    t.collective = name;
+    t.handed_over = mine;
+    t.site = site;
+    if (first + 32 > machine.count) fail("%s needs 32 lanes, the block ends before", name);
+    for (int rank = first; machine.arrived[warp] > 0; ++rank) {  // compare with any one that is here already
+        const Thread& other = thread(rank);
+        if (other.state != State::at_collective) continue;
+        if (other.collective != name || other.site.line != site.line || other.site.file != site.file)
+            fail("divergence: lane %d calls %s at %s:%d while lane %d is %s", machine.current - first, name,
+                 base_name(site.file), site.line, rank - first, describe(other).c_str());
+        break;
+    }
+    t.state = State::at_collective;
+    if (++machine.arrived[warp] == 32) {
+        void* lanes[32];
+        for (int i = 0; i < 32; ++i) lanes[i] = thread(first + i).handed_over;
+        perform(lanes);
+        for (int i = 0; i < 32; ++i) make_ready(first + i);
+        machine.arrived[warp] = 0;
+    }
+    run_next();
+}
+
 void run_grid(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(const void*),
               const void* context) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
@@ -533,6 +568,9 @@ void make_read_only(const void* address) {
 
 int current_thread() {
     return machine.current;
+}
+int random_below(int n) {
+    return machine.random.below(n);
 }
 
 }  // namespace mipnerf::emulation

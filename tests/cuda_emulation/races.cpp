@@ -48,6 +48,7 @@ struct Cell {
         epoch;  // serial numbers; what belongs to an older one is forgotten at the next access
     Kinds by_other_blocks, by_this_block;
     std::uint16_t count, capacity;  // accesses of this epoch, the first one in place
+    bool copying;                   // an asynchronous copy may write it at any time
     Access first;
     Access* more;
 };
@@ -136,6 +137,7 @@ void append(Cell& cell, const Access& access) {
 }
 
 void bring_up_to_date(Cell& cell) {
+    if (cell.block != block) cell.copying = false;
     if (cell.launch != launch) {
         cell.by_other_blocks = cell.by_this_block = 0;
     } else if (cell.block != block) {
@@ -156,6 +158,9 @@ void check_byte(const unsigned char* address, Kind kind, std::uint32_t place) {
     const bool shared = is_shared(address);
     const Kinds others = shared ? 0 : cell.by_other_blocks;
 
+    if (cell.copying)
+        fail("%s %s, which an asynchronous copy may still be writing\n  place: 0x%x", verb(kind),
+             describe(address).c_str(), place);
     if (shared && kind == Kind::read_only_load)
         fail("load_pack reads global memory, not %s (load_pack_shared does)\n  place: 0x%x",
              describe(address).c_str(), place);
@@ -196,11 +201,13 @@ void check_byte(const unsigned char* address, Kind kind, std::uint32_t place) {
         append(cell, Access{clock, place, static_cast<std::uint16_t>(thread), kind});
 }
 
-inline void check(const void* pointer, std::size_t bytes, Kind kind, const void* place) {
+inline void check_at(const void* pointer, std::size_t bytes, Kind kind, std::uint32_t place) {
     const auto* address = static_cast<const unsigned char*>(pointer);
     if (!running || address < arena || address >= arena + arena_used) return;
-    const auto where = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(place));
-    for (std::size_t i = 0; i < bytes; ++i) check_byte(address + i, kind, where);
+    for (std::size_t i = 0; i < bytes; ++i) check_byte(address + i, kind, place);
+}
+inline void check(const void* pointer, std::size_t bytes, Kind kind, const void* place) {
+    check_at(pointer, bytes, kind, static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(place)));
 }
 
 }  // namespace
@@ -266,6 +273,22 @@ void warp_barrier(int warp, unsigned lanes) {
             clocks[warp * 32 + lane] = joined;
             ++clocks[warp * 32 + lane].lane[lane];
         }
+}
+
+void begin_copy(const void* to, std::size_t bytes, std::uint32_t place) {
+    check_at(to, bytes, Kind::write, place);
+    for (std::size_t i = 0; i < bytes; ++i)
+        cells[static_cast<const unsigned char*>(to) + i - arena].copying = true;
+}
+
+void begin_copy_from(const void* from, std::size_t bytes, std::uint32_t place) {
+    check_at(from, bytes, Kind::read, place);
+}
+
+void finish_copy(const void* to, std::size_t bytes, std::uint32_t place) {
+    for (std::size_t i = 0; i < bytes; ++i)
+        cells[static_cast<const unsigned char*>(to) + i - arena].copying = false;
+    check_at(to, bytes, Kind::write, place);
 }
 
 }  // namespace races

@@ -1,0 +1,93 @@
+// Tensor-core products of a warp, and copies to shared memory that go on beside the program: compute
+// capability 8.0 and higher. Beside device.cuh the only file with assembly; the emulation has the same
+// functions in tests/cuda_emulation/tensor_core.h.
+//
+// clang-format off
+//
+//   mma_m16n8k16<T>(d, a, b0, b1)        d += a b for T = Bfloat16 or Half, sums in float. Of lane i, with g = i / 4
+//                                        and q = i % 4 (PTX ISA, "Matrix fragments for mma.m16n8k16"):
+//                                          a[0]: row g,   columns 2q, 2q+1      a[2]: row g,   columns 2q+8, 2q+9
+//                                          a[1]: row g+8, columns 2q, 2q+1      a[3]: row g+8, columns 2q+8, 2q+9
+//                                          b0: rows 2q, 2q+1, column g          b1: rows 2q+8, 2q+9, column g
+//                                          d[0], d[1]: row g, columns 2q, 2q+1  d[2], d[3]: row g+8, the same
+//   ldmatrix_x4(r, row)                  four 8 x 8 matrices of 16-bit numbers from shared memory: lane i gives
+//                                        the address of row i % 8 of matrix i / 8 (16 bytes, aligned) and gets in
+//                                        r[j] of matrix j row g, columns 2q and 2q+1
+//   ldmatrix_x4_transposed(r, row)       the same of the transposed matrices: rows 2q and 2q+1, column g
+//   async_copy16(shared, global, valid)  16 bytes to shared memory, zeros where not valid; lands some time before
+//                                        the async_wait that waits for its group returns, and is then seen by the
+//                                        thread that waited; by the others after a barrier
+//   async_commit()                       the copies since the last commit are a group, which may be empty
+//   async_wait<N>()                      until all but the N latest groups of this thread have landed
+//
+// clang-format on
+//
+// mma and ldmatrix are executed by all 32 lanes of a warp together.
+#pragma once
+
+#include "device.cuh"
+
+#if defined(__CUDACC__)
+
+namespace mipnerf {
+namespace detail {
+
+MIPNERF_DEVICE unsigned shared_address(const void* pointer) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+MIPNERF_DEVICE void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Bfloat16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+MIPNERF_DEVICE void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Half) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+}  // namespace detail
+
+template <typename T>
+MIPNERF_DEVICE void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    detail::mma_m16n8k16(d, a, b0, b1, T{});
+}
+
+MIPNERF_DEVICE void ldmatrix_x4(unsigned (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(detail::shared_address(row))
+                 : "memory");
+}
+MIPNERF_DEVICE void ldmatrix_x4_transposed(unsigned (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(detail::shared_address(row))
+                 : "memory");
+}
+
+MIPNERF_DEVICE void async_copy16(void* shared, const void* global, bool valid = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(detail::shared_address(shared)),
+                 "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+MIPNERF_DEVICE void async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int N>
+MIPNERF_DEVICE void async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+}  // namespace mipnerf
+
+#else
+
+#include "tensor_core.h"
+
+#endif
