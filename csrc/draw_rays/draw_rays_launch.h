@@ -14,17 +14,17 @@ struct DrawRaysArguments {
     bool random_background;
     float background;
     int channels, groups;
-    const std::uint8_t* pixels;         // [P, channels]
-    const std::int64_t* offsets;        // [n + 1]
-    const std::int64_t* heights;        // [n]
-    const std::int64_t* widths;         // [n]
-    const float* c2w;                   // [n, 3, 4]
-    const float* focals;                // [n]
-    const float* nears;                 // [n]
-    const float* fars;                  // [n]
-    const std::int64_t* order;          // [n]
-    const std::int64_t* group_ends;     // [groups]
-    const float* group_shares;          // [groups]
+    const std::uint8_t* pixels;      // [P, channels]
+    const std::int64_t* offsets;     // [n + 1]
+    const std::int64_t* heights;     // [n]
+    const std::int64_t* widths;      // [n]
+    const float* c2w;                // [n, 3, 4]
+    const float* focals;             // [n]
+    const float* nears;              // [n]
+    const float* fars;               // [n]
+    const std::int64_t* order;       // [n]
+    const std::int64_t* group_ends;  // [groups]
+    const float* group_shares;       // [groups]
 };
 
 struct DrawnRays {

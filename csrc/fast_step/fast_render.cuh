@@ -33,9 +33,10 @@ MIPNERF_DEVICE void write_ray(const MarchArguments& in, const RenderArrays& out,
     ray.is_done = true;
 }
 
-// Thread i of a block follows one ray at a time and takes the next of all when it is done. In a round every thread
-// that has a ray brings one sample, and the block evaluates the 64 of them; so neither rays that end early nor empty
-// space leave threads without work until the rays run out. A ray's result does not depend on who follows it.
+// Thread i of a block follows one ray at a time and takes the next of all when it is done. In a round every
+// thread that has a ray brings one sample, and the block evaluates the 64 of them; so neither rays that end
+// early nor empty space leave threads without work until the rays run out. A ray's result does not depend on
+// who follows it.
 template <typename S, int F>
 __global__ void __launch_bounds__(kTileThreads, 6)
     fast_render_kernel(const __grid_constant__ DeviceModel<S> model, MarchArguments in, RenderArrays out) {

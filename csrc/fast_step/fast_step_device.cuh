@@ -15,8 +15,8 @@ MIPNERF_HOST_DEVICE int encoding_rows(const FastSizes& sizes) {
 // The scale's inputs, and zeros up to the padded depth, into the thread's column.
 template <typename S>
 MIPNERF_DEVICE_LARGE void store_scale_inputs(const DeviceModel<S>& model, float scale, float* column) {
-    const ScaleInputs<float> extra = scale_inputs(scale, model.encode.scale_input, model.encode.scale_low,
-                                                  model.encode.scale_high);
+    const ScaleInputs<float> extra =
+        scale_inputs(scale, model.encode.scale_input, model.encode.scale_low, model.encode.scale_high);
     column += model.networks.sizes.encoded * kRowStride;
     column[0] = extra.one;
     column[kRowStride] = extra.q;
@@ -25,11 +25,11 @@ MIPNERF_DEVICE_LARGE void store_scale_inputs(const DeviceModel<S>& model, float 
     for (int row = 3; row < rows; ++row) column[row * kRowStride] = 0.0f;
 }
 
-// One thread's sample into its column of the rows; keep(level, pack) is handed the features as they are kept. They
-// are used as rounded, so that a backward pass that reads them back sees the same hidden layer.
+// One thread's sample into its column of the rows; keep(level, pack) is handed the features as they are kept.
+// They are used as rounded, so that a backward pass that reads them back sees the same hidden layer.
 template <int F, typename S, typename Keep>
-MIPNERF_DEVICE_LARGE void encode_column(const DeviceModel<S>& model, const Pack<float, 4>& sample, float* column,
-                                  const Keep& keep) {
+MIPNERF_DEVICE_LARGE void encode_column(const DeviceModel<S>& model, const Pack<float, 4>& sample,
+                                        float* column, const Keep& keep) {
     for (int l = 0; l < model.grid.levels; ++l) {
         const HashLevel& level = model.grid.level[l];
         const float kept = attenuation(model.encode.attenuation, sample.value[3],

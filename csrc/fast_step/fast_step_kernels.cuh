@@ -1,12 +1,12 @@
-// The CUDA kernels of the fast model's training step. The six stages of the design, each ending where all rays or
-// all samples must be done:
+// The CUDA kernels of the fast model's training step. The six stages of the design, each ending where all
+// rays or all samples must be done:
 //
 //   1  march_count, ray_starts (march_kernels.cuh), step_samples   rays to samples, in the order of the rays
 //   2  step_density                                                 encoding and density network
 //   3  step_scan, step_list                                         transmittance; which samples count
 //   4  step_colour, step_loss, step_colour_backward                 colours, pixels, loss, gradients of both
-//   5  step_density_backward, sum_parts (tiny_mlp_kernels.cuh), step_scatter             gradients of the networks and of the tables
-//   6  step_finish; sparse_adam (sparse_adam_kernels.cuh)
+//   5  step_density_backward, sum_parts (tiny_mlp_kernels.cuh), step_scatter             gradients of the
+//   networks and of the tables 6  step_finish; sparse_adam (sparse_adam_kernels.cuh)
 //
 // No size depends on the host: launches are as large as there is room for, and what there is is read from
 // StepCounters. Every sum but those in the tables (step_scatter) is taken in a fixed order.
@@ -35,17 +35,17 @@ __global__ void __launch_bounds__(kRayThreads) step_samples_kernel(MarchArgument
     }
 }
 
-// Block b owns samples 64 b to 64 b + 63: thread i encodes one of them into its column of the rows in shared memory;
-// the layers are the block's (tiny_mlp_device.cuh). Writes encoding, geometry and tau.
+// Block b owns samples 64 b to 64 b + 63: thread i encodes one of them into its column of the rows in shared
+// memory; the layers are the block's (tiny_mlp_device.cuh). Writes encoding, geometry and tau.
 template <typename S, int F>
-__global__ void __launch_bounds__(kTileThreads, 8) step_density_kernel(const __grid_constant__ DeviceModel<S> model, StepScratch s) {
+__global__ void __launch_bounds__(kTileThreads, 8)
+    step_density_kernel(const __grid_constant__ DeviceModel<S> model, StepScratch s) {
     const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileSamples;
     const std::int64_t count = s.counters->samples;
     if (first >= count) return;
     float* const rows = shared_memory<float>();
     const std::int64_t own = first + threadIdx.x;
-    const Pack<float, 4> sample =
-        own < count ? load_pack<4>(s.positions + 4 * own) : padding_sample();
+    const Pack<float, 4> sample = own < count ? load_pack<4>(s.positions + 4 * own) : padding_sample();
     S* const kept = static_cast<S*>(s.encoding) + F * own;
     encode_column<F>(model, sample, rows + threadIdx.x,
                      [&](int l, const Pack<S, F>& pack) { store_pack(kept + l * F * s.capacity, pack); });
@@ -58,8 +58,7 @@ __global__ void __launch_bounds__(kTileThreads, 8) step_density_kernel(const __g
     if (tile_x() != 0) return;
 #pragma unroll
     for (int j = 0; j < 8; ++j)
-        if (column + j < count)
-            s.tau[column + j] = fast_density(sums.of[0].value[j]) * s.lengths[column + j];
+        if (column + j < count) s.tau[column + j] = fast_density(sums.of[0].value[j]) * s.lengths[column + j];
 }
 
 // Thread i of block b counts those samples of its ray in front of which transmittance is left.
@@ -91,7 +90,8 @@ __global__ void __launch_bounds__(kRayThreads) step_list_kernel(StepScratch s) {
                    Pack<std::int32_t, 2>{{first + k, static_cast<std::int32_t>(r)}});
 }
 
-// A counted sample's 32 inputs of the colour network into the thread's column; zeros for the padding of a tile.
+// A counted sample's 32 inputs of the colour network into the thread's column; zeros for the padding of a
+// tile.
 MIPNERF_DEVICE void load_colour_inputs(const StepScratch& s, const float* directions, std::int64_t own,
                                        std::int64_t count, float* column) {
     if (own < count) {
@@ -120,9 +120,9 @@ __global__ void __launch_bounds__(kTileThreads, 8)
     if (tile_x() < 3) store_eight(s.raw + tile_x() * s.capacity + first + 8 * tile_y(), sums.of[0]);
 }
 
-// Thread i of block b composites its ray's counted samples, compares with the target and writes the gradients of the
-// raw colours and densities where the colours stood. Two sweeps from the front: what lies behind a sample is the
-// ray's colour less what came so far.
+// Thread i of block b composites its ray's counted samples, compares with the target and writes the gradients
+// of the raw colours and densities where the colours stood. Two sweeps from the front: what lies behind a
+// sample is the ray's colour less what came so far.
 __global__ void __launch_bounds__(kRayThreads) step_loss_kernel(StepTargets targets, StepScratch s) {
     const std::int64_t r = ray_of_thread();
     const std::int32_t rays = s.counters->rays;
@@ -164,8 +164,7 @@ __global__ void __launch_bounds__(kRayThreads) step_loss_kernel(StepTargets targ
             }
             const float by_depth = depth_gradient(grad_rgb, colour, total, so_far, transmittance);
             // d depth / d raw = depth: the activation is an exponential
-            raw[3 * s.capacity + i] =
-                fast_density_is_free(s.geometry[sample + i]) ? by_depth * tau : 0.0f;
+            raw[3 * s.capacity + i] = fast_density_is_free(s.geometry[sample + i]) ? by_depth * tau : 0.0f;
         }
         if (!is_finite_number(loss)) atomic_add(&s.counters->not_finite, 1);
     }
@@ -178,12 +177,13 @@ __global__ void __launch_bounds__(kRayThreads) step_loss_kernel(StepTargets targ
     }
 }
 
-// Block b goes over tiles b, b + parts, ... of counted samples: evaluates the colour network again, writes the
-// gradients of its geometry inputs and sums those of its weights into part b. Shared memory: 32 rows of inputs, 8 of
-// the outputs' gradients, 64 per hidden layer, whose gradients take the place of its values.
+// Block b goes over tiles b, b + parts, ... of counted samples: evaluates the colour network again, writes
+// the gradients of its geometry inputs and sums those of its weights into part b. Shared memory: 32 rows of
+// inputs, 8 of the outputs' gradients, 64 per hidden layer, whose gradients take the place of its values.
 template <typename S>
 __global__ void __launch_bounds__(kTileThreads)
-    step_colour_backward_kernel(const __grid_constant__ DeviceModel<S> model, const float* directions, StepScratch s) {
+    step_colour_backward_kernel(const __grid_constant__ DeviceModel<S> model, const float* directions,
+                                StepScratch s) {
     const std::int64_t count = s.counters->counted;
     const FastSizes& sizes = model.networks.sizes;
     float* const inputs = shared_memory<float>();
@@ -223,7 +223,8 @@ __global__ void __launch_bounds__(kTileThreads)
 // As step_colour_backward_kernel for the density network, from the kept encoding; writes the gradients of the
 // encoding. Shared memory: 16 rows of the outputs' gradients, 64 of the hidden layer, the encoding.
 template <typename S, int F>
-__global__ void __launch_bounds__(kTileThreads) step_density_backward_kernel(const __grid_constant__ DeviceModel<S> model, StepScratch s) {
+__global__ void __launch_bounds__(kTileThreads)
+    step_density_backward_kernel(const __grid_constant__ DeviceModel<S> model, StepScratch s) {
     const std::int64_t count = s.counters->counted;
     const FastSizes& sizes = model.networks.sizes;
     float* const outputs = shared_memory<float>();
@@ -244,7 +245,8 @@ __global__ void __launch_bounds__(kTileThreads) step_density_backward_kernel(con
 #pragma unroll
             for (int f = 0; f < F; ++f) column[(l * F + f) * kRowStride] = features.value[f];
         }
-        store_scale_inputs(model, is_one ? load_pack<1>(s.positions + 4 * sample + 3).value[0] : 1.0f, column);
+        store_scale_inputs(model, is_one ? load_pack<1>(s.positions + 4 * sample + 3).value[0] : 1.0f,
+                           column);
 #pragma unroll
         for (int g = 0; g < kGeometryFeatures; ++g)
             outputs[g * kRowStride + threadIdx.x] = is_one ? s.grad_geometry[g * s.capacity + own] : 0.0f;
@@ -266,8 +268,8 @@ __global__ void __launch_bounds__(kTileThreads) step_density_backward_kernel(con
 
 constexpr int kScatterThreads = 128;
 
-// Thread i of block (b, l) adds the gradient of level l of counted sample b * kScatterThreads + i to its eight entries:
-// sums of floats in no particular order.
+// Thread i of block (b, l) adds the gradient of level l of counted sample b * kScatterThreads + i to its
+// eight entries: sums of floats in no particular order.
 template <typename S, int F>
 __global__ void __launch_bounds__(kScatterThreads)
     step_scatter_kernel(const __grid_constant__ DeviceModel<S> model, StepScratch s, float* grad_tables) {
@@ -279,10 +281,9 @@ __global__ void __launch_bounds__(kScatterThreads)
     const float kept = attenuation(model.encode.attenuation, sample.value[3],
                                    static_cast<float>(level.resolution), model.encode.cutoff);
     if (kept == 0.0f) return;
-    scatter_level<F>(level, kept,
-                     cell_of(sample.value[0], sample.value[1], sample.value[2], level.resolution),
-                     pack_to_float(load_pack<F>(s.grad_encoding + F * (blockIdx.y * s.capacity + own))),
-                     grad_tables);
+    scatter_level<F>(
+        level, kept, cell_of(sample.value[0], sample.value[1], sample.value[2], level.resolution),
+        pack_to_float(load_pack<F>(s.grad_encoding + F * (blockIdx.y * s.capacity + own))), grad_tables);
 }
 
 MIPNERF_DEVICE float* gradient_of_weight(const FastSizes& sizes, const FastWeights<float>& grads,
@@ -376,7 +377,8 @@ void launch_train_step(const DeviceModel<S>& model, const MarchArguments& rays, 
                    rays.directions, s);
     MIPNERF_LAUNCH((step_density_backward_kernel<S, F>), parts, tile_block,
                    tile_bytes(kGeometryFeatures + kTileWidth + inputs), stream, model, s);
-    launch_sum_parts(sizes.weights(), s.parts, s.weight_parts, s.weight_sums, &s.counters->not_finite, stream);
+    launch_sum_parts(sizes.weights(), s.parts, s.weight_parts, s.weight_sums, &s.counters->not_finite,
+                     stream);
     dim3 of_levels = grid_size(ceil_div(s.capacity, std::int64_t{kScatterThreads}));
     of_levels.y = static_cast<unsigned>(model.grid.levels);
     MIPNERF_LAUNCH((step_scatter_kernel<S, F>), of_levels, dim3(kScatterThreads), 0, stream, model, s,

@@ -1,6 +1,6 @@
-// What the CUDA launches of the fast model's training step and of its rendering take. fast_step_kernels.cuh and
-// fast_render.cuh define them, fast_step_launch.cu instantiates them for tables of float and Half and for 2 and 4
-// features.
+// What the CUDA launches of the fast model's training step and of its rendering take. fast_step_kernels.cuh
+// and fast_render.cuh define them, fast_step_launch.cu instantiates them for tables of float and Half and for
+// 2 and 4 features.
 #pragma once
 
 #include <algorithm>
@@ -37,9 +37,10 @@ struct StepCounters {
     std::int32_t not_finite;
 };
 
-// Everything that a step keeps between its kernels, in one piece of memory. A sample is one found by marching, a
-// counted sample one that reaches the picture; both stand in the order of the rays. Arrays with several numbers per
-// sample hold one feature after the other, but for the F features of a level, which stay together.
+// Everything that a step keeps between its kernels, in one piece of memory. A sample is one found by
+// marching, a counted sample one that reaches the picture; both stand in the order of the rays. Arrays with
+// several numbers per sample hold one feature after the other, but for the F features of a level, which stay
+// together.
 struct StepScratch {
     std::int64_t rays, capacity;  // capacity: samples there is room for, a multiple of 64
     int parts;                    // over which weight gradients are summed: blocks of the backward kernels
@@ -55,13 +56,13 @@ struct StepScratch {
     void* encoding;                // [L, C, F] of S
     float* geometry;               // [16, C]
     std::int32_t* list;            // [C, 2]: sample and ray of a counted sample
-    float* raw;                    // [4, C] by counted sample: colours before their activation; then gradients,
-                                   // of the raw density in the fourth row
-    float* grad_geometry;          // [16, C] by counted sample
-    float* grad_encoding;          // [L, C, F] by counted sample
-    float* weight_parts;           // [parts, weights]
-    float* weight_sums;            // [weights]
-    float* packed;                 // NetworkLayout
+    float* raw;            // [4, C] by counted sample: colours before their activation; then gradients,
+                           // of the raw density in the fourth row
+    float* grad_geometry;  // [16, C] by counted sample
+    float* grad_encoding;  // [L, C, F] by counted sample
+    float* weight_parts;   // [parts, weights]
+    float* weight_sums;    // [weights]
+    float* packed;         // NetworkLayout
 
     // The same walk finds how many bytes are needed (base null) and where each array lies.
     static StepScratch lay_out(unsigned char* base, const FastSizes& sizes, int packed_total,
@@ -99,15 +100,15 @@ constexpr int kStepStatistics = 6;  // loss, squared error, samples, counted, fi
 // Marches up to counting; scratch.counters then holds rays and samples.
 void launch_step_march(const MarchArguments& rays, const StepScratch& scratch, Stream stream);
 
-// The rest, from writing the samples to gradients: added to grad_tables and grads unless one of the networks' or the
-// loss is not finite. statistics: float64 [6].
+// The rest, from writing the samples to gradients: added to grad_tables and grads unless one of the networks'
+// or the loss is not finite. statistics: float64 [6].
 template <typename S, int F>
 void launch_train_step(const DeviceModel<S>& model, const MarchArguments& rays, const StepTargets& targets,
                        const StepScratch& scratch, float* grad_tables, const FastWeights<float>& grads,
                        double* statistics, Stream stream);
 
-// Of the next step: how many samples a ray takes, how many rays that makes for `batch` samples, and the step's
-// number.
+// Of the next step: how many samples a ray takes, how many rays that makes for `batch` samples, and the
+// step's number.
 struct StepPace {
     float* samples_per_ray;     // [1]
     std::int32_t* active_rays;  // [1]

@@ -1,5 +1,5 @@
-// The hash encoding on the device: one level of one point, to be put together by kernels (hash_encode_kernels.cuh
-// and those of the fused step).
+// The hash encoding on the device: one level of one point, to be put together by kernels
+// (hash_encode_kernels.cuh and those of the fused step).
 #pragma once
 
 #include "../common/device.cuh"
@@ -16,7 +16,7 @@ MIPNERF_DEVICE std::int64_t corner_entry(const HashLevel& level, const Cell<floa
 // The F features of a level: eight gathers of one entry each, all on their way before the first is used.
 template <int F, typename S>
 MIPNERF_DEVICE_LARGE Floats<F> gather_level(const HashLevel& level, float kept, const Cell<float>& cell,
-                                      const S* tables) {
+                                            const S* tables) {
     Pack<S, F> entry[8];
 #pragma unroll
     for (int corner = 0; corner < 8; ++corner)
@@ -34,7 +34,7 @@ MIPNERF_DEVICE_LARGE Floats<F> gather_level(const HashLevel& level, float kept, 
 // Adds the gradient of a level's features to its eight entries.
 template <int F>
 MIPNERF_DEVICE_LARGE void scatter_level(const HashLevel& level, float kept, const Cell<float>& cell,
-                                  const Floats<F>& gradient, float* grad_tables) {
+                                        const Floats<F>& gradient, float* grad_tables) {
 #pragma unroll
     for (int corner = 0; corner < 8; ++corner) {
         const float weight = kept * corner_weight(cell, corner);

@@ -1,5 +1,5 @@
-// The CUDA kernels of the stand-alone hash encoding. The fused step of the fast model has its own, from the same
-// device functions.
+// The CUDA kernels of the stand-alone hash encoding. The fused step of the fast model has its own, from the
+// same device functions.
 #pragma once
 
 #include "hash_encode_device.cuh"
@@ -22,8 +22,8 @@ MIPNERF_DEVICE float kept_of_sample(const HashEncodeArguments& in, std::int64_t 
                        static_cast<float>(resolution), in.cutoff);
 }
 
-// Thread i of block (b, l) writes the F features of level l of sample b * kHashEncodeThreads + i: a block stays in
-// one level's table.
+// Thread i of block (b, l) writes the F features of level l of sample b * kHashEncodeThreads + i: a block
+// stays in one level's table.
 template <int F>
 __global__ void __launch_bounds__(kHashEncodeThreads)
     hash_encode_forward_kernel(HashEncodeArguments in, float* features) {
@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kHashEncodeThreads)
     store_pack(features + (sample * in.grid.levels + blockIdx.y) * F, pack_from_float<float>(sum));
 }
 
-// As the forward: thread i of block (b, l) adds to the eight entries of level l that its sample lies between. Sums
-// of floats in no particular order.
+// As the forward: thread i of block (b, l) adds to the eight entries of level l that its sample lies between.
+// Sums of floats in no particular order.
 template <int F>
 __global__ void __launch_bounds__(kHashEncodeThreads)
     hash_encode_scatter_kernel(HashEncodeArguments in, const float* grad_features, float* grad_tables) {
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kHashEncodeThreads)
     scatter_level<F>(level, kept, cell_of_sample(in, sample, level.resolution), gradient, grad_tables);
 }
 
-// Thread i of block b writes the gradients of point and scale of sample b * kHashEncodeThreads + i, level after
-// level.
+// Thread i of block b writes the gradients of point and scale of sample b * kHashEncodeThreads + i, level
+// after level.
 template <int F>
 __global__ void __launch_bounds__(kHashEncodeThreads)
     hash_encode_backward_kernel(HashEncodeArguments in, const float* grad_features, float* grad_points,

@@ -1,5 +1,5 @@
-// What the CUDA launches of the hash encoding take. hash_encode_kernels.cuh defines them, hash_encode_launch.cu
-// instantiates them for 2 and 4 features.
+// What the CUDA launches of the hash encoding take. hash_encode_kernels.cuh defines them,
+// hash_encode_launch.cu instantiates them for 2 and 4 features.
 #pragma once
 
 #include "../common/device.cuh"

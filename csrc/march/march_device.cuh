@@ -1,5 +1,5 @@
-// What kernels with a thread per ray share: the ray of a thread, and the prefix sum over rays that gives each ray
-// its place.
+// What kernels with a thread per ray share: the ray of a thread, and the prefix sum over rays that gives each
+// ray its place.
 #pragma once
 
 #include "march_launch.h"
@@ -19,8 +19,8 @@ MIPNERF_DEVICE MarchRay<float> begin_marching(const MarchArguments& in, std::int
                        in.far[ray], in.phase == nullptr ? 0.5f : in.phase[ray], in.options);
 }
 
-// Sum of a block of kRayThreads threads, in every thread. Shared memory: a number per warp; a barrier before it is
-// used again.
+// Sum of a block of kRayThreads threads, in every thread. Shared memory: a number per warp; a barrier before
+// it is used again.
 template <typename T>
 MIPNERF_DEVICE T block_sum(T value, T* of_warps) {
     value = warp_sum(value);
@@ -32,8 +32,8 @@ MIPNERF_DEVICE T block_sum(T value, T* of_warps) {
     return sum;
 }
 
-// Where a ray's samples start: the totals of the blocks before, and the counts of the rays before in this block.
-// The order of the sums is fixed and they are whole numbers.
+// Where a ray's samples start: the totals of the blocks before, and the counts of the rays before in this
+// block. The order of the sums is fixed and they are whole numbers.
 MIPNERF_DEVICE std::int64_t start_of_ray(std::int32_t count, const std::int32_t* block_totals) {
     std::int64_t* of_warps = shared_memory<std::int64_t>();
     std::int32_t* own = shared_memory<std::int32_t>(kRayThreads / kWarpSize * sizeof(std::int64_t));
@@ -46,7 +46,8 @@ MIPNERF_DEVICE std::int64_t start_of_ray(std::int32_t count, const std::int32_t*
     for (int warp = 0; warp < warp_index(); ++warp) before += own[warp];
     return before + (inclusive - count);
 }
-constexpr std::size_t kRayStartBytes = kRayThreads / kWarpSize * (sizeof(std::int64_t) + sizeof(std::int32_t));
+constexpr std::size_t kRayStartBytes =
+    kRayThreads / kWarpSize * (sizeof(std::int64_t) + sizeof(std::int32_t));
 
 // Writes how much fits: done by the one thread at the end of what does.
 MIPNERF_DEVICE void limit_rays(std::int64_t rays, const std::int32_t* active_rays, std::int64_t ray,

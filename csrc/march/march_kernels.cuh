@@ -55,21 +55,21 @@ __global__ void __launch_bounds__(kRayThreads)
     }
 }
 
-void launch_march_count(const MarchArguments& in, std::int32_t* counts,
-                                      std::int32_t* block_totals, Stream stream) {
+void launch_march_count(const MarchArguments& in, std::int32_t* counts, std::int32_t* block_totals,
+                        Stream stream) {
     MIPNERF_LAUNCH(march_count_kernel, grid_size(ray_blocks(in.rays)), dim3(kRayThreads),
                    kRayThreads / kWarpSize * sizeof(std::int32_t), stream, in, counts, block_totals);
 }
 
-void launch_ray_starts(std::int64_t rays, const std::int32_t* active_rays,
-                                     const std::int32_t* counts, const std::int32_t* block_totals,
-                                     std::int64_t* starts, const RayTotals& totals, Stream stream) {
+void launch_ray_starts(std::int64_t rays, const std::int32_t* active_rays, const std::int32_t* counts,
+                       const std::int32_t* block_totals, std::int64_t* starts, const RayTotals& totals,
+                       Stream stream) {
     MIPNERF_LAUNCH(ray_starts_kernel, grid_size(ray_blocks(rays)), dim3(kRayThreads), kRayStartBytes, stream,
                    rays, active_rays, counts, block_totals, starts, totals);
 }
 
-void launch_march_write(const MarchArguments& in, const std::int64_t* starts,
-                                      const PackedSampleArrays& out, Stream stream) {
+void launch_march_write(const MarchArguments& in, const std::int64_t* starts, const PackedSampleArrays& out,
+                        Stream stream) {
     MIPNERF_LAUNCH(march_write_kernel, grid_size(ray_blocks(in.rays)), dim3(kRayThreads), 0, stream, in,
                    starts, out);
 }

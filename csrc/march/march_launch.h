@@ -1,5 +1,6 @@
-// What the CUDA launches of marching take: the rays are walked twice, to count their samples and to write them
-// where the counts before them say. march_kernels.cuh defines the launches, march_launch.cu instantiates them.
+// What the CUDA launches of marching take: the rays are walked twice, to count their samples and to write
+// them where the counts before them say. march_kernels.cuh defines the launches, march_launch.cu instantiates
+// them.
 #pragma once
 
 #include "../common/device.cuh"

@@ -1,5 +1,5 @@
-// The CUDA kernels of the occupancy grid: densities of drawn cells, and the masks made from all densities. Every sum
-// is taken in a fixed order or is of whole numbers.
+// The CUDA kernels of the occupancy grid: densities of drawn cells, and the masks made from all densities.
+// Every sum is taken in a fixed order or is of whole numbers.
 #pragma once
 
 #include "../fast_step/fast_step_device.cuh"
@@ -22,10 +22,12 @@ MIPNERF_DEVICE float tree_sum(float value) {
 }
 
 // Block b sums the densities of its part of the grid, each cut to four times the highest threshold.
-__global__ void __launch_bounds__(kMaskThreads) occupancy_sum_kernel(const __grid_constant__ MaskArguments in) {
+__global__ void __launch_bounds__(kMaskThreads)
+    occupancy_sum_kernel(const __grid_constant__ MaskArguments in) {
     const std::int64_t cells = static_cast<std::int64_t>(in.resolution) * in.resolution * in.resolution;
     const std::int64_t packs = cells / 4;  // R is a multiple of 32
-    const std::int64_t first = packs * blockIdx.x / kDensityParts, end = packs * (blockIdx.x + 1) / kDensityParts;
+    const std::int64_t first = packs * blockIdx.x / kDensityParts,
+                       end = packs * (blockIdx.x + 1) / kDensityParts;
     const float high = 4.0f * in.max_threshold;
     float sum = 0.0f;
     for (std::int64_t i = first + threadIdx.x; i < end; i += kMaskThreads) {
@@ -51,7 +53,8 @@ __global__ void __launch_bounds__(kMaskThreads)
 }
 
 // Warp w of the grid writes word w of mask 0.
-__global__ void __launch_bounds__(kMaskThreads) occupancy_bits_kernel(const __grid_constant__ MaskArguments in) {
+__global__ void __launch_bounds__(kMaskThreads)
+    occupancy_bits_kernel(const __grid_constant__ MaskArguments in) {
     const std::int64_t cells = static_cast<std::int64_t>(in.resolution) * in.resolution * in.resolution;
     const std::int64_t cell = static_cast<std::int64_t>(blockIdx.x) * kMaskThreads + threadIdx.x;
     const unsigned word =
@@ -62,7 +65,8 @@ __global__ void __launch_bounds__(kMaskThreads) occupancy_bits_kernel(const __gr
 }
 
 // Whether a bit is set in the cells low <= i < high of a mask, cut to the mask.
-MIPNERF_DEVICE bool any_bit(const std::uint32_t* words, int cells, const int (&low)[3], const int (&high)[3]) {
+MIPNERF_DEVICE bool any_bit(const std::uint32_t* words, int cells, const int (&low)[3],
+                            const int (&high)[3]) {
     int from[3], to[3];
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
@@ -76,8 +80,8 @@ MIPNERF_DEVICE bool any_bit(const std::uint32_t* words, int cells, const int (&l
     return false;
 }
 
-// Warp w of the grid writes word w of mask m: a cell of it is set where the mask before (mask 0 for masks 1, else
-// twice as fine) has a bit in the cell or a neighbour.
+// Warp w of the grid writes word w of mask m: a cell of it is set where the mask before (mask 0 for masks 1,
+// else twice as fine) has a bit in the cell or a neighbour.
 __global__ void __launch_bounds__(kMaskThreads)
     occupancy_dilate_kernel(const __grid_constant__ MaskArguments in, int m) {
     const OccupancyMask& from = in.layout.mask[m - 1];
@@ -87,15 +91,17 @@ __global__ void __launch_bounds__(kMaskThreads)
     bool is_set = false;
     if (cell < cells) {
         const int x = cell % to.cells, y = cell / to.cells % to.cells, z = cell / (to.cells * to.cells);
-        is_set = any_bit(in.masks + from.words, from.cells, {(x - 1) * factor, (y - 1) * factor, (z - 1) * factor},
-                         {(x + 2) * factor, (y + 2) * factor, (z + 2) * factor});
+        is_set =
+            any_bit(in.masks + from.words, from.cells, {(x - 1) * factor, (y - 1) * factor, (z - 1) * factor},
+                    {(x + 2) * factor, (y + 2) * factor, (z + 2) * factor});
     }
     const unsigned word = warp_ballot(is_set);
     if (lane_index() == 0 && cell < cells) in.masks[to.words + cell / 32] = word;
 }
 
 // Warp w of blocks (., m) writes word w of the coarser mask beside mask m.
-__global__ void __launch_bounds__(kMaskThreads) occupancy_skip_kernel(const __grid_constant__ MaskArguments in) {
+__global__ void __launch_bounds__(kMaskThreads)
+    occupancy_skip_kernel(const __grid_constant__ MaskArguments in) {
     const OccupancyMask& mask = in.layout.mask[blockIdx.y];
     const int n = mask.skip_cells, factor = mask.cells / n, cells = n * n * n;
     const int cell = static_cast<int>(blockIdx.x * kMaskThreads + threadIdx.x);
@@ -110,7 +116,8 @@ __global__ void __launch_bounds__(kMaskThreads) occupancy_skip_kernel(const __gr
 }
 
 // One thread.
-__global__ void __launch_bounds__(kWarpSize) occupancy_summary_kernel(const __grid_constant__ MaskArguments in) {
+__global__ void __launch_bounds__(kWarpSize)
+    occupancy_summary_kernel(const __grid_constant__ MaskArguments in) {
     if (threadIdx.x != 0) return;
     const float side = static_cast<float>(in.resolution);
     in.summary[0] = static_cast<float>(*in.occupied) / (side * side * side);
@@ -151,13 +158,13 @@ MIPNERF_DEVICE std::int32_t occupied_cell(const OccupiedCells& in, std::int64_t 
     return static_cast<std::int32_t>(32 * w + lowest_bit(word));
 }
 
-// Block b draws from strata 64 b to 64 b + 63 of all cells (part 0) or of the occupied ones (part 1), takes the
-// density at a point in each cell and raises the cell to it. No cell comes twice in a part. Shared memory: rows of
-// the encoding, and one of the cells.
+// Block b draws from strata 64 b to 64 b + 63 of all cells (part 0) or of the occupied ones (part 1), takes
+// the density at a point in each cell and raises the cell to it. No cell comes twice in a part. Shared
+// memory: rows of the encoding, and one of the cells.
 template <typename S, int F>
 __global__ void __launch_bounds__(kTileThreads)
-    occupancy_visit_kernel(const __grid_constant__ DeviceModel<S> model, const __grid_constant__ VisitArguments in,
-                           std::uint32_t part) {
+    occupancy_visit_kernel(const __grid_constant__ DeviceModel<S> model,
+                           const __grid_constant__ VisitArguments in, std::uint32_t part) {
     const std::int32_t R = in.resolution;
     const std::int64_t candidates =
         part == 0 ? static_cast<std::int64_t>(R) * R * R : in.occupied.starts[in.occupied.chunks];
@@ -210,8 +217,8 @@ void launch_occupancy_masks(const MaskArguments& in, Stream stream) {
     MIPNERF_LAUNCH(occupancy_threshold_kernel, dim3(1), dim3(kMaskThreads), sum_bytes, stream, in);
     MIPNERF_LAUNCH(occupancy_bits_kernel, blocks(R), dim3(kMaskThreads), 0, stream, in);
     for (int m = 1; m < kMasks; ++m)
-        MIPNERF_LAUNCH(occupancy_dilate_kernel, blocks(in.layout.mask[m].cells), dim3(kMaskThreads), 0, stream,
-                       in, m);
+        MIPNERF_LAUNCH(occupancy_dilate_kernel, blocks(in.layout.mask[m].cells), dim3(kMaskThreads), 0,
+                       stream, in, m);
     dim3 of_masks = blocks(in.layout.mask[0].skip_cells);
     of_masks.y = kMasks;
     MIPNERF_LAUNCH(occupancy_skip_kernel, of_masks, dim3(kMaskThreads), 0, stream, in);

@@ -1,5 +1,5 @@
-// The kernels of the occupancy grid and their launches, free of torch: the extension and `make cuda-check` compile the
-// same.
+// The kernels of the occupancy grid and their launches, free of torch: the extension and `make cuda-check`
+// compile the same.
 #include "occupancy_kernels.cuh"
 
 namespace mipnerf {

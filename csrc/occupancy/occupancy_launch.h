@@ -1,5 +1,5 @@
-// What the CUDA launches of the occupancy grid take. occupancy_kernels.cuh defines them; the visits are instantiated
-// for tables of float and Half and for 2 and 4 features.
+// What the CUDA launches of the occupancy grid take. occupancy_kernels.cuh defines them; the visits are
+// instantiated for tables of float and Half and for 2 and 4 features.
 #pragma once
 
 #include "../common/device.cuh"
@@ -9,8 +9,8 @@
 namespace mipnerf {
 
 constexpr int kMaskThreads = 256;
-constexpr int kDensityParts = 256;   // of the sum over the grid
-constexpr int kChunkCells = 1024;    // cells whose set bits are counted together
+constexpr int kDensityParts = 256;  // of the sum over the grid
+constexpr int kChunkCells = 1024;   // cells whose set bits are counted together
 
 // What the masks are made from and what is found.
 struct MaskArguments {
@@ -27,8 +27,8 @@ struct MaskArguments {
 
 void launch_occupancy_masks(const MaskArguments& arguments, Stream stream);
 
-// Where the occupied cells are: the set bits of each chunk of mask 0, their sums by kRayThreads chunks, and the sums
-// before each chunk [chunks + 1].
+// Where the occupied cells are: the set bits of each chunk of mask 0, their sums by kRayThreads chunks, and
+// the sums before each chunk [chunks + 1].
 struct OccupiedCells {
     std::int64_t chunks;
     const std::uint32_t* mask;

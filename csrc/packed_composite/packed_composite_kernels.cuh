@@ -1,5 +1,5 @@
-// The CUDA kernels of packed compositing: eight lanes a ray, a sample each; the optical depth before a lane by a scan
-// of the eight. The four rays of a warp go on together until the longest is done.
+// The CUDA kernels of packed compositing: eight lanes a ray, a sample each; the optical depth before a lane
+// by a scan of the eight. The four rays of a warp go on together until the longest is done.
 #pragma once
 
 #include "packed_composite_launch.h"
@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(kPackedThreads)
 }
 
 // Eight lanes write the gradients of one ray: forwards for the transmittance in front of each sample, which
-// grad_density keeps meanwhile (0 where the sample does not count), and for the distance; then backwards with the
-// sum of what lies behind.
+// grad_density keeps meanwhile (0 where the sample does not count), and for the distance; then backwards with
+// the sum of what lies behind.
 __global__ void __launch_bounds__(kPackedThreads)
     packed_composite_backward_kernel(PackedCompositeArguments in, PackedCompositeCotangents grads) {
     const PackedRay ray(in);

@@ -1,5 +1,5 @@
-// The CUDA kernel of Adam on touched entries: four numbers a thread; where all their gradients are zero nothing else
-// is read.
+// The CUDA kernel of Adam on touched entries: four numbers a thread; where all their gradients are zero
+// nothing else is read.
 #pragma once
 
 #include "sparse_adam_launch.h"

@@ -1,10 +1,11 @@
 // The two small networks on the device: 64 samples at a time by a block of 64 threads.
 //
-// A tile lies in shared memory as rows, one feature of the 64 samples each, 68 floats apart (so that neighbouring
-// rows start four banks apart). In a layer, thread (tx, ty) = (i % 8, i / 8) computes outputs tx, tx + 8, ... of
-// samples 8 ty to 8 ty + 7: with 64 outputs, 64 sums from 2 + 2 loads of 16 bytes per input. Weights are read
-// through the first-level cache in the order of NetworkLayout, where a thread's outputs lie side by side. Hidden
-// layers narrower than 64 are padded with zeros, which stay zero in every product.
+// A tile lies in shared memory as rows, one feature of the 64 samples each, 68 floats apart (so that
+// neighbouring rows start four banks apart). In a layer, thread (tx, ty) = (i % 8, i / 8) computes outputs
+// tx, tx + 8, ... of samples 8 ty to 8 ty + 7: with 64 outputs, 64 sums from 2 + 2 loads of 16 bytes per
+// input. Weights are read through the first-level cache in the order of NetworkLayout, where a thread's
+// outputs lie side by side. Hidden layers narrower than 64 are padded with zeros, which stay zero in every
+// product.
 #pragma once
 
 #include "tiny_mlp_launch.h"
@@ -19,7 +20,8 @@ MIPNERF_HOST_DEVICE constexpr std::size_t tile_bytes(int rows) {
 }
 
 MIPNERF_DEVICE float packed_weight(const PackedMatrix& matrix, int element) {
-    const int k = element / matrix.outputs, column = element % matrix.outputs, per_thread = matrix.outputs / 8;
+    const int k = element / matrix.outputs, column = element % matrix.outputs,
+              per_thread = matrix.outputs / 8;
     const int o = column / per_thread + 8 * (column % per_thread);
     return o < matrix.rows && k < matrix.inputs
                ? matrix.source[o * matrix.row_stride + k * matrix.input_stride]
@@ -94,8 +96,8 @@ MIPNERF_DEVICE_LARGE TileSums<kOutputs> layer_sums(const float* weights, const f
 
 enum class LayerEnd { kNone, kRelu, kReluGradient };
 
-// The sums to rows y; with kReluGradient the rows hold the outputs of the ReLU before, which the gradient replaces
-// where it stands. Compared so that a NaN passes: swallowed here, it would leave the loss finite.
+// The sums to rows y; with kReluGradient the rows hold the outputs of the ReLU before, which the gradient
+// replaces where it stands. Compared so that a NaN passes: swallowed here, it would leave the loss finite.
 template <LayerEnd kEnd, int kOutputs>
 MIPNERF_DEVICE_LARGE void store_layer(const TileSums<kOutputs>& sums, float* y) {
 #pragma unroll
@@ -128,7 +130,7 @@ MIPNERF_DEVICE_LARGE void layer(const float* weights, const float* x, int depth,
 // first + tx + 8 j, added to `gradient` [rows, depth] (stored, where it is the first).
 template <int kI, int kJ>
 MIPNERF_DEVICE_LARGE void add_outer_product(const float* dy, const float* x, int rows, int depth, int first,
-                                      bool is_first, float* gradient) {
+                                            bool is_first, float* gradient) {
     float sum[kI][kJ] = {};
     dy += tile_y() * kRowStride;
     x += (first + tile_x()) * kRowStride;
@@ -159,15 +161,14 @@ MIPNERF_DEVICE_LARGE void add_outer_product(const float* dy, const float* x, int
 
 // Rows of dy: 8 kI, of x: depth rounded up to 8; the padding is zero.
 template <int kI>
-MIPNERF_DEVICE_LARGE void add_weight_gradient(const float* dy, const float* x, int rows, int depth, bool is_first,
-                                        float* gradient) {
+MIPNERF_DEVICE_LARGE void add_weight_gradient(const float* dy, const float* x, int rows, int depth,
+                                              bool is_first, float* gradient) {
     int first = 0;
 #pragma unroll 1
     for (; first + 24 < depth; first += 32)
         add_outer_product<kI, 4>(dy, x, rows, depth, first, is_first, gradient);
 #pragma unroll 1
-    for (; first < depth; first += 8)
-        add_outer_product<kI, 1>(dy, x, rows, depth, first, is_first, gradient);
+    for (; first < depth; first += 8) add_outer_product<kI, 1>(dy, x, rows, depth, first, is_first, gradient);
 }
 
 // ---- the networks -------------------------------------------------------------------------------
@@ -180,8 +181,8 @@ MIPNERF_DEVICE TileSums<kGeometryFeatures> density_layers(const DeviceNetworks& 
     return layer_sums<kGeometryFeatures>(networks.matrix(Matrix::kDensityOut), hidden, kTileWidth);
 }
 
-// Colour network from its 32 published rows; the last hidden layer comes into rows `last`, the first into `hidden`.
-// They are the same where there is one, or where nothing is differentiated; `inputs` may be too.
+// Colour network from its 32 published rows; the last hidden layer comes into rows `last`, the first into
+// `hidden`. They are the same where there is one, or where nothing is differentiated; `inputs` may be too.
 MIPNERF_DEVICE void hidden_colour_layers(const DeviceNetworks& networks, const float* inputs, float* hidden,
                                          float* last) {
     layer<LayerEnd::kRelu, kTileWidth>(networks.matrix(Matrix::kColourIn), inputs,
@@ -197,8 +198,8 @@ MIPNERF_DEVICE TileSums<8> colour_layers(const DeviceNetworks& networks, const f
     return layer_sums<8>(networks.matrix(Matrix::kColourOut), last, kTileWidth);
 }
 
-// Gradients of the colour network's weights, from 8 published rows of those of its raw outputs, added to `part`. The
-// hidden rows take their gradients; the result is that of the geometry inputs.
+// Gradients of the colour network's weights, from 8 published rows of those of its raw outputs, added to
+// `part`. The hidden rows take their gradients; the result is that of the geometry inputs.
 MIPNERF_DEVICE TileSums<kGeometryFeatures> colour_layers_backward(const DeviceNetworks& networks,
                                                                   const float* inputs, const float* outputs,
                                                                   float* hidden, float* last, bool is_first,
@@ -216,12 +217,13 @@ MIPNERF_DEVICE TileSums<kGeometryFeatures> colour_layers_backward(const DeviceNe
     return layer_sums<kGeometryFeatures>(networks.matrix(Matrix::kGeometryT), hidden, kTileWidth);
 }
 
-// Gradients of the density network's weights, from 16 published rows of those of its outputs; evaluates the hidden
-// layer anew. The first `encoded` rows of the inputs take their gradients, published by a barrier.
-MIPNERF_DEVICE void density_layers_backward(const DeviceNetworks& networks, float* inputs, const float* outputs,
-                                            float* hidden, bool is_first, float* part) {
+// Gradients of the density network's weights, from 16 published rows of those of its outputs; evaluates the
+// hidden layer anew. The first `encoded` rows of the inputs take their gradients, published by a barrier.
+MIPNERF_DEVICE void density_layers_backward(const DeviceNetworks& networks, float* inputs,
+                                            const float* outputs, float* hidden, bool is_first, float* part) {
     const FastSizes& sizes = networks.sizes;
-    layer<LayerEnd::kRelu, kTileWidth>(networks.matrix(Matrix::kDensityIn), inputs, padded_inputs(sizes), hidden);
+    layer<LayerEnd::kRelu, kTileWidth>(networks.matrix(Matrix::kDensityIn), inputs, padded_inputs(sizes),
+                                       hidden);
     add_weight_gradient<2>(outputs, hidden, kGeometryFeatures, sizes.hidden, is_first,
                            part + sizes.density_out_at());
     layer<LayerEnd::kReluGradient, kTileWidth>(networks.matrix(Matrix::kDensityOutT), outputs,
@@ -231,8 +233,8 @@ MIPNERF_DEVICE void density_layers_backward(const DeviceNetworks& networks, floa
 #pragma unroll 1
     for (int first = 0; first < gradient_rows(sizes); first += kGradientOutputs)
         store_layer<LayerEnd::kNone>(
-            layer_sums<kGradientOutputs>(networks.matrix(Matrix::kDensityInT, first / kGradientOutputs), hidden,
-                                         kTileWidth),
+            layer_sums<kGradientOutputs>(networks.matrix(Matrix::kDensityInT, first / kGradientOutputs),
+                                         hidden, kTileWidth),
             inputs + first * kRowStride);
     block_sync();
 }

@@ -1,5 +1,5 @@
-// The CUDA kernels of the two small networks as an operator of its own; the fused step has kernels from the same
-// layers (tiny_mlp_device.cuh).
+// The CUDA kernels of the two small networks as an operator of its own; the fused step has kernels from the
+// same layers (tiny_mlp_device.cuh).
 #pragma once
 
 #include "tiny_mlp_device.cuh"
@@ -7,7 +7,8 @@
 namespace mipnerf {
 
 // Thread i of the grid writes element i of the packed weights.
-__global__ void __launch_bounds__(256) pack_networks_kernel(const __grid_constant__ NetworkLayout layout, float* packed) {
+__global__ void __launch_bounds__(256)
+    pack_networks_kernel(const __grid_constant__ NetworkLayout layout, float* packed) {
     const int element = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
     if (element >= layout.total) return;
     int m = kMatrices - 1;
@@ -17,8 +18,8 @@ __global__ void __launch_bounds__(256) pack_networks_kernel(const __grid_constan
 
 constexpr int kSumThreads = 256, kSumGroups = kSumThreads / kWarpSize;
 
-// Block b sums weights 32 b to 32 b + 31 over the parts: warp w those with index w modulo 8, in their order, then the
-// warps in theirs.
+// Block b sums weights 32 b to 32 b + 31 over the parts: warp w those with index w modulo 8, in their order,
+// then the warps in theirs.
 __global__ void __launch_bounds__(kSumThreads)
     sum_parts_kernel(std::int64_t weights, int parts, const float* weight_parts, float* weight_sums,
                      std::int32_t* not_finite) {
@@ -58,8 +59,7 @@ MIPNERF_DEVICE void load_features(const TinyMlpArguments& in, std::int64_t own, 
 MIPNERF_DEVICE void load_harmonics(const TinyMlpArguments& in, std::int64_t own, float* column) {
     const float* row = in.harmonics + (own < in.samples ? in.rays[own] * kHarmonics : 0);
 #pragma unroll
-    for (int g = 0; g < kHarmonics; ++g)
-        column[g * kRowStride] = own < in.samples ? row[g] : 0.0f;
+    for (int g = 0; g < kHarmonics; ++g) column[g * kRowStride] = own < in.samples ? row[g] : 0.0f;
 }
 
 // Block b writes everything of samples 64 b to 64 b + 63.
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kTileThreads)
     }
 }
 
-// Block b goes over tiles b, b + parts, ... and sums weight gradients into part b; of its samples it writes the
-// gradients of the features and adds those of the harmonics to their rays.
+// Block b goes over tiles b, b + parts, ... and sums weight gradients into part b; of its samples it writes
+// the gradients of the features and adds those of the harmonics to their rays.
 __global__ void __launch_bounds__(kTileThreads)
     tiny_mlp_backward_kernel(const __grid_constant__ TinyMlpArguments in, TinyMlpCotangents given) {
     const DeviceNetworks& networks = in.networks;
@@ -158,14 +158,15 @@ void launch_pack_networks(const NetworkLayout& layout, float* packed, Stream str
 void launch_sum_parts(std::int64_t weights, int parts, const float* weight_parts, float* weight_sums,
                       std::int32_t* not_finite, Stream stream) {
     MIPNERF_LAUNCH(sum_parts_kernel, grid_size(ceil_div(weights, std::int64_t{kWarpSize})), dim3(kSumThreads),
-                   kSumThreads * sizeof(float), stream, weights, parts, weight_parts, weight_sums, not_finite);
+                   kSumThreads * sizeof(float), stream, weights, parts, weight_parts, weight_sums,
+                   not_finite);
 }
 
 void launch_tiny_mlp_forward(const TinyMlpArguments& in, float* rgb, float* density, Stream stream) {
     const FastSizes& sizes = in.networks.sizes;
     MIPNERF_LAUNCH(tiny_mlp_forward_kernel, grid_size(ceil_div(in.samples, std::int64_t{kTileSamples})),
-                   dim3(kTileThreads), tile_bytes(feature_rows(sizes) + sizes.colour_inputs()), stream, in, rgb,
-                   density);
+                   dim3(kTileThreads), tile_bytes(feature_rows(sizes) + sizes.colour_inputs()), stream, in,
+                   rgb, density);
 }
 
 void launch_tiny_mlp_backward(const TinyMlpArguments& in, const TinyMlpCotangents& given, int parts,

@@ -11,9 +11,9 @@ namespace mipnerf {
 
 constexpr int kTileSamples = 64;
 constexpr int kTileThreads = 64;
-constexpr int kTileWidth = 64;           // widest hidden layer
-constexpr int kMaxTileInputs = 96;       // of the density network
-constexpr int kGradientOutputs = 32;     // columns of the transposed density_in that are done at a time
+constexpr int kTileWidth = 64;        // widest hidden layer
+constexpr int kMaxTileInputs = 96;    // of the density network
+constexpr int kGradientOutputs = 32;  // columns of the transposed density_in that are done at a time
 // Blocks over which weight gradients are summed: fixed, so that the sums do not depend on the GPU.
 constexpr int kBackwardParts = 512;
 
@@ -84,8 +84,8 @@ struct NetworkLayout {
         add(weights.colour_in + G, kHarmonics, H, 1, C, W, kHarmonics);
         add(weights.density_out, H, G, 1, H, G, W);
         for (int first = 0; first < kMaxTileInputs; first += kGradientOutputs)
-            add(weights.density_in + first, std::min(kGradientOutputs, std::max(0, sizes.encoded - first)), H, 1,
-                sizes.inputs, first < gradient_rows(sizes) ? W : 0, kGradientOutputs);
+            add(weights.density_in + first, std::min(kGradientOutputs, std::max(0, sizes.encoded - first)), H,
+                1, sizes.inputs, first < gradient_rows(sizes) ? W : 0, kGradientOutputs);
     }
 };
 
@@ -116,21 +116,21 @@ void launch_sum_parts(std::int64_t weights, int parts, const float* weight_parts
 struct TinyMlpArguments {
     std::int64_t samples;
     DeviceNetworks networks;
-    const float* features;      // [S, E]
-    const float* harmonics;     // [B, 16]
-    const std::int64_t* rays;   // [S]
+    const float* features;     // [S, E]
+    const float* harmonics;    // [B, 16]
+    const std::int64_t* rays;  // [S]
 };
 
 struct TinyMlpCotangents {
-    const float* rgb;      // [S, 3], dL/d output
-    const float* density;  // [S]
-    float* grad_features;  // [S, E]; null: not wanted
+    const float* rgb;       // [S, 3], dL/d output
+    const float* density;   // [S]
+    float* grad_features;   // [S, E]; null: not wanted
     float* grad_harmonics;  // [B, 16], added to; null: not wanted
     float* weight_parts;    // [parts, weights]
 };
 
 void launch_tiny_mlp_forward(const TinyMlpArguments& arguments, float* rgb, float* density, Stream stream);
-void launch_tiny_mlp_backward(const TinyMlpArguments& arguments, const TinyMlpCotangents& cotangents, int parts,
-                              Stream stream);
+void launch_tiny_mlp_backward(const TinyMlpArguments& arguments, const TinyMlpCotangents& cotangents,
+                              int parts, Stream stream);
 
 }  // namespace mipnerf

@@ -1,5 +1,5 @@
-// The sizes of the fast model's two networks, and where their weights lie when they are taken as one array: host
-// and device. No torch, no CUDA header.
+// The sizes of the fast model's two networks, and where their weights lie when they are taken as one array:
+// host and device. No torch, no CUDA header.
 #pragma once
 
 #include <cstdint>
