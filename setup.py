@@ -50,6 +50,8 @@ NVCC_FLAGS = ["-O3", "-Xcompiler=-Wall,-fvisibility=hidden", "-DUSE_CUDA", TARGE
 DEFAULT_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]
 # Operations that need a newer GPU than the oldest in that list: csrc/<operation>/ and its lowest capability.
 LOWEST_CAPABILITY = {"mlp": (8, 0)}
+# Sources whose instructions exist on these architectures alone.
+ONLY_ARCHITECTURES = {"mlp_hopper_launch.cu": ("9.0a",), "mlp_hopper_backward_launch.cu": ("9.0a",)}
 # Not the temporary folder that pip gives: objects are kept, so that every build compiles only what changed.
 OBJECTS = Path("build") / f"native-{sys.implementation.cache_tag}"
 
@@ -239,9 +241,12 @@ def choose_architectures(requested: str | None, nvcc: Nvcc) -> tuple[list[str], 
 def gencode_flags(architectures: Sequence[str], source: str) -> list[str]:
     """nvcc's flags for one source; those architectures that its operation cannot use are left out."""
     lowest = LOWEST_CAPABILITY.get(Path(source).parent.name, (0, 0))
+    only = ONLY_ARCHITECTURES.get(Path(source).name)
     flags = []
     for architecture in architectures:
         capability = architecture.removesuffix("+PTX")
+        if only is not None and capability not in only:
+            continue
         if tuple(int(part) for part in capability.rstrip("af").split(".")) < lowest:
             continue
         number = capability.replace(".", "")
@@ -398,9 +403,7 @@ def build_command(base: Any) -> Any:
                 objects = []
                 for wanted, group in groups.items():
                     # A folder of its own: ninja forgets what its file no longer names.
-                    folder = (
-                        output_dir if wanted == everywhere else f"{output_dir}/{Path(group[0]).parent.name}"
-                    )
+                    folder = output_dir if wanted == everywhere else f"{output_dir}/{Path(group[0]).stem}"
                     arguments = copy.deepcopy(options)
                     given = arguments["extra_postargs"]
                     given["nvcc"] = [flag for flag in given["nvcc"] if flag not in everywhere] + list(wanted)

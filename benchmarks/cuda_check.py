@@ -52,12 +52,16 @@ class Expectation:
     kernel: str
     must: tuple[str, ...] = ()
     must_not: tuple[str, ...] = ()
+    registers: int = (
+        255  # at most, for as many threads to be on a multiprocessor as the kernel is designed for
+    )
     architectures: str = ""
 
 
 # What no kernel may contain: accesses to local memory, and double arithmetic, which consumer GPUs have 1/64 of.
 NEVER = {"LDL": "local memory", "STL": "local memory", "D(?:ADD|MUL|FMA|SETP|MNMX)": "double arithmetic"}
 LOAD_128, STORE_128 = r"LDG\.E\.128", r"STG\.E\.128"
+STREAM_128 = r"STG\.E\.EF\.128"
 LOAD_64, STORE_64 = r"LDG\.E\.64", r"STG\.E\.64"
 SHARED_128 = r"LDS\.(?:U\.)?128"
 # Additions in global memory that return nothing: any, one float at a time, two, four.
@@ -65,6 +69,9 @@ ADD, ADD_1 = r"(?:RED|REDG)\.E\.ADD", r"(?:RED|REDG)\.E\.ADD\.F32\.FTZ"
 ADD_2, ADD_4 = r"REDG\.E\.ADD\.F32x2", r"REDG\.E\.ADD\.F32x4"
 VECTOR_ADDS = "9|1"  # architectures from 9.0 on
 EXP2 = r"MUFU\.EX2"
+HMMA = r"HMMA\.16816\.F32"
+LDSM, LDSM_TRANSPOSED = r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4"
+COPY_128 = r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128"
 # Every kernel must match at least one row of its operation; all rows that match apply.
 EXPECTED: dict[str, tuple[Expectation, ...]] = {
     # <number type, whole packs of aligned rows[, ...]>: a lane owns four samples, so four floats make 128 bits and
@@ -82,6 +89,15 @@ EXPECTED: dict[str, tuple[Expectation, ...]] = {
         Expectation(r"^frustum_ipe::frustum_ipe_forward_kernel<\w+, true>", (EXP2,)),
         Expectation(r"^frustum_ipe::frustum_ipe_backward_kernel<\w+, true>", (LOAD_128, EXP2)),
         Expectation(r"^frustum_ipe::frustum_ipe_backward_kernel<\w+, false>", (EXP2,)),
+    ),
+    # Products of 16 x 8 x 16, operands by ldmatrix (wgrad: transposed), weights and samples by asynchronous copies of
+    # 16 bytes. Two blocks of 256 threads on a multiprocessor, one of width 256.
+    "mlp": (
+        Expectation(r"^mlp_mma::mlp_(forward|dgrad)_kernel<", (HMMA, LDSM, COPY_128, STREAM_128)),
+        Expectation(r"^mlp_mma::mlp_(forward|dgrad)_kernel<(64|128), ", registers=128),
+        Expectation(r"^mlp_mma::mlp_wgrad_kernel<", (HMMA, LDSM_TRANSPOSED, COPY_128), registers=128),
+        Expectation(r"^mlp_mma::mlp_pack_kernel<", (STORE_128,)),
+        Expectation(r"^mlp_mma::mlp_(sum_splits_kernel|ray_sums_kernel<)", (LOAD_128, STORE_128)),
     ),
     "resample": (
         Expectation(r"^resample_kernel<true>", (LOAD_128,)),
@@ -219,6 +235,8 @@ def judge(kernel: Kernel, expected: Sequence[Expectation]) -> list[str]:
     for row in (row for row in rows if re.match(row.architectures, kernel.architecture)):
         wrong += [f"has no {opcode}" for opcode in row.must if not count(kernel.instructions, opcode)]
         wrong += [f"has {opcode}" for opcode in row.must_not if count(kernel.instructions, opcode)]
+        if kernel.registers > row.registers:
+            wrong.append(f"takes {kernel.registers} registers of {row.registers}")
     return wrong
 
 
@@ -472,7 +490,7 @@ def check(options: argparse.Namespace) -> int:
     if options.operations:
         wanted = options.operations.split()
         sources = [source for source in sources if source.parent.name in wanted]
-        if len(sources) != len(set(wanted)):
+        if {source.parent.name for source in sources} != set(wanted):
             raise CheckError(f"of the operations {options.operations}, not all have kernels under csrc")
     cuobjdump = find_disassembler(nvcc.home)
     check_the_check(architectures[-1], nvcc.path, cuobjdump)

@@ -5,11 +5,11 @@
 
 #include "../common/device.cuh"
 #include "mlp_plan.h"
+#include "mlp_schedule.h"
 
 namespace mipnerf {
 
 #define MIPNERF_MLP_LAUNCHES                                                         \
-    MlpSizes mlp_sizes(const MlpPlan& plan, std::int64_t samples);                   \
     template <int W, typename T>                                                     \
     void launch_mlp_pack(const MlpPackArguments& arguments, Stream stream);          \
     template <int W, typename T>                                                     \
@@ -19,12 +19,13 @@ namespace mipnerf {
     template <int W, typename T>                                                     \
     void launch_mlp_wgrad(const MlpWgradArguments<T>& arguments, Stream stream);
 
-namespace mlp_mma {
+namespace mlp_mma {  // its mlp_sizes is in mlp_schedule.h
 MIPNERF_MLP_LAUNCHES
 }
 namespace mlp_hopper {
+MlpSizes mlp_sizes(const MlpPlan& plan, std::int64_t samples);
 MIPNERF_MLP_LAUNCHES
-}
+}  // namespace mlp_hopper
 
 #undef MIPNERF_MLP_LAUNCHES
 

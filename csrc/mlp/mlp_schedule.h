@@ -16,6 +16,8 @@
 namespace mipnerf {
 namespace mlp_mma {
 
+constexpr int kWarps = 8;  // of a block
+constexpr int kThreads = 32 * kWarps;
 constexpr int kTileRows = 128;  // samples of a block
 constexpr int kMaxPasses = 32;
 constexpr int kMaxPieces = 64;
@@ -29,6 +31,7 @@ struct MlpPass {
     int steps[kSources];  // of 16
     int columns;          // of the result, a multiple of 16; 0: heads alone
     int hidden;        // the hidden layer whose activations (dgrad: deltas) result; -1: gradients of features
+    int stash_column;  // of those: they start at stash_column * samples
     int weights;       // first unit of its packed weights
     int bias;          // forward: first of the packed biases; -1: the bias of each ray
     int head_weights;  // forward: first unit of the heads that read what this pass reads; -1: none
@@ -116,6 +119,7 @@ inline MlpSchedule make_mlp_schedule(const MlpPlan& plan) {
         const MlpLayer& reader = layer ? *layer : plan.layer[head];
         if (layer) {
             pass.columns = layer->outputs;
+            pass.stash_column = layer->stash_column;
             const int number = plan.hidden_layer[h];
             pass.steps[kFromTile] =
                 add_piece(number, -1, false, layer->input_columns, layer->outputs, layer->outputs, 0);
@@ -173,6 +177,7 @@ inline MlpSchedule make_mlp_schedule(const MlpPlan& plan) {
         MlpPass pass{};
         pass.hidden = hidden;
         pass.columns = plan.layer[plan.hidden_layer[hidden]].outputs;
+        pass.stash_column = plan.layer[plan.hidden_layer[hidden]].stash_column;
         pass.weights = packing.units;
         if (heads_reading(hidden))
             pass.steps[kFromHeads] = add_piece(-1, hidden, true, kMlpChannels, pass.columns, pass.columns, 0);
@@ -253,6 +258,20 @@ inline MlpGradientMatrices make_gradient_matrices(const MlpPlan& plan, int tile)
 inline int wgrad_splits(std::int64_t samples) {
     const std::int64_t wanted = samples / 4096;
     return static_cast<int>(wanted < 1 ? 1 : wanted > 16 ? 16 : wanted);
+}
+
+inline MlpSizes mlp_sizes(const MlpPlan& plan, std::int64_t samples) {
+    const MlpPacking packing = make_mlp_schedule(plan).packing;
+    const std::int64_t stash = 2 * samples * plan.stash_columns;
+    const int splits = wgrad_splits(samples);
+    MlpSizes sizes{};
+    sizes.packed = 16ll * packing.units + 4ll * packing.biases;
+    sizes.activations = stash;
+    sizes.masks =
+        4 * ((samples + kTileRows - 1) / kTileRows) * plan.hidden * kThreads * (plan.shape.width / 64);
+    sizes.deltas = stash + 2 * samples * kHeadDeltas;
+    sizes.workspace = splits > 1 ? 4ll * splits * plan.gradients : 0;
+    return sizes;
 }
 
 }  // namespace mlp_mma

@@ -59,11 +59,11 @@ static void march(const emulation::Program& program) {
                           program.output<std::int32_t>("fit_samples")};
     launch_ray_starts(rays, in.active_rays, counts, totals, program.output<std::int64_t>("starts"), limit,
                       nullptr);
-    launch_march_write(in, program.output<std::int64_t>("starts"),
-                       {program.output<std::int64_t>("rays"), program.output<float>("t0"),
-                        program.output<float>("t1"), program.output<float>("means"),
-                        program.output<float>("scales")},
-                       nullptr);
+    launch_march_write(
+        in, program.output<std::int64_t>("starts"),
+        {program.output<std::int64_t>("rays"), program.output<float>("t0"), program.output<float>("t1"),
+         program.output<float>("means"), program.output<float>("scales")},
+        nullptr);
 }
 
 static void packed_composite(const emulation::Program& program) {
@@ -150,13 +150,14 @@ static void tiny_mlp(const emulation::Program& program) {
     const TinyMlpArguments in{program.size("features", 0), DeviceNetworks(sizes, layout, packed),
                               program.input<float>("features"), program.input<float>("harmonics"),
                               program.input<std::int64_t>("rays")};
-    launch_tiny_mlp_forward(in, program.output<float>("out_rgb"), program.output<float>("out_density"), nullptr);
+    launch_tiny_mlp_forward(in, program.output<float>("out_rgb"), program.output<float>("out_density"),
+                            nullptr);
     float* weight_parts = scratch<float>("weight_parts", parts * sizes.weights());
-    launch_tiny_mlp_backward(in,
-                             {program.input<float>("cot_rgb"), program.input<float>("cot_density"),
-                              program.output<float>("grad_features"), program.output<float>("grad_harmonics"),
-                              weight_parts},
-                             parts, nullptr);
+    launch_tiny_mlp_backward(
+        in,
+        {program.input<float>("cot_rgb"), program.input<float>("cot_density"),
+         program.output<float>("grad_features"), program.output<float>("grad_harmonics"), weight_parts},
+        parts, nullptr);
     launch_sum_parts(sizes.weights(), parts, weight_parts, program.output<float>("grad_weights"), nullptr,
                      nullptr);
 }

@@ -1,0 +1,621 @@
+"""The mma.sync kernels of the fused network, emulated, against float64 with operands rounded as specified.
+
+Every layer is compared on the kernels' own inputs to it (the stash), so that each bound is that of one product: a
+sum of K terms in float32, rounded once per step of 16 here, is off by at most (K / 16 + 2) 2^-24 times the sum of
+their sizes; the result is then rounded to the operand type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_emulation import harness
+from cuda_emulation.harness import EmulationError, from_bfloat16, run, to_bfloat16
+
+SEEDS = range(20)
+TILE_ROWS, THREADS = 128, 256
+FLOAT = 2.0**-24
+# Half of the last place of a number, and half of the smallest one.
+ROUNDING = {"bfloat16": (2.0**-8, 2.0**-134), "float16": (2.0**-11, 2.0**-25)}
+
+
+@dataclass
+class Layer:
+    """Columns of `input` (a hidden layer, or -1), then those of the features."""
+
+    input: int
+    input_columns: int
+    feature_columns: int
+    outputs: int
+    hidden: int = -1
+    channel: int = -1
+    ray_bias: bool = False
+    weight: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    bias: np.ndarray | None = None
+
+
+@dataclass
+class Network:
+    features: int
+    width: int
+    depth: int
+    skip_layer: int
+    view_width: int = 0
+    view_depth: int = 0
+    dtype: str = "bfloat16"
+    layers: list[Layer] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        def widened(before: int) -> int:
+            return self.features if before > 1 and (before - 1) % self.skip_layer == 0 else 0
+
+        for i in range(self.depth):
+            if i == 0:
+                self.add(-1, 0, self.features, self.width)
+            else:
+                self.add(i - 1, self.width, widened(i), self.width)
+        trunk = self.depth - 1
+        self.add(trunk, self.width, widened(self.depth), 1, channel=3)
+        last = trunk
+        for i in range(self.view_depth):
+            columns = (self.width, widened(self.depth)) if i == 0 else (self.view_width, 0)
+            self.add(last, *columns, self.view_width, ray_bias=i == 0)
+            last = self.hidden - 1
+        if self.view_depth:
+            self.add(last, self.view_width, 0, 3, channel=0)
+        else:
+            self.add(trunk, self.width, widened(self.depth), 3, channel=0)
+
+    def add(
+        self,
+        source: int,
+        columns: int,
+        feature_columns: int,
+        outputs: int,
+        channel: int = -1,
+        ray_bias: bool = False,
+    ) -> None:
+        hidden = self.hidden if channel < 0 else -1
+        self.layers.append(Layer(source, columns, feature_columns, outputs, hidden, channel, ray_bias))
+
+    @property
+    def hidden(self) -> int:
+        return sum(layer.hidden >= 0 for layer in self.layers)
+
+    def of_hidden(self, hidden: int) -> Layer:
+        return next(layer for layer in self.layers if layer.hidden == hidden)
+
+    def heads_of(self, hidden: int) -> list[Layer]:
+        return [layer for layer in self.layers if layer.channel >= 0 and layer.input == hidden]
+
+    def store(self, x: np.ndarray) -> np.ndarray:
+        x = np.asarray(x, np.float32)
+        return to_bfloat16(x) if self.dtype == "bfloat16" else x.astype(np.float16)
+
+    def load(self, x: np.ndarray) -> np.ndarray:
+        return (from_bfloat16(x) if self.dtype == "bfloat16" else x).astype(np.float64)
+
+    def rounded(self, x: np.ndarray) -> np.ndarray:
+        return self.load(self.store(x))
+
+    @property
+    def stored_type(self) -> type:
+        return np.uint16 if self.dtype == "bfloat16" else np.float16
+
+
+PAPER = Network(96, 256, 8, 4, 128, 1)
+NETWORKS = {
+    "one layer": (Network(12, 64, 1, 4), 1, 1),
+    "skip everywhere": (Network(128, 64, 3, 1, 32, 1), 1, 17),
+    "odd features, skip in heads and view": (Network(90, 64, 5, 4, 48, 2), 127, 1),
+    "half, three tiles": (Network(6, 64, 8, 2, 64, 3, "float16"), 3, 100),
+    "width 128": (Network(96, 128, 3, 2, 64, 1), 43, 3),
+    "half, skip in heads, no view": (Network(24, 64, 4, 3, dtype="float16"), 130, 1),
+    "the paper's": (PAPER, 1, 129),
+    "narrow view": (Network(48, 256, 2, 1, 16, 1), 11, 3),
+    "width 256, no view": (Network(30, 256, 3, 5), 5, 8),
+}
+
+
+@dataclass
+class Case:
+    net: Network
+    rays: int
+    samples_per_ray: int
+    arrays: dict[str, np.ndarray]
+    out: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        return self.rays * self.samples_per_ray
+
+    def stash(self, name: str) -> list[np.ndarray]:
+        """The matrices of the activations or deltas, one per hidden layer, and what lies behind them."""
+        flat, at, matrices = self.net.load(self.out[name]), 0, []
+        for h in range(self.net.hidden):
+            size = self.samples * self.net.of_hidden(h).outputs
+            matrices.append(flat[at : at + size].reshape(self.samples, -1))
+            at += size
+        return [*matrices, flat[at:].reshape(-1, 8)]
+
+    def masks(self, hidden: int) -> np.ndarray:
+        """[samples, outputs] of a hidden layer, from the order in which the threads keep them."""
+        width, outputs = self.net.width, self.net.of_hidden(hidden).outputs
+        across = blocks = width // 64
+        words = self.out["masks"].reshape(-1, self.net.hidden, THREADS, blocks)[:, hidden]
+        thread, r, product, i = np.ogrid[:THREADS, :blocks, :8, :4]
+        warp, g, q = thread // 32, thread % 32 // 4, thread % 4
+        row = warp // across * 16 * blocks + 16 * r + g + i // 2 * 8
+        column = 16 * (product // 2 * across + warp % across) + product % 2 * 8 + 2 * q + i % 2
+        bits = words[:, :, :, None, None] >> (4 * product + i).astype(np.uint32) & 1
+        tiles = np.zeros((len(words), TILE_ROWS, width), bool)
+        tiles[:, row, column] = bits
+        return tiles.reshape(-1, width)[: self.samples, :outputs]
+
+
+def make_case(net: Network, rays: int, samples_per_ray: int, seed: int = 0) -> Case:
+    rng = np.random.default_rng(seed)
+    samples = rays * samples_per_ray
+    arrays = {
+        "features": net.store(rng.uniform(-1, 1, (samples, net.features))),
+        "grad_rgb": rng.normal(size=(samples, 3)).astype(np.float32),
+        "grad_density": rng.normal(size=samples).astype(np.float32),
+    }
+    if net.view_depth:
+        arrays["ray_bias"] = rng.normal(size=(rays, net.view_width)).astype(np.float32)
+    for i, layer in enumerate(net.layers):
+        columns = layer.input_columns + layer.feature_columns
+        layer.weight = (rng.normal(size=(layer.outputs, columns)) * np.sqrt(2 / columns)).astype(np.float32)
+        arrays[f"weight{i}"] = layer.weight
+        if not layer.ray_bias:
+            layer.bias = (0.3 * rng.normal(size=layer.outputs)).astype(np.float32)
+            arrays[f"bias{i}"] = layer.bias
+    return Case(net, rays, samples_per_ray, arrays)
+
+
+def gradient_offsets(net: Network) -> list[tuple[int, int]]:
+    """Where weight and bias of each layer start in the gradients; and the end."""
+    offsets, at = [], 0
+    for layer in net.layers:
+        bias = at + -(-layer.weight.size // 4) * 4
+        offsets.append((at, bias))
+        at = bias + -(-layer.outputs // 4) * 4
+    return [*offsets, (at, at)]
+
+
+def expected_packed(net: Network) -> bytes:
+    """The packed buffer, from its description in csrc/mlp/mlp_schedule.h."""
+    weights: list[np.ndarray] = []
+    biases: list[np.ndarray] = []
+
+    def add(matrix: np.ndarray, columns: int = 0) -> None:
+        """[contraction, columns], padded to blocks of 16 (the heads to one)."""
+        rows = -(-matrix.shape[0] // 16) * 16
+        columns = columns or -(-matrix.shape[1] // 16) * 16
+        padded = np.zeros((rows, columns), np.float32)
+        padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+        step, block, lane, i = np.ogrid[: rows // 16, : columns // 16, :32, :8]
+        k = 16 * step + 2 * (lane % 4) + i // 2 % 2 * 8 + i % 2
+        weights.append(net.store(padded[k, 16 * block + lane // 4 + i // 4 * 8]).reshape(-1))
+
+    def channels(heads: Sequence[Layer], columns: slice) -> np.ndarray:
+        matrix = np.zeros((4, heads[0].weight[:, columns].shape[1]), np.float32)
+        for head in heads:
+            matrix[head.channel : head.channel + head.outputs] = head.weight[:, columns]
+        return matrix
+
+    hidden = [net.of_hidden(h) for h in range(net.hidden)]
+    for layer in [*hidden, None]:
+        source = layer.input if layer else net.hidden - 1
+        if layer:
+            add(layer.weight[:, : layer.input_columns].T)
+            add(layer.weight[:, layer.input_columns :].T)
+            if layer.bias is not None:
+                biases.append(layer.bias)
+        if source >= 0 and (heads := net.heads_of(source)):
+            columns = heads[0].input_columns
+            add(channels(heads, slice(columns)).T, 16)
+            add(channels(heads, slice(columns, None)).T, 16)
+            bias = np.zeros(4, np.float32)
+            for head in heads:
+                bias[head.channel : head.channel + head.outputs] = head.bias
+            biases.append(bias)
+
+    def to_features(heads: Sequence[Layer], layer: Layer | None) -> None:
+        for first in range(0, net.features, net.width):
+            for matrix, columns in [
+                (channels(heads, slice(None)) if heads else None, heads[0].input_columns if heads else 0),
+                (layer.weight if layer else None, layer.input_columns if layer else 0),
+            ]:
+                if matrix is not None:
+                    add(matrix[:, columns + first : columns + min(first + net.width, net.features)])
+
+    def with_features(source: int) -> list[Layer]:
+        return [head for head in net.heads_of(source) if head.feature_columns] if source >= 0 else []
+
+    if with_features(net.hidden - 1):
+        to_features(with_features(net.hidden - 1), None)
+    add(channels(net.heads_of(net.hidden - 1), slice(hidden[-1].outputs)))
+    for layer in reversed(hidden):
+        if layer.feature_columns:
+            to_features(with_features(layer.input), layer)
+        if layer.input >= 0:
+            if heads := net.heads_of(layer.input):
+                add(channels(heads, slice(layer.input_columns)))
+            add(layer.weight[:, : layer.input_columns])
+    return b"".join(part.tobytes() for part in weights) + np.concatenate(biases).tobytes()
+
+
+def run_case(
+    case: Case,
+    seed: int = 0,
+    *,
+    splits: int = 1,
+    atomic: bool = False,
+    grad_features: bool = True,
+    backward: bool = True,
+    inference: bool = True,
+    encoding: dict[str, np.ndarray] | None = None,
+    checks: Sequence[str] = harness.CHECKS,
+    program: str | Path = "mlp",
+    defines: Sequence[str] = (),
+    **scalars: int,
+) -> Case:
+    net, samples = case.net, case.samples
+    tiles = -(-samples // TILE_ROWS)
+    stash = samples * sum(layer.outputs for layer in net.layers if layer.hidden >= 0)
+    outputs = {
+        "packed": ((len(expected_packed(net)),), np.uint8),
+        "rgb": ((samples, 3), np.float32),
+        "density": ((samples,), np.float32),
+        "activations": ((stash,), net.stored_type),
+        "masks": ((tiles * net.hidden * THREADS * (net.width // 64),), np.uint32),
+    }
+    arrays = dict(case.arrays)
+    if inference:
+        outputs |= {
+            "inference_rgb": ((samples, 3), np.float32),
+            "inference_density": ((samples,), np.float32),
+        }
+    if encoding is not None:
+        del arrays["features"]
+        arrays |= encoding
+        outputs["encoded"] = ((samples, net.features), net.stored_type)
+    if backward:
+        size = gradient_offsets(net)[-1][0]
+        outputs |= {"deltas": ((stash + samples * 8,), net.stored_type), "gradients": ((size,), np.float32)}
+        if grad_features:
+            outputs["grad_features"] = ((samples, net.features), np.float32)
+        if net.view_depth:
+            outputs["ray_sums"] = ((case.rays, net.view_width), np.float32)
+        if splits > 1 and not atomic:
+            outputs["workspace"] = ((splits * size,), np.float32)
+    names = ("features", "width", "depth", "skip_layer", "view_width", "view_depth")
+    values = {name: getattr(net, name) for name in names}
+    values |= {"samples": samples, "samples_per_ray": case.samples_per_ray, "splits": splits, **scalars}
+    case.out = run(program, arrays, outputs, values, seed, checks=checks, defines=defines)
+    return case
+
+
+def assert_within(actual: np.ndarray, exact: np.ndarray, bound: np.ndarray, what: str) -> None:
+    wrong = ~(np.abs(actual - exact) <= bound)  # NaN is wrong
+    assert not wrong.any(), (
+        f"{what}: {wrong.sum()} of {wrong.size} wrong, the first at {np.argwhere(wrong)[0]}: "
+        f"{actual[wrong][0]} for {exact[wrong][0]}, bound {bound[wrong][0]}"
+    )
+
+
+def check_forward(case: Case) -> None:
+    net = case.net
+    features = net.load(case.out.get("encoded", case.arrays.get("features")))
+    assert case.out["packed"].tobytes() == expected_packed(net)
+    activations = case.stash("activations")
+    rgb_density = np.concatenate([case.out["rgb"], case.out["density"][:, None]], 1)
+    relative, smallest = ROUNDING[net.dtype]
+    for number, layer in enumerate(net.layers):
+        parts = [activations[layer.input]] if layer.input >= 0 else []
+        x = np.concatenate([*parts, features[:, : layer.feature_columns]], 1)
+        weight = net.rounded(layer.weight)
+        bias = (
+            np.repeat(case.arrays["ray_bias"], case.samples_per_ray, 0) if layer.bias is None else layer.bias
+        )
+        exact = x @ weight.T + bias
+        bound = (x.shape[1] / 16 + 2) * FLOAT * (np.abs(x) @ np.abs(weight).T + np.abs(bias))
+        if layer.channel >= 0:
+            given = rgb_density[:, layer.channel : layer.channel + layer.outputs]
+            assert_within(given, exact, bound, f"head {number}")
+            continue
+        mask = case.masks(layer.hidden)
+        assert mask[exact > bound].all() and not mask[exact < -bound].any(), f"masks of layer {number}"
+        y = np.maximum(exact, 0)
+        assert_within(
+            activations[layer.hidden], y, bound + relative * (y + bound) + smallest, f"layer {number}"
+        )
+        assert ((activations[layer.hidden] > 0) <= mask).all()
+    if "inference_rgb" in case.out:
+        np.testing.assert_array_equal(case.out["inference_rgb"], case.out["rgb"])
+        np.testing.assert_array_equal(case.out["inference_density"], case.out["density"])
+
+
+def check_backward(case: Case, roundings_of_sums: int) -> None:
+    net = case.net
+    activations, deltas = case.stash("activations"), case.stash("deltas")
+    features = net.load(case.out.get("encoded", case.arrays.get("features")))
+    relative, smallest = ROUNDING[net.dtype]
+    heads = np.zeros((case.samples, 8))
+    for name, columns in (("grad_rgb", slice(0, 3)), ("grad_density", slice(3, 4))):
+        if name in case.arrays:
+            heads[:, columns] = net.rounded(case.arrays[name]).reshape(case.samples, -1)
+    np.testing.assert_array_equal(deltas[-1], heads)
+
+    def delta_of(layer: Layer) -> np.ndarray:
+        if layer.channel < 0:
+            return deltas[layer.hidden]
+        return heads[:, layer.channel : layer.channel + layer.outputs]
+
+    def back(readers: list[tuple[Layer, slice]], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """The sum of what the readers send back through these columns, and its bound."""
+        exact, sizes, steps = np.zeros(shape), np.zeros(shape), 2.0
+        for layer, columns in readers:
+            weight = net.rounded(layer.weight)[:, columns]
+            exact += delta_of(layer) @ weight
+            sizes += np.abs(delta_of(layer)) @ np.abs(weight)
+            steps += layer.outputs / 16 + 1
+        return exact, steps * FLOAT * sizes
+
+    for hidden in range(net.hidden):
+        readers = [(layer, slice(layer.input_columns)) for layer in net.layers if layer.input == hidden]
+        exact, bound = back(readers, deltas[hidden].shape)
+        exact *= case.masks(hidden)
+        bound += relative * (np.abs(exact) + bound) + smallest
+        assert_within(deltas[hidden], exact, bound * case.masks(hidden), f"deltas of hidden layer {hidden}")
+    if "grad_features" in case.out:
+        readers = [(layer, slice(layer.input_columns, None)) for layer in net.layers if layer.feature_columns]
+        assert_within(case.out["grad_features"], *back(readers, features.shape), "gradients of the features")
+
+    for number, (layer, (weight_at, bias_at)) in enumerate(
+        zip(net.layers, gradient_offsets(net), strict=False)
+    ):
+        parts = [activations[layer.input]] if layer.input >= 0 else []
+        x = np.concatenate([*parts, features[:, : layer.feature_columns]], 1)
+        delta = delta_of(layer)
+        weight = case.out["gradients"][weight_at : weight_at + layer.weight.size].reshape(layer.weight.shape)
+        bound = roundings_of_sums * FLOAT * (np.abs(delta).T @ np.abs(x))
+        assert_within(weight, delta.T @ x, bound, f"gradient of weight {number}")
+        bias = case.out["gradients"][bias_at : bias_at + layer.outputs]
+        bound = roundings_of_sums * FLOAT * np.abs(delta).sum(0)
+        assert_within(bias, delta.sum(0), bound, f"gradient of bias {number}")
+    if net.view_depth:
+        rows = deltas[net.depth].reshape(case.rays, case.samples_per_ray, -1)
+        bound = case.samples_per_ray * FLOAT * np.abs(rows).sum(1)
+        assert_within(case.out["ray_sums"], rows.sum(1), bound, "sums of the rays")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_forward_and_backward(name: str) -> None:
+    net, rays, samples_per_ray = NETWORKS[name]
+    case = run_case(make_case(net, rays, samples_per_ray))
+    check_forward(case)
+    check_backward(case, case.samples // 16 + 2)
+
+
+@pytest.mark.parametrize("given", ["rgb", "density"])
+def test_a_missing_gradient_is_zero(given: str) -> None:
+    case = make_case(Network(12, 64, 2, 4, 16, 1), 3, 3)
+    del case.arrays["grad_density" if given == "rgb" else "grad_rgb"]
+    check_backward(run_case(case, inference=False, checks=["memory"]), 3)
+
+
+def test_without_gradients_of_the_features() -> None:
+    case = make_case(Network(128, 64, 3, 1, 32, 1), 2, 9)
+    check_backward(run_case(case, grad_features=False, inference=False), 4)
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_split_sums(atomic: bool) -> None:
+    """Five ranges of samples, one of them empty and the last cut short."""
+    case = make_case(Network(20, 64, 2, 1, 32, 2), 1, 125)
+    found = []
+    for seed in range(2):
+        check_backward(
+            run_case(case, seed, splits=5, atomic=atomic, inference=False, checks=harness.CHECKS[seed:]),
+            125 // 16 + 2 + 5,
+        )
+        found.append(case.out["gradients"].copy())
+    if not atomic:  # in a fixed order
+        ends = [
+            (weight, weight + layer.weight.size)
+            for layer, (weight, _) in zip(case.net.layers, gradient_offsets(case.net), strict=False)
+        ]
+        for begin, end in ends:
+            np.testing.assert_array_equal(found[0][begin:end], found[1][begin:end])
+
+
+@pytest.mark.parametrize(
+    ("degrees", "min_deg", "cylinder", "integrated"), [(16, 0, 0, 1), (5, 1, 1, 1), (3, 0, 0, 0)]
+)
+def test_encoding_inside(degrees: int, min_deg: int, cylinder: int, integrated: int) -> None:
+    """The features computed by the forward are, bit for bit, those that frustum_ipe_math.h gives outside."""
+    rays, samples_per_ray = 7, 19
+    case = make_case(Network(6 * degrees, 64, 2, 1, 32, 1), rays, samples_per_ray)
+    rng = np.random.default_rng(3)
+    encoding = {
+        "t_vals": np.sort(rng.uniform(2, 6, (rays, samples_per_ray + 1)), 1),
+        "origins": rng.normal(size=(rays, 3)),
+        "directions": rng.normal(size=(rays, 3)),
+        "radii": rng.uniform(1e-3, 1e-2, (rays, 1)),
+    }
+    run_case(
+        case,
+        backward=False,
+        encoding={name: array.astype(np.float32) for name, array in encoding.items()},
+        min_deg=min_deg,
+        cylinder=cylinder,
+        integrated=integrated,
+    )
+    assert np.abs(case.net.load(case.out["encoded"])).max() > 0.5
+    check_forward(case)
+
+
+# ---- broken kernels
+
+# The sources with one fault each, chosen at run time: file, what stands there, what stands there when broken.
+FAULTS: list[tuple[str, str, str, str, str, str]] = [
+    (
+        "no barrier before a tile is overwritten",
+        "mlp_kernels.cuh",
+        "block_sync();  // every warp has read the tile\n            const auto masks",
+        "if (!fault) block_sync();\n            const auto masks",
+        "races",
+        "race: .* of shared memory|has not written",
+    ),
+    (
+        "a stage refilled while it is read",
+        "mlp_tile.cuh",
+        "        block_sync();  // the stage is there for every warp, and the one used last is free\n        issue(",
+        "        if (fault) issue(reading_ == 0 ? G::kStages - 1 : reading_ - 1);\n"
+        "        block_sync();  // the stage is there\n        if (!fault) issue(",
+        "races",
+        "may still be writing|race: .* of shared memory",
+    ),
+    (
+        "no barrier after the weights have landed",
+        "mlp_tile.cuh",
+        "block_sync();  // the stage is there",
+        "if (!fault) block_sync();  // the stage is there",
+        "races",
+        "may still be writing|race: .* of shared memory|has not written",
+    ),
+    (
+        "a wait for one group too few",
+        "mlp_tile.cuh",
+        "async_wait<G::kStages - 2>();",
+        "if (fault) async_wait<G::kStages - 1>(); else async_wait<G::kStages - 2>();",
+        "races",
+        "may still be writing",
+    ),
+    (
+        "features read before they have landed",
+        "mlp_kernels.cuh",
+        "    async_commit();\n    async_wait<0>();",
+        "    async_commit();\n    if (!fault) async_wait<0>();",
+        "races",
+        "may still be writing",
+    ),
+    (
+        "the last row but one",
+        "mlp_tile.cuh",
+        "while (row < rows) {",
+        "while (row < rows + fault) {",
+        "memory",
+        "AddressSanitizer",
+    ),
+    (
+        "wgrad waits for one group too few",
+        "mlp_backward_kernels.cuh",
+        "async_wait<kWgradStages - 2>();",
+        "if (fault) async_wait<kWgradStages - 1>(); else async_wait<kWgradStages - 2>();",
+        "races",
+        "may still be writing",
+    ),
+    # Wrong numbers, without a word from the checks.
+    (
+        "neighbours' masks",
+        "mlp_backward_kernels.cuh",
+        "masks.value[r] >> (4 * product + k) & 1",
+        "masks.value[r] >> (4 * product + (k ^ fault)) & 1",
+        "values",
+        "deltas of hidden layer",
+    ),
+    (
+        "a stale stage",
+        "mlp_tile.cuh",
+        "stages() + reading_ * kStageBytes",
+        "stages() + (fault ? 1 - reading_ : reading_) * kStageBytes",
+        "values",
+        "layer|head",
+    ),
+    (
+        "a sample left out",
+        "mlp_backward_kernels.cuh",
+        "const bool valid = row < rows && first + column < columns;\n            async",
+        "const bool valid = row < rows - fault && first + column < columns;\n            async",
+        "values",
+        "gradient of weight",
+    ),
+    (
+        "the bias of the next ray",
+        "mlp_kernels.cuh",
+        "static_cast<int>(sample / in.samples_per_ray)",
+        "static_cast<int>((sample + fault) / in.samples_per_ray)",
+        "memory",
+        "AddressSanitizer",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def broken() -> Path:
+    """emulate_mlp.cpp over a copy of the sources with every fault built in, each behind its number."""
+    folder = harness.CACHE / "broken_mlp"
+    sources = {path.name: path.read_text() for path in (harness.ROOT / "csrc" / "mlp").glob("mlp_*.*h")}
+    for number, (_, file, sound, faulty, _, _) in enumerate(FAULTS, 1):
+        assert sources[file].count(sound) == 1, (
+            f"{sound!r} stands {sources[file].count(sound)} times in {file}"
+        )
+        faulty = faulty.replace("fault", f"(mlp_fault == {number})")
+        sources[file] = sources[file].replace(sound, faulty)
+    sources["mlp_plan.h"] = sources["mlp_plan.h"].replace(
+        "namespace mipnerf {", "namespace mipnerf {\ninline int mlp_fault = 0;", 1
+    )
+    program = (harness.HERE / "emulate_mlp.cpp").read_text()
+    program = program.replace(
+        "const auto width =",
+        'mlp_fault = static_cast<int>(program.integer("fault"));\n    const auto width =',
+        1,
+    )
+    (folder / "mlp").mkdir(parents=True, exist_ok=True)
+    for name in ("common", "frustum_ipe"):
+        link = folder / name
+        if not link.is_symlink():
+            link.symlink_to(harness.ROOT / "csrc" / name)
+    for path, text in [
+        *((folder / "mlp" / name, text) for name, text in sources.items()),
+        (folder / "emulate_broken_mlp.cpp", program),
+    ]:
+        path.write_text(text)
+    return folder / "emulate_broken_mlp.cpp"
+
+
+def run_broken(program: Path, fault: int, seed: int, checks: Sequence[str]) -> Case:
+    case = make_case(Network(16, 64, 2, 4, 16, 1), 11, 3, seed)
+    return run_case(
+        case, seed, program=program, fault=fault, checks=checks, defines=("MIPNERF_ONE_INSTANCE",)
+    )
+
+
+def check_both(case: Case) -> None:
+    check_forward(case)
+    check_backward(case, case.samples // 16 + 3)
+
+
+def test_the_copy_without_a_fault_is_sound(broken: Path) -> None:
+    for seed in SEEDS:
+        check_both(run_broken(broken, 0, seed, harness.CHECKS))
+
+
+@pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=[fault[0] for fault in FAULTS])
+def test_a_broken_kernel_is_caught_for_every_seed(broken: Path, number: int) -> None:
+    *_, check, sentence = FAULTS[number - 1]
+    for seed in SEEDS:
+        if check == "values":
+            case = run_broken(broken, number, seed, ["memory"])
+            with pytest.raises(AssertionError, match=sentence):
+                check_both(case)
+        else:
+            with pytest.raises(EmulationError, match=sentence):
+                run_broken(broken, number, seed, [check])
