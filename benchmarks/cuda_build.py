@@ -35,10 +35,11 @@ exact = reference.frustum_ipe(*(x.double() for x in (t, origins, directions, rad
 assert (ours - exact).abs().max() < 1e-5, "the CPU path of this library is wrong"
 operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mipnerf_fast::")]
 for name in operators:
-    for device in ("CPU", "CUDA"):
+    # A step that a CUDA graph captures has no counterpart on the CPU.
+    for device in ("CUDA",) if name.endswith("_captured") else ("CPU", "CUDA"):
         found = torch._C._dispatch_has_kernel_for_dispatch_key(name, device)
         assert found, f"{name} has no {device} kernel"
-print(f"{len(operators)} operators, each with a CPU and a CUDA kernel")
+print(f"{len(operators)} operators, each with a CPU and a CUDA kernel but for those captured in graphs")
 print(json.dumps({key: info[key] for key in ("torch", "cuda", "architectures", "compilers")}))
 """
 

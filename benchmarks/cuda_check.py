@@ -109,10 +109,13 @@ EXPECTED: dict[str, tuple[Expectation, ...]] = {
         Expectation(r"^hash_encode_(forward|backward)_kernel<2>", (LOAD_64,)),
         Expectation(r"^hash_encode_forward_kernel<4>", (STORE_128,)),
         Expectation(r"^hash_encode_scatter_kernel<", (ADD,)),
-        Expectation(r"^hash_encode_scatter_kernel<4>", (ADD_4,), (ADD_1,), VECTOR_ADDS),
-        Expectation(r"^hash_encode_scatter_kernel<2>", (ADD_2,), (ADD_1,), VECTOR_ADDS),
+        Expectation(r"^hash_encode_scatter_kernel<4>", (ADD_4,), (ADD_1,), architectures=VECTOR_ADDS),
+        Expectation(r"^hash_encode_scatter_kernel<2>", (ADD_2,), (ADD_1,), architectures=VECTOR_ADDS),
     ),
-    "march": (Expectation(r"^(march_count|ray_starts)_kernel", ("SHFL",)), Expectation(r"^march_write_kernel")),
+    "march": (
+        Expectation(r"^(march_count|ray_starts)_kernel", ("SHFL",)),
+        Expectation(r"^march_write_kernel"),
+    ),
     "packed_composite": (Expectation(r"^packed_composite_(forward|backward)_kernel", ("SHFL",), ("BAR",)),),
     "sparse_adam": (
         Expectation(r"^sparse_adam_kernel<4>", (LOAD_128, STORE_128, STORE_64)),
@@ -126,12 +129,15 @@ EXPECTED: dict[str, tuple[Expectation, ...]] = {
     ),
     # <number type of the tables, features>: entries of four halves are gathered by one load of 64 bits.
     "fast_step": (
-        Expectation(r"^(step_(density|colour|density_backward|colour_backward)|fast_render)_kernel<", (LOAD_128, SHARED_128)),
+        Expectation(
+            r"^(step_(density|colour|density_backward|colour_backward)|fast_render)_kernel<",
+            (LOAD_128, SHARED_128),
+        ),
         Expectation(r"^(step_density|fast_render)_kernel<Half, 4>", (LOAD_64,)),
         Expectation(r"^step_samples_kernel", (STORE_128,)),
         Expectation(r"^step_scatter_kernel<", (LOAD_128, ADD)),
-        Expectation(r"^step_scatter_kernel<\w+, 4>", (ADD_4,), (ADD_1,), VECTOR_ADDS),
-        Expectation(r"^step_scatter_kernel<\w+, 2>", (ADD_2,), (ADD_1,), VECTOR_ADDS),
+        Expectation(r"^step_scatter_kernel<\w+, 4>", (ADD_4,), (ADD_1,), architectures=VECTOR_ADDS),
+        Expectation(r"^step_scatter_kernel<\w+, 2>", (ADD_2,), (ADD_1,), architectures=VECTOR_ADDS),
         Expectation(r"^step_(begin|scan|list|loss|finish|pace)_kernel"),
     ),
     "occupancy": (

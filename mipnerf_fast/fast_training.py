@@ -13,7 +13,9 @@ from .backend import current_backend
 from .checkpoint import MOMENTS, Checkpoint
 from .config import FastConfig, TrainConfig
 from .data import Dataset
+from .fast_captured import AdamSettings, CapturedStep
 from .fast_model import FastModel
+from .ops.fast_captured import kernels_for
 from .ops.fast_step import FastGradients, PixelSource
 from .schedules import log_lerp, warm_up
 from .trainer_base import DivergedError, StepResult, TrainerBase
@@ -22,6 +24,10 @@ BETA1, BETA2 = 0.9, 0.99
 # Rays per step stay in this range, whatever the number of samples a ray takes.
 MIN_RAYS, MAX_RAYS = 192, 8192
 _GROUP_RAYS = 64
+# On a GPU as many rays as make a batch of so few samples each, and what happened is read every so many steps: reading
+# waits for the device.
+_FEWEST_SAMPLES = 4
+READ_EVERY = 16
 # Steps in a row without a finite gradient after which nothing will come of it.
 MAX_FAILURES = 100
 # Steps between updates of the occupancy grid; until _EARLY_STEPS one cell in 16 is visited each time and what was
@@ -37,7 +43,7 @@ _DEVIATION_PER_PIXEL = 0.5 / math.sqrt(3.0)
 
 
 class FastTrainer(TrainerBase):
-    """Trains a `FastModel` on a dataset; nothing but its checkpoint decides how it goes on, bit by bit.
+    """Trains a `FastModel` on a dataset; on the CPU nothing but its checkpoint decides how it goes on, bit by bit.
 
     A step draws pixels by counter-based random numbers, runs `ops.fast_train_step` (on the backend "reference" the
     same by autograd: `fast_reference`) and Adam on the entries that were touched, and every UPDATE_EVERY steps renews
@@ -45,10 +51,14 @@ class FastTrainer(TrainerBase):
     that a ray takes, so that a step has `config.batch_size` samples. A step whose gradient is not finite changes
     nothing and is counted in `model.skipped_steps`; many in a row end the run.
 
+    On a GPU a step is one CUDA graph (`CapturedStep`): tables are read in float16, and what a step found is read back
+    every READ_EVERY steps. There, the gradients of the tables are sums in no particular order, so that two runs
+    differ in their last bits; everything else is summed in a fixed order.
+
     Args:
         config: of the run; its model is a `FastConfig` for the images (see `FastConfig.for_images`).
         dataset: training views; scales are told apart by `Dataset.scale`.
-        device: the CPU.
+        device: the CPU, or a GPU that the native library has kernels for.
         max_seconds: of training; the learning rate follows max(step / max_steps, seconds / max_seconds).
         checkpoint: to go on from, or None.
     """
@@ -62,17 +72,20 @@ class FastTrainer(TrainerBase):
         checkpoint: Checkpoint | None = None,
     ) -> None:
         super().__init__(config, device, max_seconds, checkpoint)
-        if not isinstance(config.model, FastConfig) or self.device.type != "cpu":
-            raise ValueError(
-                f"FastTrainer: takes a FastConfig on the CPU, not {type(config.model).__name__} on {device}"
-            )
+        if not isinstance(config.model, FastConfig):
+            raise ValueError(f"FastTrainer: takes a FastConfig, not {type(config.model).__name__}")
+        on_gpu = self.device.type != "cpu"
+        missing = "the backend is set to reference" if current_backend() == "reference" else ""
+        if on_gpu and (missing := missing or kernels_for(self.device)):
+            raise ValueError(f"FastTrainer: cannot train on {device}: {missing}")
         self.settings = config.model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model: FastModel = FastModel(config.model)
+            self.model: FastModel = FastModel(config.model).to(self.device)
         # Both have the same functions; what is chosen now stays for the whole run.
         self._engine = fast_reference if current_backend() == "reference" else ops
-        self.source = pixel_source(dataset, self.settings.scale_ratio)
+        source = pixel_source(dataset, self.settings.scale_ratio)
+        self.source = PixelSource(*(tensor.to(self.device) for tensor in source))
         self.random_background = self.settings.random_background and dataset.pixels.shape[1] == 4
         self.background = 1.0 if dataset.white_background else 0.0
         side = 2 * self.settings.box_half
@@ -92,7 +105,7 @@ class FastTrainer(TrainerBase):
             moment: {
                 name: torch.zeros_like(tensor)
                 if checkpoint is None
-                else checkpoint.moments(moment)[name].clone()
+                else checkpoint.moments(moment)[name].clone().to(self.device)
                 for name, tensor in self._parameters.items()
             }
             for moment in MOMENTS
@@ -101,6 +114,23 @@ class FastTrainer(TrainerBase):
             *(self._gradients.get(name) for name in FastGradients._fields)  # type: ignore[arg-type]
         )
         self._failures = 0
+        self._captured: CapturedStep | None = None
+        if on_gpu:
+            self._captured = CapturedStep(
+                config,
+                self.model,
+                self.source,
+                self.random_background,
+                self.background,
+                self._parameters,
+                self._gradients,
+                self._moments,
+                AdamSettings(self.settings.network_lr_ratio, BETA1, BETA2, config.adam_eps),
+                self.step,
+                MIN_RAYS,
+                max(MAX_RAYS, config.batch_size // _FEWEST_SAMPLES // _GROUP_RAYS * _GROUP_RAYS),
+            )
+            self._latest = StepResult(math.nan, math.nan, 0)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """Of Adam: {"exp_avg": {parameter name: tensor}, "exp_avg_sq": ...}."""
@@ -121,18 +151,20 @@ class FastTrainer(TrainerBase):
 
         Errors: DivergedError after MAX_FAILURES steps in a row whose gradient was not finite.
         """
+        if self._captured is not None:
+            return self._captured_step(self._captured)
         start = time.perf_counter()
         config, model, step, engine = self.config, self.model, self.step, self._engine
         fields = model.fields()
         if step % UPDATE_EVERY == 0:
-            is_early = step < _EARLY_STEPS
+            stride, decay = _visits(step)
             engine.occupancy_update(
                 model.densities,
                 self._cell_scale,
                 config.seed,
                 step,
-                _EARLY_STRIDE if is_early else _LATE_STRIDE,
-                _EARLY_DECAY if is_early else _LATE_DECAY,
+                stride,
+                decay,
                 self._max_threshold,
                 fields,
             )
@@ -159,6 +191,26 @@ class FastTrainer(TrainerBase):
             )
         return StepResult(found.loss, found.squared_error, count)
 
+    def _captured_step(self, captured: CapturedStep) -> StepResult:
+        start = time.perf_counter()
+        if self.step % UPDATE_EVERY == 0:
+            stride, decay = _visits(self.step)
+            captured.update_occupancy(self._cell_scale, self.step, stride, decay, self._max_threshold)
+        self.last_rate = self.learning_rate()
+        captured(self.last_rate)
+        self.step += 1
+        is_last = self.step >= self.config.max_steps
+        if is_last or self.step % READ_EVERY == 0 or self._latest.rays == 0:
+            loss, squared_error, *_, rays = captured.statistics.tolist()
+            self._latest = StepResult(loss, squared_error, int(rays))
+            self._failures = int(captured.failures.item())
+        self.seconds += time.perf_counter() - start
+        if self._failures >= MAX_FAILURES:
+            raise DivergedError(
+                f"step {self.step}: {self._failures} steps in a row had a gradient that is not finite"
+            )
+        return self._latest
+
     def _update(self, rate: float) -> None:
         for name, values in self._parameters.items():
             self._engine.sparse_adam(
@@ -172,6 +224,11 @@ class FastTrainer(TrainerBase):
                 self.config.adam_eps,
                 self.step,
             )
+
+
+def _visits(step: int) -> tuple[int, float]:
+    """Of a step's update of the occupancy grid: of how many cells one is visited, and what decays."""
+    return (_EARLY_STRIDE, _EARLY_DECAY) if step < _EARLY_STEPS else (_LATE_STRIDE, _LATE_DECAY)
 
 
 def pixel_source(dataset: Dataset, scale_ratio: float) -> PixelSource:

@@ -35,6 +35,7 @@ from .environment import choose_device, device_name, revision
 from .errors import InputError
 from .fast_training import FastTrainer
 from .metrics import mse_to_psnr
+from .ops.fast_captured import kernels_for
 from .rendering import render_image
 from .run_folder import (
     RunConfig,
@@ -417,15 +418,17 @@ def _check_backend(name: str) -> None:
 
 
 def _device_of_fast_model(device: str, backend: str) -> str:
-    """The CPU, for which its training kernels are."""
-    if device == "cuda":
-        raise InputError("--device: the fast model trains on the CPU; leave it at auto, or say cpu")
-    if "reference" not in (backend, current_backend()) and not _native.available():
+    """A GPU where the native library has kernels for it, else the CPU."""
+    by_reference = "reference" in (backend, current_backend())
+    if not by_reference and not _native.available():
         raise InputError(
             f"--preset: the fast model needs the native library, but {_native.why_missing()}; "
             "--backend reference trains it without, many times slower"
         )
-    return "cpu"
+    missing = "the reference trains it on the CPU" if by_reference else kernels_for(torch.device("cuda"))
+    if device == "cuda" and missing:
+        raise InputError(f"--device: the fast model cannot train on cuda: {missing}")
+    return "cpu" if missing else device
 
 
 def _has_test_split(data: str) -> bool:

@@ -7,8 +7,10 @@ with ``assert_array_equal`` comes from the same formulas, compiled without contr
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from mipnerf_fast.fast_model import FastModel
 from mipnerf_fast.ops.fast_step import FastFields, FastGradients, MarchRays
 
 FLOOR = 16 * 2.0**-23
+SEEDS = range(20)
 OPERATORS, STEP = "fast_operators", "fast_step"
 RAYS = ("origins", "directions", "radii", "near", "far", "phase")
 
@@ -95,7 +98,9 @@ def test_hash_encode(samples: int, features: int, kind: int, seed: int) -> None:
     results = []
     for dtype in (torch.float32, torch.float64):
         p, s, t, g = (x.to(dtype) for x in (points, scales, tables, cotangent))
-        results.append((raw.hash_encode_forward(p, s, t, *options), *raw.hash_encode_backward(g, p, s, t, *options)))
+        results.append(
+            (raw.hash_encode_forward(p, s, t, *options), *raw.hash_encode_backward(g, p, s, t, *options))
+        )
     for name, rounded, truth in zip(
         ("features", "grad_points", "grad_scales", "grad_tables"), *results, strict=True
     ):
@@ -113,13 +118,17 @@ def march_inputs(count: int) -> tuple[MarchRays, Tensor, dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("count", "active", "capacity", "seed"), [(150, None, 10**6, 0), (150, 97, 900, 1), (5, 0, 10, 2), (3, 3, 0, 3)]
+    ("count", "active", "capacity", "seed"),
+    [(150, None, 10**6, 0), (150, 97, 900, 1), (5, 0, 10, 2), (3, 3, 0, 3)],
 )
 def test_march(count: int, active: int | None, capacity: int, seed: int) -> None:
     rays, masks, numbers = march_inputs(count)
     walked = count if active is None else active
     wanted = torch.ops.mipnerf_fast.march(
-        *(field[:walked] for field in rays[:6]), masks, 32, *numbers.values()  # type: ignore[index]
+        *(field[:walked] for field in rays[:6]),
+        masks,
+        32,
+        *numbers.values(),  # type: ignore[index]
     )
     samples = wanted[1].shape[0]
     found = emulate(
@@ -154,7 +163,9 @@ def test_march(count: int, active: int | None, capacity: int, seed: int) -> None
     assert walked < 100 or (samples > 900 and 0 < (starts[1:] == starts[:-1]).sum() < walked)
 
 
-@pytest.mark.parametrize(("lengths", "seed"), [([3, 0, 41, 1, 8, 16, 0, 9] * 5, 0), ([0], 1), ([200], 2), ([], 3)])
+@pytest.mark.parametrize(
+    ("lengths", "seed"), [([3, 0, 41, 1, 8, 16, 0, 9] * 5, 0), ([0], 1), ([200], 2), ([], 3)]
+)
 def test_packed_composite(lengths: list[int], seed: int) -> None:
     rays, samples = len(lengths), sum(lengths)
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int64)
@@ -174,7 +185,10 @@ def test_packed_composite(lengths: list[int], seed: int) -> None:
     found = emulate(
         OPERATORS,
         "packed_composite",
-        {**inputs, **dict(zip(("cot_rgb", "cot_distance", "cot_acc", "cot_weights"), cotangents, strict=True))},
+        {
+            **inputs,
+            **dict(zip(("cot_rgb", "cot_distance", "cot_acc", "cot_weights"), cotangents, strict=True)),
+        },
         {
             "out_rgb": (rays, 3),
             "out_distance": (rays,),
@@ -191,16 +205,16 @@ def test_packed_composite(lengths: list[int], seed: int) -> None:
     for dtype in (torch.float32, torch.float64):
         given = [x.to(dtype) if x.is_floating_point() else x for x in inputs.values()]
         cots = [x.to(dtype) for x in cotangents]
-        results.append(
-            (*raw.packed_composite_forward(*given), *raw.packed_composite_backward(*cots, *given))
-        )
+        results.append((*raw.packed_composite_forward(*given), *raw.packed_composite_backward(*cots, *given)))
     names = [f"out_{n}" for n in ("rgb", "distance", "acc", "weights")]
     names += [f"grad_{n}" for n in ("rgb", "density", "lengths", "background")]
     for name, rounded, truth in zip(names, *results, strict=True):
         bounded(found[name], rounded, truth)
 
 
-@pytest.mark.parametrize(("size", "on_device"), [(4100, False), (4099, False), (1, True), (64, True), (0, False)])
+@pytest.mark.parametrize(
+    ("size", "on_device"), [(4100, False), (4099, False), (1, True), (64, True), (0, False)]
+)
 def test_sparse_adam(size: int, on_device: bool) -> None:
     step, rate, ratio = 700, 1e-2, 0.5
     state = {"values": torch.randn(size), "gradient": torch.randn(size)}
@@ -223,7 +237,9 @@ def test_sparse_adam(size: int, on_device: bool) -> None:
     for name in order:
         # The device's clock knows the rate to float32: a few units in the last place of an update of at most 10 rates.
         atol = 100 * rate * 2.0**-23 if on_device else 0.0
-        np.testing.assert_allclose(found[name], wanted[name].numpy(), rtol=0 if not on_device else 2e-7, atol=atol)
+        np.testing.assert_allclose(
+            found[name], wanted[name].numpy(), rtol=0 if not on_device else 2e-7, atol=atol
+        )
     np.testing.assert_array_equal(found["copy"], found["values"].astype(np.float16))
 
 
@@ -253,7 +269,8 @@ def test_draw_rays(channels: int, active: int | None, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("samples", "encoded", "hidden", "layers", "seed"), [(150, 27, 64, 2, 0), (64, 67, 16, 1, 1), (1, 3, 40, 1, 2)]
+    ("samples", "encoded", "hidden", "layers", "seed"),
+    [(150, 27, 64, 2, 0), (64, 67, 16, 1, 1), (1, 3, 40, 1, 2)],
 )
 def test_tiny_mlp(samples: int, encoded: int, hidden: int, layers: int, seed: int) -> None:
     inputs, rays = (encoded + 3) // 4 * 4, 9
@@ -282,7 +299,9 @@ def test_tiny_mlp(samples: int, encoded: int, hidden: int, layers: int, seed: in
     raw, results = torch.ops.mipnerf_fast, []
     for dtype in (torch.float32, torch.float64):
         w = {name: value.to(dtype) for name, value in weights.items()}
-        matrices = [w.get(n) for n in ("density_in", "density_out", "colour_in", "colour_hidden", "colour_out")]
+        matrices = [
+            w.get(n) for n in ("density_in", "density_out", "colour_in", "colour_hidden", "colour_out")
+        ]
         arguments = (given["features"].to(dtype), given["harmonics"].to(dtype), index, *matrices)
         grads = raw.tiny_mlp_backward(*(c.to(dtype) for c in cotangents), *arguments, True, True)
         flat = torch.cat([g.reshape(-1) for g in grads[2:]])
@@ -301,7 +320,9 @@ def model_arrays(fields: FastFields) -> tuple[dict[str, Any], dict[str, Any]]:
     arrays |= {"masks": fields.masks.numpy().view(np.uint32), "resolutions": np.array(fields.resolutions)}
     kinds = {"none": 0, "gaussian": 1, "erf": 2}
     kind = fields.attenuation
-    scalars = {n: getattr(fields, n) for n in FastFields._fields if isinstance(getattr(fields, n), int | float)}
+    scalars = {
+        n: getattr(fields, n) for n in FastFields._fields if isinstance(getattr(fields, n), int | float)
+    }
     scalars |= {"attenuation": kinds.get(kind, kind), "scale_input": int(fields.scale_input)}  # type: ignore[call-overload]
     return arrays, scalars
 
@@ -522,3 +543,155 @@ def test_visits(stride: int) -> None:
     assert visits < changed.sum() <= 2 * visits
     np.testing.assert_array_equal(found["densities"] != model.densities.numpy(), changed.numpy())
     np.testing.assert_allclose(found["densities"], wanted.numpy(), rtol=2e-5, atol=1e-7)
+
+
+# --------------------------------------------------------------------------------------------------- broken twins
+
+
+TWIN = dataclasses.replace(SMALL, levels=1, net_width=8, min_step=0.1, max_step=0.1)
+
+
+def small_step(seed: int, checks: list[str]) -> None:
+    """Two tiles of counted samples, one after the other in the one block that sums weight gradients."""
+    model, rays = _model(TWIN), _rays(6)
+    model.masks.fill_(-1)
+    with torch.no_grad():
+        model.density_out.zero_()  # so that all of them count
+    arrays, scalars = model_arrays(model.fields())
+    outputs = {
+        f"grad_{n}": np.zeros(arrays[n].shape, np.float32) for n in FastGradients._fields if n != HIDDEN
+    }
+    emulate(
+        STEP,
+        "step",
+        {
+            **dict(zip(RAYS, rays[:6], strict=True)),
+            "background": rays.background,
+            "target": rays.background,
+            **{name: array for name, array in arrays.items() if array is not None},
+        },
+        {**outputs, "statistics": np.zeros(6)},
+        {**scalars, "beta": 0.1, "capacity": 256, "parts": 1},
+        seed,
+        checks=checks,
+    )
+
+
+def small_render(seed: int, checks: list[str]) -> None:
+    model, rays = _model(dataclasses.replace(TWIN, min_step=0.6, max_step=0.6)), _rays(66)
+    model.masks.fill_(-1)
+    arrays, scalars = model_arrays(model.fields())
+    emulate(
+        STEP,
+        "render",
+        {**dict(zip(RAYS, rays[:6], strict=True)), "background": rays.background, **arrays},
+        {"out_rgb": (66, 3), "out_distance": (66,), "out_acc": (66,), "next_ray": np.zeros(1, np.int32)},
+        {**scalars, "blocks": 1},
+        seed,
+        checks=checks,
+    )
+
+
+def small_visits(seed: int, checks: list[str]) -> None:
+    model = _model(TWIN)
+    arrays, scalars = model_arrays(model.fields())
+    numbers = {"seed": 1, "step": 2, "visits": 64, "cell_scale": 0.01, "decay": 0.5}
+    emulate(
+        STEP, "visits", arrays, {"densities": model.densities}, {**scalars, **numbers}, seed, checks=checks
+    )
+
+
+def small_masks(seed: int, checks: list[str]) -> None:
+    outputs = {"out_masks": np.zeros(reference.occupancy_words(32), np.uint32), "summary": np.zeros(2)}
+    densities = torch.zeros(32, 32, 32)
+    emulate(STEP, "masks", {"densities": densities}, outputs, {"max_threshold": 1.0}, seed, checks=checks)
+
+
+def small_tiny_mlp(seed: int, checks: list[str]) -> None:
+    samples, encoded, hidden = 70, 3, 8
+    shapes = {"density_in": (hidden, 4), "density_out": (16, hidden), "colour_in": (hidden, 32)}
+    arrays = {name: torch.randn(shape) for name, shape in {**shapes, "colour_out": (3, hidden)}.items()}
+    arrays |= {"features": torch.randn(samples, encoded), "harmonics": torch.randn(2, 16)}
+    arrays |= {"rays": torch.zeros(samples, dtype=torch.int64)}
+    arrays |= {"cot_rgb": torch.randn(samples, 3), "cot_density": torch.randn(samples)}
+    outputs = {"out_rgb": (samples, 3), "out_density": (samples,), "grad_features": (samples, encoded)}
+    weights = sum(torch.Size(shape).numel() for shape in shapes.values()) + 3 * hidden
+    outputs |= {"grad_harmonics": torch.zeros(2, 16), "grad_weights": (weights,)}  # type: ignore[dict-item]
+    emulate(OPERATORS, "tiny_mlp", arrays, outputs, {"parts": 1}, seed, checks=checks)
+
+
+def small_hash_encode(seed: int, checks: list[str]) -> None:
+    arrays = {"points": torch.full((3, 3), 0.3), "scales": torch.full((3,), 0.01)}
+    arrays |= {"tables": torch.zeros(8, 2), "grad_features": torch.ones(3, 2)}
+    outputs = {
+        "features": (3, 2),
+        "grad_points": (3, 3),
+        "grad_scales": (3,),
+        "grad_tables": torch.zeros(8, 2),
+    }
+    scalars = {"table_size": 8, "attenuation": 0, "cutoff": 0.02}
+    emulate(
+        OPERATORS,
+        "hash_encode",
+        {**arrays, "resolutions": np.array([1])},
+        outputs,
+        scalars,
+        seed,
+        checks=checks,
+    )
+
+
+HIDDEN = "colour_hidden"
+# Which run meets the barriers of a file.
+BARRIERS = {
+    "march/march_device.cuh": small_step,
+    "fast_step/fast_step_kernels.cuh": small_step,
+    "fast_step/fast_render.cuh": small_render,
+    "tiny_mlp/tiny_mlp_device.cuh": small_tiny_mlp,
+    "tiny_mlp/tiny_mlp_kernels.cuh": small_tiny_mlp,
+    "occupancy/occupancy_kernels.cuh": small_visits,
+}
+PLACES = [
+    (file, line)
+    for file in BARRIERS
+    for line, text in enumerate((harness.ROOT / "csrc" / file).read_text().splitlines(), 1)
+    if re.search(r"\bblock_sync\(\)", text)
+]
+
+
+def test_every_file_with_barriers_is_listed() -> None:
+    names = ("fast_step", "hash_encode", "march", "occupancy", "packed_composite", "sparse_adam", "tiny_mlp")
+    files = [path for name in names for path in (harness.ROOT / "csrc" / name).glob("*.cuh")]
+    found = {f"{path.parent.name}/{path.name}" for path in files if "block_sync()" in path.read_text()}
+    assert found == set(BARRIERS)
+
+
+@pytest.mark.parametrize("run", [*dict.fromkeys(BARRIERS.values()), small_hash_encode])
+def test_the_sound_twin_passes_for_every_seed(run: Callable[[int, list[str]], None]) -> None:
+    for seed in SEEDS:
+        run(seed, ["races"])
+
+
+@pytest.mark.parametrize(("file", "line"), PLACES)
+def test_a_missing_barrier_is_caught_for_every_seed(
+    file: str, line: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIPNERF_EMULATION_OMIT", f"{file.split('/')[1]}:{line}")
+    run = BARRIERS[file]
+    if run is small_visits and line < 100:  # of the masks
+        run = small_masks
+    for seed in SEEDS:
+        with pytest.raises(
+            EmulationError, match=r"race: .* of shared memory|has not written|race: .* of the array"
+        ):
+            run(seed, ["races"])
+
+
+@pytest.mark.parametrize("run", [small_step, small_render, small_tiny_mlp, small_hash_encode])
+def test_additions_that_are_not_atomic_are_caught_for_every_seed(
+    run: Callable[[int, list[str]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIPNERF_EMULATION_PLAIN_ATOMICS", "1")
+    for seed in SEEDS:
+        with pytest.raises(EmulationError, match="race"):
+            run(seed, ["races"])

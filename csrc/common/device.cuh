@@ -308,7 +308,9 @@ MIPNERF_DEVICE Pack<T, N> load_pack(const T* address) {
 }
 template <int N, typename T>
 MIPNERF_DEVICE Pack<T, N> load_pack_shared(const T* address) {
-    return detail::bit_copy<Pack<T, N>>(*reinterpret_cast<const detail::PackWord<T, N>*>(address));
+    // By value: a copy through a reference to global memory becomes one of single bytes.
+    const detail::PackWord<T, N> word = *reinterpret_cast<const detail::PackWord<T, N>*>(address);
+    return detail::bit_copy<Pack<T, N>>(word);
 }
 template <typename T, int N>
 MIPNERF_DEVICE void store_pack(T* address, const Pack<T, N>& pack) {

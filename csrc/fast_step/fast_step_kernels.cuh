@@ -260,7 +260,6 @@ __global__ void __launch_bounds__(kTileThreads)
                 store_pack(s.grad_encoding + F * (l * s.capacity + own), gradient);
             }
         is_first = false;
-        block_sync();
     }
     if (is_first)
         for (std::int64_t i = threadIdx.x; i < sizes.colour_in_at(); i += kTileThreads) part[i] = 0.0f;

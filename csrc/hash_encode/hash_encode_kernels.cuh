@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kHashEncodeThreads)
 // Thread i of block b writes the gradients of point and scale of sample b * kHashEncodeThreads + i, level
 // after level.
 template <int F>
-__global__ void __launch_bounds__(kHashEncodeThreads)
+__global__ void __launch_bounds__(kHashEncodeThreads, 6)
     hash_encode_backward_kernel(HashEncodeArguments in, const float* grad_features, float* grad_points,
                                 float* grad_scales) {
     const std::int64_t sample = static_cast<std::int64_t>(blockIdx.x) * kHashEncodeThreads + threadIdx.x;

@@ -144,7 +144,6 @@ __global__ void __launch_bounds__(kTileThreads)
             for (int k = 0; k < sizes.encoded; ++k)
                 given.grad_features[own * sizes.encoded + k] = features[k * kRowStride + threadIdx.x];
         is_first = false;
-        block_sync();
     }
     if (is_first)
         for (std::int64_t i = threadIdx.x; i < sizes.weights(); i += kTileThreads) part[i] = 0.0f;

@@ -26,13 +26,14 @@ struct Given {
 
     explicit Given(const emulation::Program& program)
         : sizes{static_cast<int>(program.size("resolutions", 0) * program.size("tables", 1)),
-                static_cast<int>(program.size("density_in", 1)), static_cast<int>(program.size("density_in", 0)),
-                program.has("colour_hidden") ? 2 : 1},
+                static_cast<int>(program.size("density_in", 1)),
+                static_cast<int>(program.size("density_in", 0)), program.has("colour_hidden") ? 2 : 1},
           layout(sizes, {program.input<float>("density_in"), program.input<float>("density_out"),
                          program.input<float>("colour_in"), program.input<float>("colour_hidden"),
                          program.input<float>("colour_out")}) {
-        model.grid = hash_grid(program.input<std::int64_t>("resolutions"),
-                               static_cast<int>(program.size("resolutions", 0)), program.integer("table_size"));
+        model.grid =
+            hash_grid(program.input<std::int64_t>("resolutions"),
+                      static_cast<int>(program.size("resolutions", 0)), program.integer("table_size"));
         model.encode = {static_cast<Attenuation>(program.integer("attenuation")), number(program, "cutoff"),
                         program.integer("scale_input") != 0, number(program, "scale_low"),
                         number(program, "scale_high")};
@@ -49,7 +50,8 @@ static MarchArguments march_arguments(const emulation::Program& program) {
     in.rays = program.size("origins", 0);
     in.active_rays = program.input<std::int32_t>("active_rays");
     in.options = {number(program, "box_half"), number(program, "step_scale"), number(program, "min_step"),
-                  number(program, "max_step"), static_cast<std::int32_t>(program.integer("occupancy_resolution"))};
+                  number(program, "max_step"),
+                  static_cast<std::int32_t>(program.integer("occupancy_resolution"))};
     in.layout = occupancy_layout(in.options.resolution);
     in.masks = program.input<std::uint32_t>("masks");
     in.origins = program.input<float>("origins");
@@ -70,8 +72,8 @@ static void run(const emulation::Program& program) {
         std::size_t bytes = 0;
         const auto lay_out = [&](unsigned char* base) {
             return StepScratch::lay_out(base, given.sizes, given.layout.total, sizeof(S), rays.rays,
-                                        program.integer("capacity"), static_cast<int>(program.integer("parts")),
-                                        bytes);
+                                        program.integer("capacity"),
+                                        static_cast<int>(program.integer("parts")), bytes);
         };
         lay_out(nullptr);
         const StepScratch s = lay_out(scratch<unsigned char>("scratch", static_cast<std::int64_t>(bytes)));
@@ -123,11 +125,12 @@ static void masks(const emulation::Program& program) {
 }
 
 static void pace(const emulation::Program& program) {
-    launch_step_pace(program.input<double>("statistics"),
-                     {program.output<float>("samples_per_ray"), program.output<std::int32_t>("active_rays"),
-                      program.output<std::int64_t>("step"), number(program, "batch"),
-                      static_cast<int>(program.integer("least")), static_cast<int>(program.integer("most")), 64},
-                     nullptr);
+    launch_step_pace(
+        program.input<double>("statistics"),
+        {program.output<float>("samples_per_ray"), program.output<std::int32_t>("active_rays"),
+         program.output<std::int64_t>("step"), number(program, "batch"),
+         static_cast<int>(program.integer("least")), static_cast<int>(program.integer("most")), 64},
+        nullptr);
 }
 
 int main(int argc, char** argv) {
