@@ -377,6 +377,8 @@ def build_command(base: Any) -> Any:
                 extension.libraries.append("torch_cuda")
                 extension.extra_link_args = [f"-l:{name}"]
                 extension.extra_compile_args["nvcc"] = NVCC_FLAGS + gencode_flags(plan.architectures, "")
+                if any(Path(source).name in ONLY_ARCHITECTURES for source in plan.sources):
+                    extension.extra_compile_args["nvcc"].append("-DMIPNERF_HOPPER_KERNELS")
             self.architectures = plan.architectures
             super().run()
 

@@ -57,6 +57,7 @@ class Case:
         moved_bytes: read plus written, by an implementation that touches every input and output once.
         flops: of the arithmetic, counting a special function as one.
         graph: on a GPU, time replays of a captured graph (for launch-bound sizes).
+        items: how many samples a call works on, where that is how its speed is told; 0: it is not.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Case:
     moved_bytes: int
     flops: int
     graph: bool = False
+    items: int = 0
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Result:
     gigabytes_per_second: float | None = None
     gigaflops_per_second: float | None = None
     copy_fraction: float | None = None
+    items_per_second: float | None = None
     peak_bytes: int | None = None
     speedup_median: float | None = None
     speedup_minimum: float | None = None
@@ -315,6 +318,7 @@ def _summarise(row: Result, times: list[float], case: Case, runs: int, bandwidth
     row.gigabytes_per_second = case.moved_bytes / row.median * 1e-9
     row.gigaflops_per_second = case.flops / row.median * 1e-9
     row.copy_fraction = case.moved_bytes / row.median / bandwidth
+    row.items_per_second = case.items / row.median if case.items else None
 
 
 # ---------------------------------------------------------------------------------------------------- reporting
@@ -347,20 +351,21 @@ def markdown(operation: str, report: dict[str, Any]) -> str:
             "",
             f"Copy bandwidth here: {copied * 1e-9:.1f} GB/s (read plus written).",
             "",
-            "| case | variant | error | bound | median ms | p10 - p90 | min ms | GB/s | of copy | GFLOP/s | peak MiB "
-            "| speed-up median | min |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| case | variant | error | bound | median ms | p10 - p90 | min ms | GB/s | of copy | GFLOP/s "
+            "| M samples/s | peak MiB | speed-up median | min |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for r in rows:
             head = f"| {r['case']} | {r['variant']} | {r['error']:.1e} | {r['bound']:.1e} "
             if r["median"] is None:
-                lines.append(head + f"| {r['note']} | | | | | | | | |")
+                lines.append(head + f"| {r['note']} | | | | | | | | | |")
                 continue
             lines.append(
                 head + f"| {_cell(r['median'], '.3f', 1e3)} | {_cell(r['p10'], '.3f', 1e3)} - "
                 f"{_cell(r['p90'], '.3f', 1e3)} | {_cell(r['minimum'], '.3f', 1e3)} "
                 f"| {_cell(r['gigabytes_per_second'], '.1f')} | {_cell(r['copy_fraction'], '.0%')} "
-                f"| {_cell(r['gigaflops_per_second'], '.1f')} | {_cell(r['peak_bytes'], '.1f', 2.0**-20)} "
+                f"| {_cell(r['gigaflops_per_second'], '.1f')} | {_cell(r['items_per_second'], '.2f', 1e-6)} "
+                f"| {_cell(r['peak_bytes'], '.1f', 2.0**-20)} "
                 f"| {_cell(r['speedup_median'], '.1f')} | {_cell(r['speedup_minimum'], '.1f')} |"
             )
     return "\n".join(lines) + "\n"

@@ -1,8 +1,8 @@
 """Write the README's tables from the result files, so that no figure in it is typed by hand.
 
 Every block between `<!-- results: NAME -->` and `<!-- end -->` in README.md is replaced by
-benchmarks/results/NAME.md, or for NAME = speed by a digest of the kernel benchmarks' JSON files there. With --check
-nothing is written and a difference is an error.
+benchmarks/results/NAME.md, or for NAME = speed and fast_speed by digests of the kernel benchmarks' JSON files there
+(the exact model's operations, the fast model's). With --check nothing is written and a difference is an error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # One line per operation and setting; everything else is in the result files.
 _DIGEST = ("forward, 4096 x 64, float32", "forward + backward, 4096 x 64, float32", "4096 x 64, stratified")
+# The fast model's, one table of their own.
+_FAST = ("march", "hash_encode", "tiny_mlp", "packed_composite", "fast_step")
 _BLOCK = re.compile(
     r"(?P<begin><!-- results: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL
 )
@@ -30,7 +32,7 @@ def speed(results: Path) -> str:
     reports = [
         report
         for report in (json.loads(path.read_text(encoding="utf-8")) for path in files)
-        if "runs" in report
+        if "runs" in report and report["operation"] not in _FAST
     ]
     if not reports:
         raise FileNotFoundError(f"README.md: the block 'speed' has no *_cpu.json in {results.name}")
@@ -63,6 +65,36 @@ def speed(results: Path) -> str:
     return "\n".join(lines)
 
 
+def fast_speed(results: Path) -> str:
+    """A digest of the benchmarks of the fast model's operations on the CPU: samples a second, against eager PyTorch."""
+    lines = [
+        "| operation | case | threads | native, ms | M samples/s | against eager |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    facts, runs, missing = set(), [], []
+    for operation in _FAST:
+        path = results / f"{operation}_cpu.json"
+        if not path.is_file():
+            missing.append(operation)
+            continue
+        report = json.loads(path.read_text(encoding="utf-8"))
+        where = report["environment"]
+        facts.add(f"{where['device']}, torch {where['torch']}, revision {where['revision']}")
+        runs.append(report["runs"])
+        for row in report["results"]:
+            if row["variant"] != "native" or row["allocator"] != "allocator as it comes":
+                continue
+            cells = ["not measured", "-", "-"]
+            if row["median"] is not None:
+                cells = [f"{1e3 * row['median']:.2f}", f"{1e-6 * row['items_per_second']:.2f}"]
+                cells.append(f"{row['speedup_median']:.1f} x" if row["speedup_median"] else "not measured")
+            lines.append(f"| {operation} | {row['case']} | {row['threads']} | {' | '.join(cells)} |")
+    lines += ["", f"As above, at least {min(runs, default=0)} calls. {'; '.join(sorted(facts))}."]
+    if missing:
+        lines[-1] += f" Not measured: {', '.join(missing)}."
+    return "\n".join(lines)
+
+
 def filled(text: str, results: Path) -> str:
     """The text with every block replaced by its result file.
 
@@ -72,6 +104,8 @@ def filled(text: str, results: Path) -> str:
     def body(match: re.Match[str]) -> str:
         if match["name"] == "speed":
             return f"{match['begin']}{speed(results)}\n{match['end']}"
+        if match["name"] == "fast_speed":
+            return f"{match['begin']}{fast_speed(results)}\n{match['end']}"
         path = results / f"{match['name']}.md"
         if not path.is_file():
             raise FileNotFoundError(

@@ -35,6 +35,33 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
     // Fenceposts and weights to new fenceposts [B, num_samples + 1].
     m.def("resample(Tensor t_vals, Tensor weights, int num_samples, Tensor? u, float padding) -> Tensor");
+    // ---- the fused network: csrc/mlp. Its sizes are numbers: width, depth, skip_layer of the trunk,
+    // view_width and view_depth of the view branch (0 without). Parameters of the folded network, each weight
+    // and bias at a multiple of 4, to the kernels' order.
+    m.def(
+        "mlp_pack(Tensor parameters, int features, int width, int depth, int skip_layer, int view_width, "
+        "int view_depth, ScalarType dtype) -> Tensor");
+    // Features [S, F] to raw rgb [S, 3], raw density [S], and with training what mlp_backward needs again:
+    // activations and masks, in bytes. ray_bias [rays, view_width] is the view branch's first bias.
+    m.def(
+        "mlp_forward(Tensor features, Tensor? ray_bias, Tensor packed, int samples_per_ray, int width, int "
+        "depth, "
+        "int skip_layer, int view_width, int view_depth, bool training) -> (Tensor, Tensor, Tensor, Tensor)");
+    // frustum_ipe and the network in one kernel, for inference.
+    m.def(
+        "mlp_encoded_forward(Tensor t_vals, Tensor origins, Tensor directions, Tensor radii, Tensor? "
+        "ray_bias, "
+        "Tensor packed, int min_deg, int max_deg, bool cylinder, bool integrated, int width, int depth, "
+        "int skip_layer, int view_width, int view_depth, ScalarType dtype) -> (Tensor, Tensor)");
+    // Gradients of the parameters of mlp_pack (in place of the bias of view 0: the sum of ray_sums), of
+    // ray_bias, and of the features (float32; no rows unless to_features). Without deterministic the sums'
+    // order differs from run to run.
+    m.def(
+        "mlp_backward(Tensor? grad_rgb, Tensor? grad_density, Tensor features, Tensor packed, Tensor "
+        "activations, "
+        "Tensor masks, int samples_per_ray, int width, int depth, int skip_layer, int view_width, int "
+        "view_depth, "
+        "bool deterministic, bool to_features) -> (Tensor, Tensor, Tensor)");
     // ---- the fast model
     // Pixels of a step drawn by counter-based random numbers: origins, directions [B, 3], radii, near, far,
     // phase [B, 1], background and target colours [B, 3]. Of the images in `order`, sorted by scale, group g

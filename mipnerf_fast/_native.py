@@ -64,3 +64,12 @@ def build_info() -> dict[str, Any]:
     """
     module = load()
     return dict(module.build_info()) if module is not None else {}
+
+
+def vector_unit() -> str:
+    """Whose copies of the CPU kernels run in this process: "avx512", "avx2" or "baseline"; empty without the library.
+
+    The best that the processor has, unless ATEN_CPU_CAPABILITY, torch's own variable, says "avx2" or "default".
+    """
+    module = load()
+    return str(module.vector_unit()) if module is not None else ""

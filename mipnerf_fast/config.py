@@ -144,6 +144,15 @@ class FastConfig:
     """Levels attenuated below this are skipped."""
     scale_input: bool = True
     """The logarithm of the Gaussian's width, clamped to the range of the training images, is a network input."""
+    sampling: Literal["occupancy", "proposal"] = "occupancy"
+    """How samples are found: by marching through an occupancy grid in a box, or, for scenes without a box, by a
+    proposal network and mip-NeRF's resampling in contracted space."""
+    proposal_samples: int = 64
+    """Intervals of the proposal; of sampling = proposal, as the two below."""
+    num_samples: int = 32
+    """Intervals of the final level."""
+    lindisp: bool = False
+    """The proposal's intervals evenly in disparity instead of distance."""
     net_width: int = 64
     """Neurons of the hidden layers: a multiple of 8."""
     colour_layers: int = 1
@@ -151,7 +160,8 @@ class FastConfig:
     occupancy_resolution: int = 0
     """Cells per side of the occupancy grid, a multiple of 32; 0: by image width."""
     box_half: float = 1.5
-    """The scene lies in the cube of twice this side around the origin, world units."""
+    """The scene lies in the cube of twice this side around the origin, world units; with sampling = proposal, radius of
+    the ball outside of which space is contracted."""
     step_scale: float = 1.0
     """Step along the ray in pixel widths at that distance."""
     min_step: float = 0.004
@@ -173,6 +183,8 @@ class FastConfig:
         _one_of(self, "features", 2, 4)
         _one_of(self, "attenuation", "gaussian", "erf", "none")
         _one_of(self, "colour_layers", 1, 2)
+        _one_of(self, "sampling", "occupancy", "proposal")
+        _at_least(self, 1, "proposal_samples", "num_samples")
         if self.levels > 16:
             raise InputError(f"FastConfig.levels: must be at most 16, got {self.levels}")
         if self.log2_table_size and not 3 <= self.log2_table_size <= 26:

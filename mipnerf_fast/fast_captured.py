@@ -85,6 +85,7 @@ class CapturedStep:
             *(gradients.get(name) for name in FastGradients._fields)  # type: ignore[arg-type]
         )
         self.failures = torch.zeros(1, dtype=torch.int64, device=device)  # in a row
+        self.samples = torch.zeros(1, dtype=torch.float64, device=device)  # marched so far
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_warm = False
 
@@ -140,6 +141,7 @@ class CapturedStep:
             )
         fast_pace_captured(self.statistics, clock, config.batch_size, self._least, self._most)
         is_bad = (self.statistics[4:5] == 0).to(torch.int64)
+        self.samples.add_(self.statistics[2:3])
         self.failures.add_(1).mul_(is_bad)
         self._model.skipped_steps.add_(is_bad)
         self._model.samples_per_ray.copy_(clock.samples_per_ray)

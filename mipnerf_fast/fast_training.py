@@ -16,7 +16,7 @@ from .data import Dataset
 from .fast_captured import AdamSettings, CapturedStep
 from .fast_model import FastModel
 from .ops.fast_captured import kernels_for
-from .ops.fast_step import FastGradients, PixelSource
+from .ops.fast_step import FastGradients, MarchRays, PixelSource, StepStatistics
 from .schedules import log_lerp, warm_up
 from .trainer_base import DivergedError, StepResult, TrainerBase
 
@@ -39,7 +39,7 @@ _EARLY_DECAY, _LATE_DECAY = 0.4, 0.8
 # A cell counts as occupied where a step through it would absorb this share of the light.
 _OCCUPIED_OPACITY = 0.01
 # Half of the cone's radius at t = 1, for a pixel one unit wide there: radius 1/sqrt(3), deviation radius/2.
-_DEVIATION_PER_PIXEL = 0.5 / math.sqrt(3.0)
+DEVIATION_PER_PIXEL = 0.5 / math.sqrt(3.0)
 
 
 class FastTrainer(TrainerBase):
@@ -47,8 +47,7 @@ class FastTrainer(TrainerBase):
 
     A step draws pixels by counter-based random numbers, runs `ops.fast_train_step` (on the backend "reference" the
     same by autograd: `fast_reference`) and Adam on the entries that were touched, and every UPDATE_EVERY steps renews
-    the occupancy grid. The number of rays follows the number of samples
-    that a ray takes, so that a step has `config.batch_size` samples. A step whose gradient is not finite changes
+    the occupancy grid. The number of rays follows the number of samples that a ray takes, so that a step has `config.batch_size` samples. A step whose gradient is not finite changes
     nothing and is counted in `model.skipped_steps`; many in a row end the run.
 
     On a GPU a step is one CUDA graph (`CapturedStep`): tables are read in float16, and what a step found is read back
@@ -76,12 +75,14 @@ class FastTrainer(TrainerBase):
             raise ValueError(f"FastTrainer: takes a FastConfig, not {type(config.model).__name__}")
         on_gpu = self.device.type != "cpu"
         missing = "the backend is set to reference" if current_backend() == "reference" else ""
+        if config.model.sampling == "proposal":
+            missing = "with a proposal it trains on the CPU"
         if on_gpu and (missing := missing or kernels_for(self.device)):
             raise ValueError(f"FastTrainer: cannot train on {device}: {missing}")
         self.settings = config.model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model: FastModel = FastModel(config.model).to(self.device)
+            self.model: FastModel = self._build_model(config.model).to(self.device)
         # Both have the same functions; what is chosen now stays for the whole run.
         self._engine = fast_reference if current_backend() == "reference" else ops
         source = pixel_source(dataset, self.settings.scale_ratio)
@@ -89,12 +90,10 @@ class FastTrainer(TrainerBase):
         self.random_background = self.settings.random_background and dataset.pixels.shape[1] == 4
         self.background = 1.0 if dataset.white_background else 0.0
         side = 2 * self.settings.box_half
-        low = (dataset.near / dataset.focal).min().item() * _DEVIATION_PER_PIXEL / side
-        high = (dataset.far / dataset.focal).max().item() * _DEVIATION_PER_PIXEL / side
-        self.model.scale_range.copy_(torch.tensor([low, high]))
+        self.model.scale_range.copy_(torch.tensor(self._scale_range(dataset)))
         middle = 0.5 * float(dataset.near.min() + dataset.far.max())
         pixel = middle / float(dataset.focal.max())
-        self._cell_scale = pixel * _DEVIATION_PER_PIXEL / side
+        self._cell_scale = pixel * DEVIATION_PER_PIXEL / side
         step = min(max(self.settings.step_scale * pixel, self.settings.min_step), self.settings.max_step)
         self._max_threshold = _OCCUPIED_OPACITY / step
         if checkpoint is not None:
@@ -110,10 +109,8 @@ class FastTrainer(TrainerBase):
             }
             for moment in MOMENTS
         }
-        self._gradient_buffers = FastGradients(
-            *(self._gradients.get(name) for name in FastGradients._fields)  # type: ignore[arg-type]
-        )
         self._failures = 0
+        self.samples = 0  # marched by this trainer
         self._captured: CapturedStep | None = None
         if on_gpu:
             self._captured = CapturedStep(
@@ -131,6 +128,9 @@ class FastTrainer(TrainerBase):
                 max(MAX_RAYS, config.batch_size // _FEWEST_SAMPLES // _GROUP_RAYS * _GROUP_RAYS),
             )
             self._latest = StepResult(math.nan, math.nan, 0)
+
+    def _build_model(self, config: FastConfig) -> FastModel:
+        return FastModel(config)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """Of Adam: {"exp_avg": {parameter name: tensor}, "exp_avg_sq": ...}."""
@@ -154,28 +154,17 @@ class FastTrainer(TrainerBase):
         if self._captured is not None:
             return self._captured_step(self._captured)
         start = time.perf_counter()
-        config, model, step, engine = self.config, self.model, self.step, self._engine
-        fields = model.fields()
+        config, model, step = self.config, self.model, self.step
         if step % UPDATE_EVERY == 0:
-            stride, decay = _visits(step)
-            engine.occupancy_update(
-                model.densities,
-                self._cell_scale,
-                config.seed,
-                step,
-                stride,
-                decay,
-                self._max_threshold,
-                fields,
-            )
+            self._renew_occupancy()
         samples_per_ray = model.samples_per_ray.item()
-        wanted = min(max(config.batch_size / samples_per_ray, MIN_RAYS), MAX_RAYS)
-        count = math.ceil(wanted / _GROUP_RAYS) * _GROUP_RAYS
-        rays, target = engine.draw_rays(
+        count = self._ray_count()
+        rays, target = self._engine.draw_rays(
             self.source, config.seed, step, count, self.random_background, self.background
         )
-        found = engine.fast_train_step(rays, target, config.loss_beta, fields, self._gradient_buffers)
+        found = self._add_gradients(rays, target)
         self.last_rate = self.learning_rate()
+        self.samples += found.samples
         self.step += 1
         model.samples_per_ray.fill_(0.8 * samples_per_ray + 0.2 * max(0.5, found.samples / count))
         if found.is_finite:
@@ -194,8 +183,7 @@ class FastTrainer(TrainerBase):
     def _captured_step(self, captured: CapturedStep) -> StepResult:
         start = time.perf_counter()
         if self.step % UPDATE_EVERY == 0:
-            stride, decay = _visits(self.step)
-            captured.update_occupancy(self._cell_scale, self.step, stride, decay, self._max_threshold)
+            self._renew_occupancy()
         self.last_rate = self.learning_rate()
         captured(self.last_rate)
         self.step += 1
@@ -204,12 +192,52 @@ class FastTrainer(TrainerBase):
             loss, squared_error, *_, rays = captured.statistics.tolist()
             self._latest = StepResult(loss, squared_error, int(rays))
             self._failures = int(captured.failures.item())
+            self.samples = int(captured.samples.item())
         self.seconds += time.perf_counter() - start
         if self._failures >= MAX_FAILURES:
             raise DivergedError(
                 f"step {self.step}: {self._failures} steps in a row had a gradient that is not finite"
             )
         return self._latest
+
+    def _scale_range(self, dataset: Dataset) -> tuple[float, float]:
+        """The least and the largest width that a sample can have, in units of the box's side."""
+        side = 2 * self.settings.box_half
+        low = (dataset.near / dataset.focal).min().item() * DEVIATION_PER_PIXEL / side
+        high = (dataset.far / dataset.focal).max().item() * DEVIATION_PER_PIXEL / side
+        return low, high
+
+    def _ray_count(self) -> int:
+        """As many as make batch_size samples, by the samples that rays have taken lately; whole groups."""
+        wanted = self.config.batch_size / self.model.samples_per_ray.item()
+        return math.ceil(min(max(wanted, MIN_RAYS), MAX_RAYS) / _GROUP_RAYS) * _GROUP_RAYS
+
+    def _renew_occupancy(self) -> None:
+        is_early = self.step < _EARLY_STEPS
+        stride, decay = (_EARLY_STRIDE, _EARLY_DECAY) if is_early else (_LATE_STRIDE, _LATE_DECAY)
+        if self._captured is not None:
+            self._captured.update_occupancy(self._cell_scale, self.step, stride, decay, self._max_threshold)
+            return
+        self._engine.occupancy_update(
+            self.model.densities,
+            self._cell_scale,
+            self.config.seed,
+            self.step,
+            stride,
+            decay,
+            self._max_threshold,
+            self.model.fields(),
+        )
+
+    def _add_gradients(self, rays: MarchRays, target: Tensor) -> StepStatistics:
+        """Add the gradients of a batch to `_gradients`, unless one of them is not finite."""
+        buffers = FastGradients(
+            *(self._gradients.get(name) for name in FastGradients._fields)  # type: ignore[arg-type]
+        )
+        found: StepStatistics = self._engine.fast_train_step(
+            rays, target, self.config.loss_beta, self.model.fields(), buffers
+        )
+        return found
 
     def _update(self, rate: float) -> None:
         for name, values in self._parameters.items():
@@ -218,17 +246,12 @@ class FastTrainer(TrainerBase):
                 self._gradients[name],
                 self._moments["exp_avg"][name],
                 self._moments["exp_avg_sq"][name],
-                rate if name == "tables" else rate * self.settings.network_lr_ratio,
+                rate if name.endswith("tables") else rate * self.settings.network_lr_ratio,
                 BETA1,
                 BETA2,
                 self.config.adam_eps,
                 self.step,
             )
-
-
-def _visits(step: int) -> tuple[int, float]:
-    """Of a step's update of the occupancy grid: of how many cells one is visited, and what decays."""
-    return (_EARLY_STRIDE, _EARLY_DECAY) if step < _EARLY_STEPS else (_LATE_STRIDE, _LATE_DECAY)
 
 
 def pixel_source(dataset: Dataset, scale_ratio: float) -> PixelSource:

@@ -11,6 +11,7 @@ from .config import FastConfig, MipNerfConfig, ModelConfig, NerfConfig
 from .counter_rng import FENCEPOSTS, NOISE, Generator, draw_normal, draw_uniform
 from .fast_model import FastModel
 from .nerf import Nerf
+from .proposal_model import ProposalModel
 from .reference import (
     Activations,
     Composite,
@@ -165,5 +166,5 @@ Model = MipNerf | Nerf | FastModel
 def build_model(config: ModelConfig) -> Model:
     """The model that a configuration describes, with freshly drawn weights (from torch's global generator)."""
     if isinstance(config, FastConfig):
-        return FastModel(config)
+        return ProposalModel(config) if config.sampling == "proposal" else FastModel(config)
     return Nerf(config) if isinstance(config, NerfConfig) else MipNerf(config)

@@ -46,10 +46,12 @@ def rays_per_chunk(model: Model, device: torch.device) -> int:
     Counted per sample: the features three times over (encoding and its temporaries) and three layers' outputs.
     """
     config = model.config
-    if isinstance(config, FastConfig):
+    if isinstance(config, FastConfig) and config.sampling == "proposal":
+        samples, features = config.proposal_samples + config.num_samples, config.levels * config.features
+    elif isinstance(config, FastConfig):
         # Groups of rays are fused: only the rays themselves and their colours take memory.
         return _MAX_CHUNK
-    if isinstance(config, MipNerfConfig):
+    elif isinstance(config, MipNerfConfig):
         samples = config.num_samples
         features = 6 * (config.max_deg_point - config.min_deg_point)
     else:

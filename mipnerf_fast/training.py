@@ -36,6 +36,7 @@ from .errors import InputError
 from .fast_training import FastTrainer
 from .metrics import mse_to_psnr
 from .ops.fast_captured import kernels_for
+from .proposal_training import ProposalTrainer
 from .rendering import render_image
 from .run_folder import (
     RunConfig,
@@ -78,7 +79,9 @@ def make_trainer(
     checkpoint: Checkpoint | None = None,
 ) -> Trainer | FastTrainer:
     """The trainer of the configured model's family; arguments as of `Trainer`."""
-    kind = FastTrainer if isinstance(config.model, FastConfig) else Trainer
+    kind: type[Trainer | FastTrainer] = Trainer
+    if isinstance(config.model, FastConfig):
+        kind = ProposalTrainer if config.model.sampling == "proposal" else FastTrainer
     return kind(config, dataset, device, max_seconds, checkpoint)
 
 
@@ -301,7 +304,7 @@ def run_training(
     if max_minutes is not None and not 0 < max_minutes < math.inf:
         raise InputError(f"--max-minutes: must be positive, got {max_minutes}")
     if isinstance(config.model, FastConfig):
-        device = _device_of_fast_model(device, backend)
+        device = _device_of_fast_model(device, backend, config.model)
     place = choose_device(device)
     _check_backend(backend)
     check_writable(run_dir)
@@ -417,7 +420,7 @@ def _check_backend(name: str) -> None:
         raise InputError(f"--backend: native was asked for, but {_native.why_missing()}")
 
 
-def _device_of_fast_model(device: str, backend: str) -> str:
+def _device_of_fast_model(device: str, backend: str, model: FastConfig) -> str:
     """A GPU where the native library has kernels for it, else the CPU."""
     by_reference = "reference" in (backend, current_backend())
     if not by_reference and not _native.available():
@@ -426,6 +429,8 @@ def _device_of_fast_model(device: str, backend: str) -> str:
             "--backend reference trains it without, many times slower"
         )
     missing = "the reference trains it on the CPU" if by_reference else kernels_for(torch.device("cuda"))
+    if model.sampling == "proposal":
+        missing = "with a proposal it trains on the CPU"
     if device == "cuda" and missing:
         raise InputError(f"--device: the fast model cannot train on cuda: {missing}")
     return "cpu" if missing else device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 # Before torch and matplotlib are imported; what tests start in other processes inherits both.
 CORES = len(os.sched_getaffinity(0))
@@ -29,6 +30,15 @@ hypothesis.settings.load_profile("suite")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU and, where there is one, the GPU."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small operations of torch's own: on a busy machine its threads wait for each other at every one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

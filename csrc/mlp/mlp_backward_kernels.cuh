@@ -73,10 +73,10 @@ template <int W, typename T>
 __global__ void __launch_bounds__(kThreads, Geometry<W>::kBlocksTogether)
     mlp_dgrad_kernel(const __grid_constant__ DgradParameters<T> in) {
     T* tile = shared_memory<T>();
-    const std::int64_t tiles = tile_count(in.samples);
+    const int tiles = tile_count(in.samples);
     const WarpPart<W> part;
     WeightStream<W> stream(in.passes, in.packed, tiles_of_block(tiles));
-    for (std::int64_t number = blockIdx.x; number < tiles; number += gridDim.x) {
+    for (int number = static_cast<int>(blockIdx.x); number < tiles; number += static_cast<int>(gridDim.x)) {
         const TileRows rows(number, in.samples);
         store_head_deltas(in, rows);
 #pragma unroll 1
@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kThreads, Geometry<W>::kBlocksTogether)
             Pack<unsigned, Geometry<W>::kRowBlocks> masks{};
             if (pass.hidden >= 0)
                 masks = load_pack<Geometry<W>::kRowBlocks>(
-                    in.masks + ((number * in.hidden + pass.hidden) * kThreads + thread_rank()) *
+                    in.masks + ((static_cast<std::int64_t>(number) * in.hidden + pass.hidden) * kThreads +
+                                thread_rank()) *
                                    Geometry<W>::kRowBlocks);
             Result<W> result{};
             if (pass.steps[kFromHeads] > 0) {
@@ -358,9 +359,8 @@ void launch_mlp_dgrad(const MlpDgradArguments<T>& arguments, Stream stream) {
     in.head_deltas = in.deltas + in.samples * arguments.plan.stash_columns;
     in.grad_features = arguments.grad_features;
     constexpr std::size_t kBytes = Geometry<W>::kSharedBytes;
-    MIPNERF_LAUNCH((mlp_dgrad_kernel<W, T>),
-                   persistent_grid(mlp_dgrad_kernel<W, T>, tile_count(in.samples), kBytes), dim3(kThreads),
-                   kBytes, stream, in);
+    MIPNERF_LAUNCH((mlp_dgrad_kernel<W, T>), persistent_grid(mlp_dgrad_kernel<W, T>, in.samples, kBytes),
+                   dim3(kThreads), kBytes, stream, in);
 }
 
 // The samples split among `splits` blocks for each tile.

@@ -318,10 +318,10 @@ template <int W, typename T>
 __global__ void __launch_bounds__(kThreads, Geometry<W>::kBlocksTogether)
     mlp_forward_kernel(const __grid_constant__ ForwardParameters<T> in) {
     T* tile = shared_memory<T>();
-    const std::int64_t tiles = tile_count(in.samples);
+    const int tiles = tile_count(in.samples);
     const WarpPart<W> part;
     WeightStream<W> stream(in.passes, in.packed, tiles_of_block(tiles));
-    for (std::int64_t number = blockIdx.x; number < tiles; number += gridDim.x) {
+    for (int number = static_cast<int>(blockIdx.x); number < tiles; number += static_cast<int>(gridDim.x)) {
         const TileRows rows(number, in.samples);
 #pragma unroll 1
         for (int i = 0; i < in.passes.count; ++i) {
@@ -349,9 +349,11 @@ __global__ void __launch_bounds__(kThreads, Geometry<W>::kBlocksTogether)
             const auto masks = activate(tile, result, part, pass.columns);
             block_sync();
             if (in.activations == nullptr) continue;
-            store_pack_streaming(in.masks + ((number * in.hidden + pass.hidden) * kThreads + thread_rank()) *
-                                                Geometry<W>::kRowBlocks,
-                                 masks);
+            store_pack_streaming(
+                in.masks + ((static_cast<std::int64_t>(number) * in.hidden + pass.hidden) * kThreads +
+                            thread_rank()) *
+                               Geometry<W>::kRowBlocks,
+                masks);
             store_tile<W>(tile, in.activations + pass.stash_column * in.samples + rows.first * pass.columns,
                           rows.count, pass.columns);
         }
@@ -399,9 +401,8 @@ void launch_mlp_forward(const MlpForwardArguments<T>& arguments, Stream stream) 
     in.activations = static_cast<T*>(arguments.activations);
     in.masks = static_cast<unsigned*>(arguments.masks);
     constexpr std::size_t kBytes = Geometry<W>::kSharedBytes;
-    MIPNERF_LAUNCH((mlp_forward_kernel<W, T>),
-                   persistent_grid(mlp_forward_kernel<W, T>, tile_count(in.samples), kBytes), dim3(kThreads),
-                   kBytes, stream, in);
+    MIPNERF_LAUNCH((mlp_forward_kernel<W, T>), persistent_grid(mlp_forward_kernel<W, T>, in.samples, kBytes),
+                   dim3(kThreads), kBytes, stream, in);
 }
 
 }  // namespace mlp_mma

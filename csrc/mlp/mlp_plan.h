@@ -136,7 +136,7 @@ inline MlpPlan make_mlp_plan(const MlpShape& shape) {
 // ---- what the launches take. All arrays are contiguous on the device and start at a multiple of 16 bytes.
 // Samples are rows; the ray of sample s is s / samples_per_ray, and samples is a multiple of samples_per_ray.
 // What lies in packed, activations, masks, deltas and workspace is each generation's own business; its
-// mlp_sizes says how large they are.
+// mlp_sizes says how large they are. Those of activations and masks are a multiple of what 128 samples need.
 
 struct MlpSizes {              // in bytes
     std::int64_t packed;       // depends on the plan alone

@@ -262,14 +262,14 @@ inline int wgrad_splits(std::int64_t samples) {
 
 inline MlpSizes mlp_sizes(const MlpPlan& plan, std::int64_t samples) {
     const MlpPacking packing = make_mlp_schedule(plan).packing;
-    const std::int64_t stash = 2 * samples * plan.stash_columns;
+    const std::int64_t tiles = (samples + kTileRows - 1) / kTileRows;
+    const std::int64_t stash = 2 * tiles * kTileRows * plan.stash_columns;
     const int splits = wgrad_splits(samples);
     MlpSizes sizes{};
     sizes.packed = 16ll * packing.units + 4ll * packing.biases;
     sizes.activations = stash;
-    sizes.masks =
-        4 * ((samples + kTileRows - 1) / kTileRows) * plan.hidden * kThreads * (plan.shape.width / 64);
-    sizes.deltas = stash + 2 * samples * kHeadDeltas;
+    sizes.masks = 4 * tiles * plan.hidden * kThreads * (plan.shape.width / 64);
+    sizes.deltas = stash + 2 * tiles * kTileRows * kHeadDeltas;
     sizes.workspace = splits > 1 ? 4ll * splits * plan.gradients : 0;
     return sizes;
 }

@@ -240,25 +240,29 @@ struct TileRows {
     std::int64_t first;
     int count;
 
-    MIPNERF_DEVICE TileRows(std::int64_t tile, std::int64_t samples) : first(tile * kTileRows) {
+    MIPNERF_DEVICE TileRows(int tile, std::int64_t samples)
+        : first(static_cast<std::int64_t>(tile) * kTileRows) {
         count = samples - first < kTileRows ? static_cast<int>(samples - first) : kTileRows;
     }
 };
 
-MIPNERF_HOST_DEVICE std::int64_t tile_count(std::int64_t samples) {
-    return (samples + kTileRows - 1) / kTileRows;
+MIPNERF_HOST_DEVICE int tile_count(std::int64_t samples) {
+    return static_cast<int>((samples + kTileRows - 1) / kTileRows);
 }
 
 // Tiles blockIdx.x, blockIdx.x + gridDim.x, ... are this block's.
-MIPNERF_DEVICE int tiles_of_block(std::int64_t tiles) {
-    return static_cast<int>((tiles - blockIdx.x + gridDim.x - 1) / gridDim.x);
+MIPNERF_DEVICE int tiles_of_block(int tiles) {
+    return (tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
+           static_cast<int>(gridDim.x);
 }
 
 // Blocks that run at once take the tiles in turn.
 template <typename... P>
-dim3 persistent_grid(void (*kernel)(P...), std::int64_t tiles, std::size_t shared_bytes) {
-    if (tiles == 0) return dim3(0);
-    const std::int64_t resident = resident_blocks(kernel, kThreads, shared_bytes);
+dim3 persistent_grid(void (*kernel)(P...), std::int64_t samples, std::size_t shared_bytes) {
+    if (samples > std::int64_t{kTileRows} << 30)
+        throw std::runtime_error("mlp: " + std::to_string(samples) + " samples in one launch are too many");
+    if (samples == 0) return dim3(0);
+    const int tiles = tile_count(samples), resident = resident_blocks(kernel, kThreads, shared_bytes);
     return grid_size(tiles < resident ? tiles : resident);
 }
 

@@ -33,6 +33,7 @@ from .occupancy import (
     unpack_masks,
 )
 from .packed_composite import PackedComposite, packed_composite
+from .proposal import contract_gaussians, interlevel_loss
 from .resample import blur_weights, resample, sample_piecewise_constant, sample_t_vals
 from .sparse_adam import sparse_adam
 from .tiny_mlp import TinyMlp, colour_network, density_network, fast_density, spherical_harmonics, tiny_mlp
@@ -51,6 +52,7 @@ __all__ = [
     "box_interval",
     "colour_network",
     "composite",
+    "contract_gaussians",
     "density_inputs",
     "density_network",
     "expected_distance",
@@ -65,6 +67,7 @@ __all__ = [
     "hash_grid",
     "hash_grid_of",
     "integrated_pos_enc",
+    "interlevel_loss",
     "march",
     "mask_for_width",
     "mip_mlp",

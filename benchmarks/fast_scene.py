@@ -1,0 +1,68 @@
+"""The rays and the model that the benchmarks of the fast model's operations share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Inputs
+from mipnerf_fast import FastConfig, FastModel, reference
+from mipnerf_fast.cameras import pinhole_rays
+from mipnerf_fast.ops.fast_step import MarchRays
+
+WIDTH, FOCAL = 200, 277.8  # of the Blender scenes at a quarter of their size
+
+
+def model(seed: int = 0) -> FastModel:
+    """The model for images of 200 x 200, its tables as large as training makes them, around a ball of matter."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = FastModel(FastConfig().for_images(WIDTH))
+        torch.nn.init.uniform_(made.tables, -0.5, 0.5)
+    cells = made.config.occupancy_resolution
+    axis = (torch.arange(cells) + 0.5) / cells - 0.5
+    radius = torch.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2)
+    made.masks.copy_(reference.pack_masks(reference.occupancy_masks((radius < 0.2).float(), 0.5)))
+    made.scale_range.copy_(torch.tensor([5e-4, 2e-2]))
+    return made
+
+
+def rays(seed: int, count: int) -> Inputs:
+    """Random pixels of a camera four units away that looks at the ball: origins, ..., background, target."""
+    generator = torch.Generator().manual_seed(seed)
+    position = torch.nn.functional.normalize(torch.randn(3, generator=generator), dim=0)
+    right = torch.linalg.cross(torch.tensor([0.0, 0.0, 1.0]), position)
+    right = right / right.norm()
+    up = torch.linalg.cross(position, right)
+    camera = torch.stack([right, up, position, 4 * position], -1)
+    flat = pinhole_rays(camera, WIDTH, WIDTH, FOCAL).flatten()
+    chosen = torch.randint(WIDTH * WIDTH, (count,), generator=generator)
+    drawn = {
+        name: getattr(flat, name)[chosen].contiguous()
+        for name in ("origins", "directions", "radii", "near", "far")
+    }
+    return drawn | {
+        "phase": torch.rand(count, 1, generator=generator),
+        "background": torch.rand(count, 3, generator=generator),
+        "target": torch.rand(count, 3, generator=generator),
+    }
+
+
+def march_rays(inputs: Inputs) -> MarchRays:
+    """Of the inputs."""
+    return MarchRays(*(inputs[name] for name in MarchRays._fields))
+
+
+def samples(inputs: Inputs, of: FastModel) -> reference.PackedSamples:
+    """The samples of the rays."""
+    return reference.fast_samples(*march_rays(inputs)[:6], of.fields())
+
+
+def double(tensors: Inputs) -> Inputs:
+    """The same in float64; integers as they are."""
+    return {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def differentiable(tensors: Inputs, names: tuple[str, ...]) -> list[Tensor]:
+    """Fresh leaves of the named tensors."""
+    return [tensors[name].detach().requires_grad_() for name in names]

@@ -1,0 +1,398 @@
+"""The fused network: one kernel forward, two backward, over the same function folded as the kernels take it.
+
+The bottleneck has no activation, so it is one matrix with the layer above it; the encoded direction is the same for all
+samples of a ray, so its part is one bias per ray. The kernels (csrc/mlp) are handed the folded parameters as one array
+and give the gradients as one; what is here is the way there and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+_HALVES = (torch.bfloat16, torch.float16)
+_TILE_ROWS = 128
+_OPERATORS = ("mlp_pack", "mlp_forward", "mlp_encoded_forward", "mlp_backward")
+# With float16 the largest gradient that comes in is scaled to about 2^3; deltas may grow 2^12 times on their way down.
+_FP16_EXPONENT = 3
+
+
+class Architecture(NamedTuple):
+    """What of `reference.mip_mlp`'s arguments the parameters' shapes do not tell."""
+
+    net_depth: int
+    net_depth_condition: int
+    skip_layer: int
+
+
+class Sizes(NamedTuple):
+    """The network as the operators take it; without views the last two are 0."""
+
+    width: int
+    depth: int
+    skip_layer: int
+    view_width: int
+    view_depth: int
+
+
+class Kernels(NamedTuple):
+    """The raw operators, or twins of them."""
+
+    pack: Callable[..., Tensor]
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def fused_mlp(
+    features: Tensor,
+    viewdirs_enc: Tensor | None,
+    parameters: Sequence[Tensor],
+    architecture: Architecture,
+    dtype: torch.dtype,
+    *,
+    deterministic: bool = True,
+    kernels: Kernels | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.mip_mlp` in the fused kernels.
+
+    W_eff = W_view[:, :W] W_bottleneck and, for ray r, v_r = W_view[:, W:] d_r + W_view[:, :W] b_bottleneck + b_view:
+    the view layer is relu(W_eff h + v_r). With G = sum(delta h^T) and s = sum(delta) over all samples the gradients of
+    the factors are dW_view[:, :W] = G W_bottleneck^T + s b_bottleneck^T, dW_bottleneck = W_view[:, :W]^T G,
+    db_bottleneck = W_view[:, :W]^T s, db_view = s, dW_view[:, W:] = sum over rays of (delta summed over the ray) d_r^T.
+
+    Args:
+        features: [B, N, F] of any float dtype; rounded to `dtype`.
+        viewdirs_enc: [B, V], or None for a network without view directions.
+        parameters: weight and bias of every layer in the order of `reference.mip_mlp`; float32.
+        architecture: of the network.
+        dtype: of the operands: activations, weights, deltas; bfloat16 or float16 (scaled, and scaled back).
+        deterministic: whether the gradients are the same in every run; without, their sums are a little faster.
+        kernels: twins of the operators, for checks.
+
+    Returns:
+        raw rgb [B, N, 3] and raw density [B, N, 1], float32. Differentiable once in everything; the gradient to the
+        features costs its products only where they require one.
+
+    Errors: RuntimeError for a second derivative.
+
+    Source: `performance` 1.2 and 3.3; the bottleneck is Barron et al. 2021, section 4 (the official code, models.py).
+    """
+    call = _Call(architecture, dtype, deterministic, kernels or _operators())
+    inputs = (features, viewdirs_enc, *parameters)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        rgb, density = _Fused.apply(call, *inputs)
+        return rgb, density
+    rgb, density, *_ = _forward(call, features, viewdirs_enc, parameters, False)
+    return rgb, density
+
+
+def fused_mlp_encoded(
+    t_vals: Tensor,
+    origins: Tensor,
+    directions: Tensor,
+    radii: Tensor,
+    viewdirs_enc: Tensor | None,
+    parameters: Sequence[Tensor],
+    architecture: Architecture,
+    dtype: torch.dtype,
+    *,
+    min_deg: int = 0,
+    max_deg: int = 16,
+    cylinder: bool = False,
+    integrated: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`frustum_ipe` and `fused_mlp` in one kernel, for inference: features never reach memory.
+
+    Args: of `ops.frustum_ipe` (t_vals [B, N+1], origins and directions [B, 3], radii [B, 1], float32) and of
+        `fused_mlp`.
+
+    Returns:
+        raw rgb [B, N, 3] and raw density [B, N, 1], float32; not differentiable.
+
+    Source: Barron et al. 2021, equations 7, 8 and 14, then as `fused_mlp`.
+    """
+    rays, samples = t_vals.shape[0], t_vals.shape[1] - 1
+    with torch.no_grad(), torch.autocast(t_vals.device.type, enabled=False):
+        network = _Folded(viewdirs_enc, parameters, architecture)
+        packed = torch.ops.mipnerf_fast.mlp_pack(
+            network.flat(), 6 * (max_deg - min_deg), *network.sizes, dtype
+        )
+        encoding = (min_deg, max_deg, cylinder, integrated)
+        rgb, density = torch.ops.mipnerf_fast.mlp_encoded_forward(
+            t_vals,
+            origins,
+            directions,
+            radii,
+            network.ray_bias,
+            packed,
+            *encoding,
+            *network.sizes,
+            dtype,
+        )
+    return rgb.view(rays, samples, 3), density.view(rays, samples, 1)
+
+
+def why_not_fused(
+    features: int, sizes: Sizes, device: torch.device, dtype: torch.dtype, operands: torch.dtype
+) -> str:
+    """Why the fused kernels cannot serve this network, these float parameters or this device; empty where they can."""
+    if device.type != "cuda":
+        return f"it runs on a GPU, and the parameters are on {device.type}"
+    if not _registered():
+        return _native.why_missing() or "the native library was built without its CUDA kernels"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(device)} is older"
+    if operands not in _HALVES:
+        return f"its operands are bfloat16 or float16, not {str(operands).removeprefix('torch.')}"
+    if dtype != torch.float32:
+        return f"its parameters must be float32, not {str(dtype).removeprefix('torch.')}"
+    if features % 2 or not 2 <= features <= 128:
+        return f"in_features must be even and at most 128, not {features}"
+    if sizes.width not in (64, 128, 256):
+        return f"net_width must be 64, 128 or 256, not {sizes.width}"
+    if not 1 <= sizes.depth <= 8:
+        return f"net_depth must be 1 to 8, not {sizes.depth}"
+    if sizes.view_depth > 8:
+        return f"net_depth_condition must be at most 8, not {sizes.view_depth}"
+    if sizes.view_depth and (sizes.view_width % 16 or sizes.view_width > sizes.width):
+        return f"net_width_condition must be a multiple of 16, at most net_width, not {sizes.view_width}"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------- folding
+
+
+class _Call(NamedTuple):
+    architecture: Architecture
+    dtype: torch.dtype
+    deterministic: bool
+    kernels: Kernels
+
+
+class _Folded:
+    """The folded parameters of a network, and the way back for their gradients."""
+
+    def __init__(
+        self, viewdirs_enc: Tensor | None, parameters: Sequence[Tensor], architecture: Architecture
+    ) -> None:
+        depth, view_depth, skip_layer = architecture
+        detached = [parameter.detach() for parameter in parameters]
+        self.layers = list(zip(detached[0::2], detached[1::2], strict=True))
+        self.depth = depth
+        self.width = self.layers[0][0].shape[0]
+        self.viewdirs_enc = None if viewdirs_enc is None else viewdirs_enc.detach().to(detached[0].dtype)
+        self.ray_bias: Tensor | None = None
+        if self.viewdirs_enc is None:
+            self.sizes = Sizes(self.width, depth, skip_layer, 0, 0)
+            self.matrices = self.layers
+        else:
+            bottleneck_weight, bottleneck_bias = self.layers[depth + 1]
+            weight, bias = self.layers[depth + 2]
+            self.sizes = Sizes(self.width, depth, skip_layer, len(weight), view_depth)
+            from_bottleneck, from_views = weight[:, : self.width], weight[:, self.width :]
+            folded = from_bottleneck @ bottleneck_weight
+            self.ray_bias = self.viewdirs_enc @ from_views.t() + (bias + from_bottleneck @ bottleneck_bias)
+            # In the place of the bias, which is each ray's, stands one that nobody reads.
+            self.matrices = [*self.layers[: depth + 1], (folded, bias), *self.layers[depth + 3 :]]
+
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        """The weights and biases in the array that the kernels know, each at a multiple of 4."""
+        parts, at = [], 0
+        for tensor in (tensor for matrix in self.matrices for tensor in matrix):
+            parts.append(flat[at : at + tensor.numel()].view(tensor.shape))
+            at += -(-tensor.numel() // 4) * 4
+        return parts
+
+    def flat(self) -> Tensor:
+        tensors = [tensor for matrix in self.matrices for tensor in matrix]
+        flat = tensors[0].new_empty(sum(-(-tensor.numel() // 4) * 4 for tensor in tensors))
+        torch._foreach_copy_(self._parts(flat), tensors)
+        return flat
+
+    def unfold(self, gradients: Tensor, ray_sums: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Gradients of the parameters in their order, and of the encoded directions."""
+        parts = self._parts(gradients)
+        if self.viewdirs_enc is None:
+            return parts, None
+        bottleneck_weight, bottleneck_bias = self.layers[self.depth + 1]
+        weight, _ = self.layers[self.depth + 2]
+        from_bottleneck, from_views = weight[:, : self.width], weight[:, self.width :]
+        at = 2 * (self.depth + 1)
+        grad, sums = parts[at : at + 2]
+        of_bottleneck = torch.addr(grad @ bottleneck_weight.t(), sums, bottleneck_bias)
+        of_weight = torch.cat([of_bottleneck, ray_sums.t() @ self.viewdirs_enc], 1)
+        unfolded = [from_bottleneck.t() @ grad, from_bottleneck.t() @ sums, of_weight, sums]
+        return [*parts[:at], *unfolded, *parts[at + 2 :]], ray_sums @ from_views
+
+
+# ------------------------------------------------------------------------------------------------- autograd
+
+
+def _forward(
+    call: _Call,
+    features: Tensor,
+    viewdirs_enc: Tensor | None,
+    parameters: Sequence[Tensor],
+    training: bool,
+) -> tuple[Tensor, ...]:
+    """raw rgb, raw density; then what the backward pass needs: features, packed weights, activations, masks."""
+    rays, samples, columns = features.shape
+    with torch.autocast(features.device.type, enabled=False):
+        network = _Folded(viewdirs_enc, parameters, call.architecture)
+        packed = call.kernels.pack(network.flat(), columns, *network.sizes, call.dtype)
+        x = features.detach().reshape(rays * samples, columns).to(call.dtype)
+        rgb, density, activations, masks = call.kernels.forward(
+            x, network.ray_bias, packed, max(samples, 1), *network.sizes, training
+        )
+    return rgb.view(rays, samples, 3), density.view(rays, samples, 1), x, packed, activations, masks
+
+
+def _backward(
+    call: _Call,
+    grad_rgb: Tensor | None,
+    grad_density: Tensor | None,
+    viewdirs_enc: Tensor | None,
+    parameters: Sequence[Tensor],
+    stash: Sequence[Tensor],
+    samples: int,
+    to_features: bool,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+    """Gradients of features, viewdirs_enc and the parameters."""
+    x, packed, activations, masks = stash
+    with torch.autocast(x.device.type, enabled=False):
+        network = _Folded(viewdirs_enc, parameters, call.architecture)
+        given = [grad for grad in (grad_rgb, grad_density) if grad is not None and grad.numel()]
+        scale: Tensor | None = None
+        if call.dtype == torch.float16 and given:
+            # A power of two that keeps the deltas in float16's range, found without waiting for the GPU.
+            largest = torch.stack([grad.abs().amax() for grad in given]).amax()
+            scale = torch.exp2(torch.floor(_FP16_EXPONENT - torch.log2(largest)).clamp(-100, 100))
+
+        def rows(grad: Tensor | None, *shape: int) -> Tensor | None:
+            if grad is None:
+                return None
+            return grad.reshape(shape) if scale is None else grad.reshape(shape) * scale
+
+        gradients, ray_sums, grad_features = call.kernels.backward(
+            rows(grad_rgb, len(x), 3),
+            rows(grad_density, len(x)),
+            x,
+            packed,
+            activations,
+            masks,
+            max(samples, 1),
+            *network.sizes,
+            call.deterministic,
+            to_features,
+        )
+        if scale is not None:
+            gradients, ray_sums, grad_features = gradients / scale, ray_sums / scale, grad_features / scale
+        of_parameters, of_viewdirs = network.unfold(gradients, ray_sums)
+    return (grad_features if to_features else None), of_viewdirs, of_parameters
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, features: Tensor, viewdirs_enc: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rgb, density, *stash = _forward(call, features, viewdirs_enc, parameters, True)
+        # An output that took no part in the loss has no gradient, instead of a tensor of zeros.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(viewdirs_enc, *stash, *parameters)
+        ctx.call, ctx.shape, ctx.feature_dtype = call, features.shape, features.dtype
+        return rgb, density
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_rgb: Tensor | None, grad_density: Tensor | None) -> tuple[Tensor | None, ...]:
+        viewdirs_enc, x, packed, activations, masks, *parameters = ctx.saved_tensors
+        to_features, to_viewdirs = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        of_features, of_viewdirs, of_parameters = _backward(
+            ctx.call,
+            grad_rgb,
+            grad_density,
+            viewdirs_enc,
+            parameters,
+            (x, packed, activations, masks),
+            ctx.shape[1],
+            to_features,
+        )
+        if of_features is not None:
+            of_features = of_features.view(ctx.shape).to(ctx.feature_dtype)
+        if viewdirs_enc is not None and of_viewdirs is not None:
+            of_viewdirs = of_viewdirs.to(viewdirs_enc.dtype)
+        return (None, of_features, of_viewdirs if to_viewdirs else None, *of_parameters)
+
+
+# ------------------------------------------------------------------------------------------------- operators
+
+
+def _registered() -> bool:
+    return _native.available() and all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"mipnerf_fast::{name}", "CUDA") for name in _OPERATORS
+    )
+
+
+def _operators() -> Kernels:
+    operators = torch.ops.mipnerf_fast
+    return Kernels(operators.mlp_pack, operators.mlp_forward, operators.mlp_backward)
+
+
+def _no_derivative(*_: Any) -> None:
+    raise RuntimeError("mlp: the raw operators have no derivative of their own; ops.mlp_fused.fused_mlp has")
+
+
+def _register() -> None:
+    """What the raw operators need beside their kernels: shapes for the compiler, and derivatives."""
+
+    def bytes_of(features: int, sizes: tuple[Any, ...]) -> dict[str, int]:
+        module = _native.load()
+        assert module is not None
+        return dict(module.mlp_sizes(features, *sizes))
+
+    def fake_pack(parameters: Tensor, features: int, *options: Any) -> Tensor:
+        return parameters.new_empty(bytes_of(features, options[:5])["packed"], dtype=torch.uint8)
+
+    def fake_forward(
+        features: Tensor, ray_bias: Tensor | None, packed: Tensor, samples_per_ray: int, *options: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *sizes, training = options
+        count, columns = features.shape
+        tiles = (count + _TILE_ROWS - 1) // _TILE_ROWS if training else 0
+        per_tile = bytes_of(columns, tuple(sizes))
+        rgb, density = (features.new_empty(shape, dtype=torch.float32) for shape in ((count, 3), (count,)))
+        activations, masks = (
+            features.new_empty(tiles * per_tile[name], dtype=torch.uint8) for name in ("activations", "masks")
+        )
+        return rgb, density, activations, masks
+
+    def fake_encoded_forward(t_vals: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        count = t_vals.shape[0] * (t_vals.shape[1] - 1)
+        return t_vals.new_empty(count, 3), t_vals.new_empty(count)
+
+    def fake_backward(
+        grad_rgb: Tensor | None, grad_density: Tensor | None, features: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        samples_per_ray, *sizes, _, to_features = rest[3:]
+        count, columns = features.shape
+        floats = bytes_of(columns, tuple(sizes))["gradients"]
+        shapes = ((floats,), (count // samples_per_ray, sizes[3]), (count if to_features else 0, columns))
+        gradients, ray_sums, grad_features = (
+            features.new_empty(shape, dtype=torch.float32) for shape in shapes
+        )
+        return gradients, ray_sums, grad_features
+
+    fakes: tuple[Callable[..., Any], ...] = (fake_pack, fake_forward, fake_encoded_forward, fake_backward)
+    for name, fake in zip(_OPERATORS, fakes, strict=True):
+        torch.library.register_fake(f"mipnerf_fast::{name}", fake)
+        torch.library.register_autograd(f"mipnerf_fast::{name}", _no_derivative)
+
+
+if _native.available():
+    _register()

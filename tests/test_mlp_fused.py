@@ -1,0 +1,213 @@
+"""The way from the network's parameters to the fused kernels and from their gradients back, over twins in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mipnerf_fast import _native, reference
+from mipnerf_fast.ops.mlp_fused import Architecture, Kernels, Sizes, fused_mlp, why_not_fused
+
+# features, view features (None: no views), width, depth, view width, view depth, skip
+SHAPES = [
+    (12, 5, 16, 3, 8, 1, 4),
+    (12, 5, 16, 6, 8, 2, 4),
+    (6, 3, 16, 3, 16, 3, 2),  # the heads and the first view layer read the features again
+    (6, None, 16, 4, 8, 1, 3),
+    (10, None, 16, 1, 8, 1, 4),
+]
+
+
+def twin_layers(flat: Tensor, features: int, sizes: Sizes) -> list[tuple[Tensor, Tensor]]:
+    """The folded layers in the array that csrc/mlp/mlp_plan.h describes."""
+
+    def skip(before: int) -> int:
+        return features if before > 1 and (before - 1) % sizes.skip_layer == 0 else 0
+
+    shapes = [(sizes.width, (sizes.width if i else features) + skip(i)) for i in range(sizes.depth)]
+    top = sizes.width + skip(sizes.depth)
+    shapes.append((1, top))
+    shapes += [(sizes.view_width, sizes.view_width if i else top) for i in range(sizes.view_depth)]
+    shapes.append((3, sizes.view_width if sizes.view_depth else top))
+    layers, at = [], 0
+    for rows, columns in shapes:
+        bias_at = at + -(-rows * columns // 4) * 4
+        layers.append((flat[at : at + rows * columns].view(rows, columns), flat[bias_at : bias_at + rows]))
+        at = bias_at + -(-rows // 4) * 4
+    assert flat.numel() == at
+    return layers
+
+
+def twin_network(
+    features: Tensor, ray_bias: Tensor | None, flat: Tensor, samples_per_ray: int, sizes: Sizes
+) -> tuple[Tensor, Tensor]:
+    layers = twin_layers(flat, features.shape[1], sizes)
+    x = features
+    for i, (weight, bias) in enumerate(layers[: sizes.depth]):
+        x = torch.relu(x @ weight.T + bias)
+        if i % sizes.skip_layer == 0 and i > 0:
+            x = torch.cat([x, features], 1)
+    weight, bias = layers[sizes.depth]
+    density = x @ weight.T + bias
+    for i, (weight, bias) in enumerate(layers[sizes.depth + 1 : -1]):
+        if i == 0:
+            assert ray_bias is not None
+            x = torch.relu(x @ weight.T + ray_bias.repeat_interleave(samples_per_ray, 0))
+        else:
+            x = torch.relu(x @ weight.T + bias)
+    weight, bias = layers[-1]
+    return x @ weight.T + bias, density[:, 0]
+
+
+def twin_forward(
+    features: Tensor, ray_bias: Tensor | None, packed: Tensor, samples_per_ray: int, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *sizes, training = options
+    rgb, density = twin_network(features, ray_bias, packed, samples_per_ray, Sizes(*sizes))
+    kept = ray_bias if training and ray_bias is not None else features.new_empty(0)
+    return rgb, density, kept, features.new_empty(0)
+
+
+def twin_backward(
+    grad_rgb: Tensor | None,
+    grad_density: Tensor | None,
+    features: Tensor,
+    packed: Tensor,
+    activations: Tensor,
+    masks: Tensor,
+    samples_per_ray: int,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *numbers, _, to_features = options
+    sizes = Sizes(*numbers)
+    flat, x = packed.clone().requires_grad_(), features.clone().requires_grad_()
+    ray_bias = activations.clone().requires_grad_() if sizes.view_depth else None
+    with torch.enable_grad():
+        outputs = twin_network(x, ray_bias, flat, samples_per_ray, sizes)
+        loss = torch.zeros((), dtype=features.dtype)
+        for output, grad in zip(outputs, (grad_rgb, grad_density), strict=True):
+            if grad is not None:
+                loss = loss + (output * grad).sum()
+    inputs = [flat, x] + ([] if ray_bias is None else [ray_bias])
+    grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    gradients, grad_features = grads[0].clone(), grads[1]
+    ray_sums = grads[2] if ray_bias is not None else features.new_empty(len(features) // samples_per_ray, 0)
+    if sizes.view_depth:
+        twin_layers(gradients, features.shape[1], sizes)[sizes.depth + 1][1].copy_(ray_sums.sum(0))
+    return gradients, ray_sums, grad_features if to_features else grad_features[:0]
+
+
+TWINS = Kernels(lambda flat, *_: flat.clone(), twin_forward, twin_backward)
+
+
+def make(shape: tuple[Any, ...], seed: int = 0) -> tuple[Tensor, Tensor | None, list[Tensor], Architecture]:
+    features, views, width, depth, view_width, view_depth, skip = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64).requires_grad_()
+
+    shapes = reference.mip_mlp_shapes(features, views, depth, width, view_depth, view_width, skip)
+    parameters = [tensor for i, o in shapes for tensor in (random(o, i), random(o))]
+    directions = None if views is None else random(3, views)
+    return random(3, 7, features), directions, parameters, Architecture(depth, view_depth, skip)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("outputs", ["both", "rgb", "density"])
+def test_function_and_gradients(shape: tuple[Any, ...], outputs: str) -> None:
+    features, directions, parameters, architecture = make(shape)
+    linears = [torch.nn.Linear(*w.shape[::-1], dtype=w.dtype) for w in parameters[0::2]]
+    for linear, weight, bias in zip(linears, parameters[0::2], parameters[1::2], strict=True):
+        linear.weight, linear.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    wanted = reference.mip_mlp(features, directions, linears, *architecture)
+    given = fused_mlp(features, directions, parameters, architecture, torch.float64, kernels=TWINS)
+    inputs = [features, *([] if directions is None else [directions])]
+    of_reference = [p for linear in linears for p in (linear.weight, linear.bias)]
+    gradients = []
+    for (rgb, density), leaves in ((wanted, of_reference), (given, parameters)):
+        loss = torch.zeros((), dtype=torch.float64)
+        if outputs != "density":
+            loss = loss + (rgb * torch.linspace(-1, 2, rgb.numel(), dtype=rgb.dtype).view_as(rgb)).sum()
+        if outputs != "rgb":
+            loss = loss + (density**2).sum()
+        gradients.append(
+            torch.autograd.grad(loss, [*inputs, *leaves], allow_unused=True, materialize_grads=True)
+        )
+    # Sums of at most some thousand terms in float64, with cancellation.
+    for one, other in zip((*wanted, *gradients[0]), (*given, *gradients[1]), strict=True):
+        assert one.shape == other.shape
+        torch.testing.assert_close(
+            other, one, rtol=1e-9, atol=1e-9 * float(one.detach().abs().max() + 1e-300)
+        )
+
+
+def test_no_gradient_to_the_features_unless_asked_for() -> None:
+    features, directions, parameters, architecture = make(SHAPES[0])
+    asked = []
+
+    def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        asked.append(arguments[-1])
+        return twin_backward(*arguments)
+
+    kernels = TWINS._replace(backward=backward)
+    for wanted in (False, True):
+        features.requires_grad_(wanted)
+        rgb, _ = fused_mlp(features, directions, parameters, architecture, torch.float64, kernels=kernels)
+        rgb.sum().backward()
+        assert asked[-1] is wanted and (features.grad is not None) is wanted
+
+
+def test_half_is_scaled_and_scaled_back() -> None:
+    """Gradients a million times too small for float16 arrive at the kernels in its range, and come back exact."""
+    features, directions, parameters, architecture = make(SHAPES[0])
+    seen = []
+
+    def forward(x: Tensor, *rest: Any) -> Any:
+        return twin_forward(x.double(), *rest)
+
+    def backward(grad_rgb: Tensor, grad_density: None, x: Tensor, *rest: Any) -> Any:
+        seen.append(float(grad_rgb.abs().max()))
+        return twin_backward(grad_rgb, grad_density, x.double(), *rest)
+
+    kernels = TWINS._replace(forward=forward, backward=backward)
+    found = []
+    for size in (1.0, 2.0**-40):
+        rgb, _ = fused_mlp(features, directions, parameters, architecture, torch.float16, kernels=kernels)
+        found.append(torch.autograd.grad((rgb * size).sum(), parameters, allow_unused=True))
+    assert all(4 < largest <= 8 for largest in seen)
+    for one, other in zip(*found, strict=True):
+        if one is not None:
+            torch.testing.assert_close(other * 2.0**40, one, rtol=1e-12, atol=0)
+
+
+def test_a_second_derivative_raises() -> None:
+    features, directions, parameters, architecture = make(SHAPES[0])
+    rgb, _ = fused_mlp(features, directions, parameters, architecture, torch.float64, kernels=TWINS)
+    (grad,) = torch.autograd.grad(rgb.square().sum(), parameters[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|second derivative|differentiate twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("samples", [1, 128, 129])
+def test_shapes_for_the_compiler(samples: int) -> None:
+    """The operators' fake kernels agree with each other, and with the sizes that the library computes."""
+    assert _native.available(), _native.why_missing()
+    _, _, parameters, architecture = make((96, 27, 256, 8, 128, 1, 4))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(tensor.detach().float()).requires_grad_() for tensor in parameters]
+        x = mode.from_tensor(torch.empty(2, samples, 96)).requires_grad_()
+        views = mode.from_tensor(torch.empty(2, 27))
+        rgb, density = fused_mlp(x, views, fakes, architecture, torch.bfloat16)
+        assert rgb.shape == (2, samples, 3) and density.shape == (2, samples, 1)
+        (rgb.sum() + density.sum()).backward()
+        assert all(fake.grad is not None and fake.grad.shape == fake.shape for fake in [x, *fakes])
+
+
+def test_why_not() -> None:
+    sizes, cpu, bfloat16 = Sizes(256, 8, 4, 128, 1), torch.device("cpu"), torch.bfloat16
+    assert "on cpu" in why_not_fused(96, sizes, cpu, torch.float32, bfloat16)
