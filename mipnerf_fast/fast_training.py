@@ -47,8 +47,9 @@ class FastTrainer(TrainerBase):
 
     A step draws pixels by counter-based random numbers, runs `ops.fast_train_step` (on the backend "reference" the
     same by autograd: `fast_reference`) and Adam on the entries that were touched, and every UPDATE_EVERY steps renews
-    the occupancy grid. The number of rays follows the number of samples that a ray takes, so that a step has `config.batch_size` samples. A step whose gradient is not finite changes
-    nothing and is counted in `model.skipped_steps`; many in a row end the run.
+    the occupancy grid. The number of rays follows the number of samples that a ray takes, so that a step
+    has `config.batch_size` samples. A step whose gradient is not finite changes nothing and is counted in
+    `model.skipped_steps`; many in a row end the run.
 
     On a GPU a step is one CUDA graph (`CapturedStep`): tables are read in float16, and what a step found is read back
     every READ_EVERY steps. There, the gradients of the tables are sums in no particular order, so that two runs

@@ -673,9 +673,7 @@ def test_the_sound_twin_passes_for_every_seed(run: Callable[[int, list[str]], No
 
 
 @pytest.mark.parametrize(("file", "line"), PLACES)
-def test_a_missing_barrier_is_caught_for_every_seed(
-    file: str, line: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_barrier_is_caught(file: str, line: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIPNERF_EMULATION_OMIT", f"{file.split('/')[1]}:{line}")
     run = BARRIERS[file]
     if run is small_visits and line < 100:  # of the masks

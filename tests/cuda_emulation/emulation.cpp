@@ -461,10 +461,12 @@ unsigned char* shared_bytes() {
     return machine.shared;
 }
 
-// Whether the environment asks for this barrier to be left out ("file:line"), for tests that demand that it is missed.
+// Whether the environment asks for this barrier to be left out ("file:line"), for tests that demand that it
+// is missed.
 static bool is_omitted(Site site) {
     static const char* const omitted = getenv("MIPNERF_EMULATION_OMIT");
-    return omitted != nullptr && std::string(base_name(site.file)) + ":" + std::to_string(site.line) == omitted;
+    return omitted != nullptr &&
+           std::string(base_name(site.file)) + ":" + std::to_string(site.line) == omitted;
 }
 
 bool atomics_are_plain() {
