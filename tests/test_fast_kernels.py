@@ -678,7 +678,9 @@ def test_a_missing_barrier_is_caught(file: str, line: int, monkeypatch: pytest.M
     run = BARRIERS[file]
     if run is small_visits and line < 100:  # of the masks
         run = small_masks
-    for seed in SEEDS:
+    # What the race detector says does not depend on the order that the seed draws; one place of each file shows it.
+    is_first = (file, line) == next(place for place in PLACES if place[0] == file)
+    for seed in SEEDS if is_first else SEEDS[:4]:
         with pytest.raises(
             EmulationError, match=r"race: .* of shared memory|has not written|race: .* of the array"
         ):
