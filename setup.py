@@ -1,7 +1,8 @@
 """Builds the native library `mipnerf_fast/_C`; everything else about the package is in pyproject.toml.
 
 The sources are found, not listed: `csrc/*.cpp` and every `csrc/**/*_cpu.cpp` always, every `csrc/**/*.cu`
-where torch has CUDA and there is an nvcc of the same major version. No GPU has to be visible.
+where torch has CUDA and there is an nvcc of the same major version, `csrc/**/*_cublaslt.cpp` where there is cuBLASLt
+besides. No GPU has to be visible.
 """
 
 from __future__ import annotations
@@ -175,9 +176,12 @@ def find_nvcc() -> Nvcc | None:
 
 
 def find_sources(csrc: Path) -> tuple[list[str], list[str]]:
-    """C++ and CUDA sources under `csrc`, sorted, as paths relative to the folder above it."""
+    """C++ and CUDA sources under `csrc`, sorted, as paths relative to the folder above it.
+
+    What calls cuBLASLt is C++, but counts as CUDA.
+    """
     cxx = [*csrc.glob("*.cpp"), *csrc.glob("**/*_cpu.cpp")]
-    cuda = [*csrc.glob("**/*.cu")]
+    cuda = [*csrc.glob("**/*.cu"), *csrc.glob("**/*_cublaslt.cpp")]
     relative = [sorted({path.relative_to(csrc.parent).as_posix() for path in paths}) for paths in (cxx, cuda)]
     return relative[0], relative[1]
 
@@ -304,6 +308,9 @@ def make_plan(torch_version: str, torch_cuda: str | None, compiler: str) -> tupl
     compilers["nvcc"], flags["nvcc"] = f"nvcc {nvcc.release}", NVCC_FLAGS
     # A source without any architecture left cannot be compiled: its operation then has no CUDA kernel.
     sources = cxx_sources + [source for source in cuda_sources if gencode_flags(architectures, source)]
+    if find_cublaslt(nvcc) is None:
+        sources = [source for source in sources if not source.endswith("_cublaslt.cpp")]
+        reason += "; without cublaslt, since cublasLt.h is neither in the toolkit nor beside torch"
     return Plan(
         reason, torch_version, torch_cuda, architectures, why, compilers, flags, sources, source_revision()
     ), nvcc
@@ -331,6 +338,20 @@ def cuda_runtime(nvcc: Nvcc) -> tuple[str, str]:
     raise BuildError(
         f"libcudart.so was not found in {folders[0]}, nor beside torch; it comes with the CUDA toolkit"
     )
+
+
+def find_cublaslt(nvcc: Nvcc) -> tuple[str, str, str] | None:
+    """The folder of cublasLt.h, and folder and file name of its library: the toolkit's, or the wheels' beside torch."""
+    major = nvcc.release.split(".")[0]
+    homes = [Path(nvcc.home), *(Path(entry) / "nvidia" / f"cu{major}" for entry in sys.path)]
+    for home in homes:
+        if not (home / "include" / "cublasLt.h").is_file():
+            continue
+        for folder in (home / "lib64", home / "lib"):
+            for name in ("libcublasLt.so", f"libcublasLt.so.{major}"):
+                if (folder / name).is_file():
+                    return str(home / "include"), str(folder), name
+    return None
 
 
 # ----------------------------------------------------------------------------------------- setuptools' part
@@ -376,6 +397,13 @@ def build_command(base: Any) -> Any:
                 extension.library_dirs.append(folder)
                 extension.libraries.append("torch_cuda")
                 extension.extra_link_args = [f"-l:{name}"]
+                cublaslt = find_cublaslt(nvcc)
+                if cublaslt is not None:
+                    include, folder, name = cublaslt
+                    # The toolkit's headers first: the wheels' are of another release, and not all of them.
+                    extension.include_dirs += [str(Path(nvcc.home) / "include"), include]
+                    extension.library_dirs.append(folder)
+                    extension.extra_link_args.append(f"-l:{name}")
                 extension.extra_compile_args["nvcc"] = NVCC_FLAGS + gencode_flags(plan.architectures, "")
                 if any(Path(source).name in ONLY_ARCHITECTURES for source in plan.sources):
                     extension.extra_compile_args["nvcc"].append("-DMIPNERF_HOPPER_KERNELS")

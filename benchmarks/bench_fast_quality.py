@@ -212,6 +212,10 @@ def _verdict(holds: bool) -> str:
     return "yes" if holds else "**no**"
 
 
+def _note(found: dict[str, Any]) -> str:
+    return f"; {found['note']}" if found.get("note") else ""
+
+
 def quality_table(results: Path) -> str:
     """PSNR by scale of the parts that are there."""
     lines = [
@@ -229,7 +233,7 @@ def quality_table(results: Path) -> str:
         used = found["training"]
         cells = " / ".join(f"{psnr:.2f}" for psnr in scales)
         lines.append(
-            f"| {part.title} | {part.minutes:g} | {cells} | {found['mean']['psnr']:.2f} "
+            f"| {part.title}{_note(found)} | {part.minutes:g} | {cells} | {found['mean']['psnr']:.2f} "
             f"| {used['cpu_seconds']:.0f} of {2 * used['wall_seconds']:.0f} "
             f"| {used['load_before']:.1f}, {used['load_after']:.1f} |"
         )
@@ -330,6 +334,7 @@ def main() -> int:
     )
     parser.add_argument("--runs", type=Path, default=Path("outputs/fast_quality"), help="where runs are kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--note", default="", help="what a reader must know about this measurement")
     options = parser.parse_args()
     if options.only and options.data is None:
         parser.error("--data: needed, unless --only is empty and just the tables are written")
@@ -340,7 +345,7 @@ def main() -> int:
         else:
             found = quality(PARTS[name], options.data, options.runs)
         path = options.out / f"fast_{name}_cpu.json"
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(found | {"note": options.note}, indent=1) + "\n", encoding="utf-8")
     for name, table in (("quality", quality_table), ("targets", targets_table)):
         text = table(options.out)
         (options.out / f"fast_{name}_cpu.md").write_text(text, encoding="utf-8")

@@ -69,9 +69,18 @@ ADD, ADD_1 = r"(?:RED|REDG)\.E\.ADD", r"(?:RED|REDG)\.E\.ADD\.F32\.FTZ"
 ADD_2, ADD_4 = r"REDG\.E\.ADD\.F32x2", r"REDG\.E\.ADD\.F32x4"
 VECTOR_ADDS = "9|1"  # architectures from 9.0 on
 EXP2 = r"MUFU\.EX2"
+COPY_BULK, COPY_MULTICAST = r"UBLKCP\.S\.G", r"UBLKCP\.S\.G\.MULTICAST"
+SHARE_REGISTERS = r"USETMAXREG\.TRY_ALLOC"
 HMMA = r"HMMA\.16816\.F32"
 LDSM, LDSM_TRANSPOSED = r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4"
 COPY_128 = r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128"
+
+
+def hgmma(columns: int) -> str:
+    """A warpgroup's product with sums in float: 64 rows, so many columns, 16 to sum over."""
+    return rf"HGMMA\.64x{columns}x16\.F32"
+
+
 # Every kernel must match at least one row of its operation; all rows that match apply.
 EXPECTED: dict[str, tuple[Expectation, ...]] = {
     # <number type, whole packs of aligned rows[, ...]>: a lane owns four samples, so four floats make 128 bits and
@@ -98,6 +107,24 @@ EXPECTED: dict[str, tuple[Expectation, ...]] = {
         Expectation(r"^mlp_mma::mlp_wgrad_kernel<", (HMMA, LDSM_TRANSPOSED, COPY_128), registers=128),
         Expectation(r"^mlp_mma::mlp_pack_kernel<", (STORE_128,)),
         Expectation(r"^mlp_mma::mlp_(sum_splits_kernel|ray_sums_kernel<)", (LOAD_128, STORE_128)),
+        # 9.0a: warpgroup products of the right shape; 384 threads start with 168 registers each and share them anew.
+        Expectation(
+            r"^mlp_hopper::mlp_(forward|dgrad)_kernel<", (COPY_MULTICAST, SHARE_REGISTERS), registers=168
+        ),
+        Expectation(r"^mlp_hopper::mlp_wgrad_kernel<", (COPY_BULK, SHARE_REGISTERS), registers=168),
+        *(
+            Expectation(rf"^mlp_hopper::mlp_{kernel}_kernel<{width}, ", products)
+            for width in (64, 128, 256)
+            for kernel, products in {
+                "forward": (hgmma(width), hgmma(width // 2 + 8), hgmma(8)),
+                "dgrad": (hgmma(width),),
+                "wgrad": (hgmma(32 if width == 64 else width), hgmma(8)),
+            }.items()
+        ),
+        Expectation(r"^mlp_hopper::mlp_pack_kernel<", (STORE_128,)),
+        Expectation(r"^mlp_hopper::mlp_reduce_kernel<", (LOAD_64,)),
+        Expectation(r"^mlp_hopper::mlp_ray_sum_kernel<", (LOAD_128,)),
+        Expectation(r"^mlp_hopper::mlp_clear_kernel"),
     ),
     "resample": (
         Expectation(r"^resample_kernel<true>", (LOAD_128,)),
@@ -162,6 +189,8 @@ class Kernel:
     stack_bytes: int = 0
     spill_store_bytes: int = 0
     spill_load_bytes: int = 0
+    # Of the compiler, on products that it serialises and registers that it does not share.
+    remarks: list[str] = field(default_factory=list)
     instructions: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -171,8 +200,12 @@ def parse_ptxas(text: str) -> list[Kernel]:
     kernels: dict[str, Kernel] = {}
     of_properties: Kernel | None = None
     latest: Kernel | None = None
+    remarks: dict[str, list[str]] = {}
     for line in text.splitlines():
-        if found := re.search(r"Compiling entry function '(\S+)' for '(?:sm_)?(\S+)'", line):
+        # C7508: setmaxnreg is ignored; C7510 to C7520: warpgroup products wait for each other.
+        if found := re.search(r"\((C75\d\d)\) (.*?) in (?:the )?function '(\S+)'", line):
+            remarks.setdefault(found[3], []).append(f"{found[1]}: {found[2]}")
+        elif found := re.search(r"Compiling entry function '(\S+)' for '(?:sm_)?(\S+)'", line):
             latest = kernels.setdefault(found[1], Kernel("", architecture_of(found[2]), found[1]))
         elif found := re.search(r"Function properties for (\S+)", line):
             of_properties = kernels.get(found[1])
@@ -192,6 +225,8 @@ def parse_ptxas(text: str) -> list[Kernel]:
             latest.registers = int(found[1])
             shared = re.search(r"(\d+) bytes smem", line)
             latest.shared_bytes = int(shared[1]) if shared else 0
+    for symbol, kernel in kernels.items():
+        kernel.remarks = remarks.get(symbol, [])
     return list(kernels.values())
 
 
@@ -229,6 +264,7 @@ def judge(kernel: Kernel, expected: Sequence[Expectation]) -> list[str]:
         wrong.append(f"spills {kernel.spill_store_bytes} bytes out and {kernel.spill_load_bytes} in")
     if kernel.stack_bytes:
         wrong.append(f"has a stack frame of {kernel.stack_bytes} bytes in local memory")
+    wrong += [f"is compiled with a remark, {remark}" for remark in kernel.remarks]
     if not kernel.instructions:
         wrong.append("is not in the disassembly")
         return wrong

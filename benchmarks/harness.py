@@ -24,7 +24,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,10 @@ class Case:
         flops: of the arithmetic, counting a special function as one.
         graph: on a GPU, time replays of a captured graph (for launch-bound sizes).
         items: how many samples a call works on, where that is how its speed is told; 0: it is not.
+        references: by variant, the reference in the precision of that variant where it is another.
+        error: of outputs against the truth; `largest_error` unless stated.
+        folded_flops: of a cheaper form of the same function, to be shown beside `flops`; 0: there is none.
+        product_flops: multiply-adds times two a second of a large matrix product on this device, or 0.
     """
 
     name: str
@@ -71,6 +75,10 @@ class Case:
     flops: int
     graph: bool = False
     items: int = 0
+    references: dict[str, Callable[[Inputs], Outputs]] = field(default_factory=dict)
+    error: Callable[[Outputs, Outputs], float] | None = None
+    folded_flops: int = 0
+    product_flops: float = 0.0
 
 
 @dataclass
@@ -91,6 +99,9 @@ class Result:
     discarded: int = 0
     gigabytes_per_second: float | None = None
     gigaflops_per_second: float | None = None
+    folded_gigaflops_per_second: float | None = None
+    product_fraction: float | None = None
+    folded_product_fraction: float | None = None
     copy_fraction: float | None = None
     items_per_second: float | None = None
     peak_bytes: int | None = None
@@ -256,12 +267,17 @@ def measure(
     sets = max(2, min(32, math.ceil(3 * _cache_bytes(device) / input_bytes)))
     rotation = [first] + [case.make_inputs(seed, device) for seed in range(1, sets)]
     truth = case.truth(first)
-    bound = 2 * largest_error(case.reference(first), truth) + case.floor
+    measured_error = case.error or largest_error
+    bounds = {
+        name: 2 * measured_error(run(first), truth) + case.floor
+        for name, run in {"": case.reference, **case.references}.items()
+    }
 
     results: list[Result] = []
     calls: dict[str, Callable[[Inputs], Outputs]] = {}
     for name, run in case.variants().items():
-        error = largest_error(run(first), truth)
+        error = measured_error(run(first), truth)
+        bound = bounds.get(name, bounds[""])
         row = Result(case.name, name, threads, allocator, error, bound)
         results.append(row)
         if not error <= bound:
@@ -319,6 +335,11 @@ def _summarise(row: Result, times: list[float], case: Case, runs: int, bandwidth
     row.gigaflops_per_second = case.flops / row.median * 1e-9
     row.copy_fraction = case.moved_bytes / row.median / bandwidth
     row.items_per_second = case.items / row.median if case.items else None
+    if case.folded_flops:
+        row.folded_gigaflops_per_second = case.folded_flops / row.median * 1e-9
+    if case.product_flops:
+        row.product_fraction = case.flops / row.median / case.product_flops
+        row.folded_product_fraction = case.folded_flops / row.median / case.product_flops
 
 
 # ---------------------------------------------------------------------------------------------------- reporting
@@ -338,13 +359,17 @@ def markdown(operation: str, report: dict[str, Any]) -> str:
         f"(library {facts['library']}). Outputs allocated inside the timed call; times of {report['runs']} or more "
         f"interleaved calls beside which a fixed matrix product stayed within {CONTROL_TOLERANCE:.0%} of its median.",
         "",
-        f"Error: largest difference from float64; bound: {report['bound']}.",
+        f"Error: {report.get('error', 'largest difference')} from float64; bound: {report['bound']}.",
     ]
+    if report.get("notes"):
+        lines += ["", report["notes"]]
     tables = dict.fromkeys((row["allocator"], row["threads"]) for row in report["results"])
     for allocator, threads in tables:
         rows = [r for r in report["results"] if (r["allocator"], r["threads"]) == (allocator, threads)]
         copied = report["copy_bandwidth"][f"{allocator}, {threads}"]
         title = allocator if threads == 0 else f"{allocator}, {threads} thread{'s' if threads > 1 else ''}"
+        folded = any(row.get("folded_gigaflops_per_second") for row in rows)
+        more = ["folded GFLOP/s", "of product", "folded"] if folded else []
         lines += [
             "",
             f"## {title}",
@@ -352,13 +377,14 @@ def markdown(operation: str, report: dict[str, Any]) -> str:
             f"Copy bandwidth here: {copied * 1e-9:.1f} GB/s (read plus written).",
             "",
             "| case | variant | error | bound | median ms | p10 - p90 | min ms | GB/s | of copy | GFLOP/s "
-            "| M samples/s | peak MiB | speed-up median | min |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            f"| M samples/s | peak MiB | speed-up median | min |{''.join(f' {name} |' for name in more)}",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+            + " --- |" * len(more),
         ]
         for r in rows:
             head = f"| {r['case']} | {r['variant']} | {r['error']:.1e} | {r['bound']:.1e} "
             if r["median"] is None:
-                lines.append(head + f"| {r['note']} | | | | | | | | | |")
+                lines.append(head + f"| {r['note']} | | | | | | | | | |" + " |" * len(more))
                 continue
             lines.append(
                 head + f"| {_cell(r['median'], '.3f', 1e3)} | {_cell(r['p10'], '.3f', 1e3)} - "
@@ -367,16 +393,37 @@ def markdown(operation: str, report: dict[str, Any]) -> str:
                 f"| {_cell(r['gigaflops_per_second'], '.1f')} | {_cell(r['items_per_second'], '.2f', 1e-6)} "
                 f"| {_cell(r['peak_bytes'], '.1f', 2.0**-20)} "
                 f"| {_cell(r['speedup_median'], '.1f')} | {_cell(r['speedup_minimum'], '.1f')} |"
+                + (
+                    f" {_cell(r['folded_gigaflops_per_second'], '.1f')} | {_cell(r['product_fraction'], '.0%')} "
+                    f"| {_cell(r['folded_product_fraction'], '.0%')} |"
+                    if folded
+                    else ""
+                )
             )
     return "\n".join(lines) + "\n"
 
 
-def main(operation: str, cases: Callable[[torch.device], Sequence[Case]], description: str) -> None:
-    """The command line of a benchmark: measure, print, write the JSON and the Markdown file."""
+def main(
+    operation: str,
+    cases: Callable[[torch.device], Sequence[Case]],
+    description: str,
+    error: str = "largest difference",
+    notes: str = "",
+) -> None:
+    """The command line of a benchmark: measure, print, write the JSON and the Markdown file.
+
+    Args:
+        operation, cases, description: of the benchmark.
+        error: what its errors are, as the tables' head says it.
+        notes: a paragraph for that head.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on the CPU")
     parser.add_argument("--runs", type=int, default=20, help="undisturbed calls of each variant")
+    parser.add_argument(
+        "--allocators", nargs="+", default=[AS_IT_COMES, PAGES_KEPT], choices=[AS_IT_COMES, PAGES_KEPT]
+    )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -391,11 +438,13 @@ def main(operation: str, cases: Callable[[torch.device], Sequence[Case]], descri
 
     settings = [("GPU", 0)]
     if device.type == "cpu":
-        settings = [(allocator, n) for allocator in (AS_IT_COMES, PAGES_KEPT) for n in arguments.threads]
+        settings = [(allocator, n) for allocator in arguments.allocators for n in arguments.threads]
     report: dict[str, Any] = {
         "operation": operation,
         "environment": machine(device),
         "runs": arguments.runs,
+        "error": error,
+        "notes": notes,
         "bound": "; ".join(
             dict.fromkeys(f"twice the reference's error + {c.floor:.1e} ({c.floor_why})" for c in chosen)
         ),

@@ -1,8 +1,9 @@
 """Write the README's tables from the result files, so that no figure in it is typed by hand.
 
 Every block between `<!-- results: NAME -->` and `<!-- end -->` in README.md is replaced by
-benchmarks/results/NAME.md, or for NAME = speed and fast_speed by digests of the kernel benchmarks' JSON files there
-(the exact model's operations, the fast model's). With --check nothing is written and a difference is an error.
+benchmarks/results/NAME.md, or for NAME = speed, mlp_speed and fast_speed by digests of the benchmarks' JSON files
+there (the exact model's operations, its network, the fast model's), for NAME = mlp_evidence by what is known of every
+engine of the network. With --check nothing is written and a difference is an error.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def speed(results: Path) -> str:
     reports = [
         report
         for report in (json.loads(path.read_text(encoding="utf-8")) for path in files)
-        if "runs" in report and report["operation"] not in _FAST
+        if "runs" in report and report["operation"] not in (*_FAST, "mlp")
     ]
     if not reports:
         raise FileNotFoundError(f"README.md: the block 'speed' has no *_cpu.json in {results.name}")
@@ -95,6 +96,74 @@ def fast_speed(results: Path) -> str:
     return "\n".join(lines)
 
 
+def mlp_speed(results: Path) -> str:
+    """The network on the CPU at one size, with pages kept as in training: every variant's time and error.
+
+    Errors: FileNotFoundError where there is no result.
+    """
+    path = results / "mlp_cpu.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"README.md: the block 'mlp_speed' has no file {path.name} in {results.name}")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| case | threads | variant | ms | against eager | error |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in report["results"]:
+        if row["allocator"] != "page faults removed" or "2^14" not in row["case"]:
+            continue
+        cells = ["not measured", "-"]
+        if row["median"] is not None:
+            speedup = row["speedup_median"]
+            cells = [f"{1e3 * row['median']:.1f}", f"{speedup:.2f} x" if speedup else "not measured"]
+        name = f"{row['case']} | {row['threads']} | {row['variant']}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['error']:.0e} |")
+    facts = report["environment"]
+    lines += [
+        "",
+        f"Medians of at least {report['runs']} interleaved undisturbed calls, pages kept by malloc; error: "
+        f"||got - want|| / ||want|| against float64. {facts['device']}, torch {facts['torch']}, revision "
+        f"{facts['revision']}. More sizes in benchmarks/results/mlp_cpu.md.",
+    ]
+    return "\n".join(lines)
+
+
+# Of every engine of the network: what stands for it on a CPU, and what its CUDA sources have been through.
+_ENGINES = {
+    "reference": ("executed", "-"),
+    "folded": ("executed", "-"),
+    "emulated": ("executed", "-"),
+    "cublaslt": (
+        "not run; its algebra and arithmetic are those of `emulated`",
+        "C++ alone: compiled where there is cuBLASLt, by `make cuda-build`",
+    ),
+    "fused": ("not run", "emulated (`tests/test_mlp_kernels.py`)"),
+    "tcnn, another architecture": ("not run; its adapter against a stand-in (`tests/test_tcnn.py`)", "-"),
+}
+
+
+def mlp_evidence(results: Path) -> str:
+    """What is known of every engine of the network; tests/test_mlp_evidence.py holds it against what happens."""
+    checked = results / "cuda_check.json"
+    compiled = checked.is_file() and "mlp" in checked.read_text(encoding="utf-8")
+    measured = results / "mlp_cuda.json"
+    variants = set()
+    if measured.is_file():
+        rows = json.loads(measured.read_text(encoding="utf-8"))["results"]
+        variants = {row["variant"].split()[0] for row in rows if row["median"] is not None}
+    lines = ["| engine | on a CPU | CUDA sources | on a GPU |", "| --- | --- | --- | --- |"]
+    for engine, (on_cpu, sources) in _ENGINES.items():
+        if engine == "fused":
+            sources += (
+                ", compiled by `make cuda-check`" if compiled else ", not in the table of `make cuda-check`"
+            )
+        on_gpu = "executed, measured" if engine in variants else "**not run**"
+        if engine == "emulated":
+            on_gpu = "-"
+        lines.append(f"| {engine} | {on_cpu} | {sources} | {on_gpu} |")
+    return "\n".join(lines)
+
+
 def filled(text: str, results: Path) -> str:
     """The text with every block replaced by its result file.
 
@@ -106,6 +175,10 @@ def filled(text: str, results: Path) -> str:
             return f"{match['begin']}{speed(results)}\n{match['end']}"
         if match["name"] == "fast_speed":
             return f"{match['begin']}{fast_speed(results)}\n{match['end']}"
+        if match["name"] == "mlp_speed":
+            return f"{match['begin']}{mlp_speed(results)}\n{match['end']}"
+        if match["name"] == "mlp_evidence":
+            return f"{match['begin']}{mlp_evidence(results)}\n{match['end']}"
         path = results / f"{match['name']}.md"
         if not path.is_file():
             raise FileNotFoundError(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import InputError
+
+# As `ops.MLP_BACKENDS` and `ops.MLP_DTYPES`, which need torch.
+MlpBackend = Literal["auto", "reference", "folded", "cublaslt", "fused", "tcnn", "emulated"]
+MlpDtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class MipNerfConfig:
     """Colour depends on the view direction."""
     separate_mlps: bool = False
     """One MLP per level instead of one for all: the ablation "separate-mlps"."""
+    mlp_backend: MlpBackend = "auto"
+    """What computes the network; all but tcnn, which is another architecture, share their weights. See `MipMLP`."""
+    mlp_dtype: MlpDtype = "auto"
+    """Of the operands of the network's products; auto: fp32 on a CPU, bf16 on a GPU. Weights stay float32."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -77,6 +85,8 @@ class MipNerfConfig:
             )
         _one_of(self, "ray_shape", "cone", "cylinder")
         _one_of(self, "density_activation", "softplus", "relu")
+        _one_of(self, "mlp_backend", *get_args(MlpBackend))
+        _one_of(self, "mlp_dtype", *get_args(MlpDtype))
         if not self.stop_level_grad:
             raise InputError(
                 "MipNerfConfig.stop_level_grad: only True is supported (resampling has no gradient)"
@@ -416,6 +426,10 @@ def from_dict(values: dict[str, Any], where: str = "config") -> TrainConfig:
     return config
 
 
+# Fields that files from before them lack; their defaults mean what the package did then.
+_ADDED_LATER = {"mlp_backend", "mlp_dtype"}
+
+
 def _mapping(values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object, found {type(values).__name__}")
@@ -431,7 +445,7 @@ def _build(cls: type[Any], values: dict[str, Any], where: str, **built: Any) -> 
         is_number = wanted is float and isinstance(value, int) and not isinstance(value, bool)
         if type(value) is not wanted and not is_number:
             raise InputError(f"{where}: {name}: expected {wanted.__name__}, found {value!r}")
-    missing = defaults.keys() - values.keys()
+    missing = defaults.keys() - values.keys() - _ADDED_LATER
     if missing:
         raise InputError(f"{where}: missing field {sorted(missing)[0]!r}")
     return cls(**values, **built)

@@ -231,12 +231,25 @@ def evaluate(
         "device": device_name(parameter.device),
         "torch": torch.__version__,
         "revision": revision(),
-        "backend": ops.backend_in_use(parameter.device, parameter.dtype, operations),
+        "backend": ops.backend_in_use(parameter.device, parameter.dtype, operations) + _network(model),
         "precision": str(parameter.dtype).removeprefix("torch."),
         "steps": steps,
         "seconds": seconds,
     }
     return Evaluation(data.split, data.background, views, run, note)
+
+
+def _network(model: Model) -> str:
+    """What computes the network, of a model that has a choice."""
+    mlps = getattr(model, "mlps", None)
+    if mlps is None:
+        return ""
+    mlp = mlps[-1]
+    assert isinstance(mlp, ops.MipMLP)
+    engine, dtype, _ = mlp.implementation
+    if engine == "tcnn":
+        engine = "tcnn (another architecture)"
+    return f", network {engine} in {str(dtype).removeprefix('torch.')}"
 
 
 def terminal_table(evaluation: Evaluation) -> str:

@@ -113,6 +113,8 @@ class MipNerf(nn.Module):
         self, level: int, t_vals: Tensor, rays: Rays, viewdirs_enc: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         config = self.config
+        mlp = self.mlps[level if config.separate_mlps else 0]
+        assert isinstance(mlp, ops.MipMLP)
         features = ops.frustum_ipe(
             t_vals,
             rays.origins,
@@ -122,8 +124,9 @@ class MipNerf(nn.Module):
             config.max_deg_point,
             config.ray_shape,
             integrated=not config.disable_integration,
+            out_dtype=mlp.feature_dtype,
         )
-        raw: tuple[Tensor, Tensor] = self.mlps[level if config.separate_mlps else 0](features, viewdirs_enc)
+        raw: tuple[Tensor, Tensor] = mlp(features, viewdirs_enc)
         return raw
 
     def query(self, points: Tensor, viewdirs: Tensor, radius: float) -> tuple[Tensor, Tensor]:
@@ -157,6 +160,8 @@ def _build_mlp(config: MipNerfConfig) -> ops.MipMLP:
         net_depth_condition=config.net_depth_condition,
         net_width_condition=config.net_width_condition,
         skip_layer=config.skip_layer,
+        backend=config.mlp_backend,
+        compute_dtype=config.mlp_dtype,
     )
 
 

@@ -149,6 +149,10 @@ def _config_differences(was: dict[str, Any], now: dict[str, Any], where: str) ->
     pairs = [(name, was[name], now[name]) for name in was if name != "model" and name not in _MAY_CHANGE]
     models = was["model"], now["model"]
     names = dict.fromkeys([*models[0], *models[1]])
+    if "tcnn" not in (models[0].get("mlp_backend"), models[1].get("mlp_backend")):
+        # All others compute the same function of the same weights.
+        names.pop("mlp_backend", None)
+    names.pop("mlp_dtype", None)
     pairs += [(f"model.{name}", models[0].get(name), models[1].get(name)) for name in names]
     return [f"{name}: {a!r} in {where}, {b!r} now" for name, a, b in pairs if a != b]
 

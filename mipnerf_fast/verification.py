@@ -17,6 +17,7 @@ from .ops.implementations import implementations
 from .verification_case import Case as _Case
 from .verification_case import Tensors
 from .verification_fast import FAST_CASES
+from .verification_mlp import MLP_CASES
 
 # An output must be no further from float64 than this many times the reference in the same precision, plus a floor.
 FACTOR = 2.0
@@ -215,12 +216,19 @@ def _rows(case: _Case, device: str) -> Iterator[Row]:
         for out in case.out_dtypes:
             if out is not None and dtype == torch.float64:
                 continue
+            with use_backend("auto"):
+                entry = next(e for e in implementations(device, dtype) if e.operation == case.operation)
+                serves, why = entry.used == "native", entry.why
+                if case.served is not None:
+                    engine_why = case.served(torch.device(device), dtype, out)
+                    if engine_why is None:
+                        continue
+                    serves, why = True, engine_why
             with use_backend("reference"):
                 want = _evaluate(case, arrays, torch.float64, None, "cpu")
                 plain = _evaluate(case, arrays, dtype, out, device)
             with use_backend("auto"):
-                entry = next(e for e in implementations(device, dtype) if e.operation == case.operation)
-                native = _evaluate(case, arrays, dtype, out, device) if entry.used == "native" else None
+                native = _evaluate(case, arrays, dtype, out, device) if serves else None
             result_dtype = out or dtype
             for name, wanted in want.items():
                 exact = wanted.double()
@@ -248,7 +256,7 @@ def _rows(case: _Case, device: str) -> Iterator[Row]:
                     native_relative=None if mine is None else float(mine.norm()) / norm,
                     bound=bound,
                     where="" if mine is None else _worst(mine, case.unit),
-                    why=entry.why,
+                    why=why,
                 )
 
 
@@ -278,7 +286,12 @@ def verify(devices: list[str]) -> Report:
     Returns:
         The report; it has not passed where the native library is missing, because nothing was checked then.
     """
-    rows = [row for device in devices for case in (*_CASES, *FAST_CASES) for row in _rows(case, device)]
+    rows = [
+        row
+        for device in devices
+        for case in (*_CASES, *MLP_CASES, *FAST_CASES)
+        for row in _rows(case, device)
+    ]
     environment = {
         "package": __version__,
         "revision": revision(),

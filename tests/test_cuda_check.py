@@ -76,6 +76,17 @@ def test_architecture_names(code: str, name: str) -> None:
     assert cuda_check.architecture_of(code) == name
 
 
+def test_what_ptxas_gave_up_on_is_a_failure() -> None:
+    said = (
+        "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+        "insufficient register resources for the wgmma pipeline in the function 'caller'\n"
+    )
+    (kernel,) = parse_ptxas(said + CALLING)
+    assert any("C7511" in sentence for sentence in judge(kernel, [Expectation("")]))
+    (kernel,) = parse_ptxas(said.replace("caller", "another") + CALLING)
+    assert not kernel.remarks
+
+
 def test_parse_sass() -> None:
     functions = parse_sass(SASS)
     assert functions["_Z5probeIN7mipnerf4HalfEEvPKfPT_l"] == {

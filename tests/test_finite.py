@@ -27,6 +27,26 @@ for backend in ("reference", "native"):
 """
 
 
+PACKED = """
+import torch
+from mipnerf_fast import ops, reference
+grid = reference.hash_grid(levels=2, coarsest=2, finest=4, table_size=64)
+tables = torch.zeros(grid.entries, 2)
+scales = torch.full((6,), 0.01)
+scales[4] = torch.nan
+try:
+    ops.hash_encode(torch.rand(6, 3), scales, tables, grid)
+except FloatingPointError as error:
+    print(error)
+"""
+
+
+def test_of_packed_samples_the_sample_is_named() -> None:
+    environment = {**os.environ, "MIPNERF_FAST_CHECK": "1"}
+    result = subprocess.run([sys.executable, "-c", PACKED], env=environment, capture_output=True, text=True)
+    assert result.stdout.startswith("hash_encode: features is nan at sample 4, index [4, 0]"), result.stderr
+
+
 @pytest.mark.parametrize(("check", "wanted"), [("0", "1"), ("1", "composite: rgb is nan at ray 3, sample 0")])
 def test_the_ray_is_named_on_request_and_alone_otherwise(check: str, wanted: str) -> None:
     environment = {**os.environ, "MIPNERF_FAST_CHECK": check}

@@ -143,10 +143,32 @@ def test_the_kernel_is_a_proper_operator() -> None:
     grid = _grid()
     arguments = (points, scales, tables, list(grid.resolutions), grid.table_size, 1, 0.02)
     torch.library.opcheck(torch.ops.mipnerf_fast.hash_encode_forward, arguments)
+    grad = torch.rand(points.shape[0], 12, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.mipnerf_fast.hash_encode_backward, (grad, *arguments))
     compiled = torch.compile(ops.hash_encode, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
         compiled(points, scales, tables, grid), ops.hash_encode(points, scales, tables, grid)
     )
+
+
+def test_compiled_gradients_are_the_eager_ones() -> None:
+    grid, inputs = _grid(), _inputs(torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(ops.hash_encode, fullgraph=True, backend="aot_eager")
+    found = []
+    for encode in (ops.hash_encode, compiled):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        features = encode(*leaves, grid)
+        found.append([features, *torch.autograd.grad(features.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    grid, inputs = _grid(), [x.requires_grad_() for x in _inputs(torch.float32)]
+    features = ops.hash_encode(*inputs, grid)
+    (grad,) = torch.autograd.grad(features.square().sum(), inputs[2], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -138,13 +138,32 @@ def test_sources_are_found_not_listed(setup_py: ModuleType, tmp_path: Path) -> N
         "common/notes.cpp",
         "blend/blend_cpu.cpp",
         "blend/blend_cuda.cu",
+        "blend/blend_cublaslt.cpp",
         "blend/blend_kernels.cuh",
     ):
         (csrc / name).parent.mkdir(parents=True, exist_ok=True)
         (csrc / name).touch()
     cxx, cuda = setup_py.find_sources(csrc)
     assert cxx == ["csrc/blend/blend_cpu.cpp", "csrc/library.cpp", "csrc/module.cpp"]
-    assert cuda == ["csrc/blend/blend_cuda.cu"]
+    assert cuda == ["csrc/blend/blend_cublaslt.cpp", "csrc/blend/blend_cuda.cu"]
+
+
+def test_cublaslt_of_the_toolkit_or_beside_torch(
+    setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toolkit, wheels = tmp_path / "toolkit", tmp_path / "site-packages"
+    compiler = replace(nvcc(setup_py), home=str(toolkit))  # type: ignore[type-var]
+    monkeypatch.setattr(sys, "path", [str(wheels)])
+    assert setup_py.find_cublaslt(compiler) is None
+    for home, folder, name in (
+        (wheels / "nvidia" / "cu13", "lib", "libcublasLt.so.13"),
+        (toolkit, "lib64", "libcublasLt.so"),
+    ):
+        for file in (home / "include" / "cublasLt.h", home / folder / name):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        # The toolkit's, made last, goes before the wheels'.
+        assert setup_py.find_cublaslt(compiler) == (str(home / "include"), str(home / folder), name)
 
 
 def test_the_build_header_is_rewritten_only_when_the_plan_changed(

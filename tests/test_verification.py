@@ -24,17 +24,18 @@ def report() -> verification.Report:
 def test_every_operation_passes_with_its_kernel(report: verification.Report) -> None:
     assert report.passed
     assert all(row.native_error is not None for row in report.rows)
-    assert {row.operation for row in report.rows} == {
-        "frustum_ipe",
-        "composite",
-        "resample",
-        *ops.FAST_OPERATIONS,
-    }
+    assert {row.operation for row in report.rows} == {*ops.OPERATIONS, *ops.FAST_OPERATIONS}
     assert {row.dtype for row in report.rows} >= {
         "float32",
         "float64",
         "float32 to bfloat16",
         "float32 to float16",
+    }
+    engines = {(row.quantity.split(":")[0], row.dtype) for row in report.rows if row.operation == "mlp"}
+    assert engines - {("folded", "float32 to bfloat16")} == {
+        ("folded", "float32"),
+        ("emulated", "float32 to bfloat16"),
+        ("emulated", "float32 to float16"),
     }
     gradients = {row.quantity.partition("gradient to ")[2] for row in report.rows} - {""}
     assert gradients >= {
@@ -46,6 +47,10 @@ def test_every_operation_passes_with_its_kernel(report: verification.Report) -> 
         "density",
         "raw_rgb",
         "raw_density",
+        "features",
+        "viewdirs_enc",
+        "linears.0.weight",
+        "linears.7.bias",
     }
 
 
@@ -80,6 +85,7 @@ def test_a_wrong_kernel_fails_and_is_named(
 
     monkeypatch.setattr(ops, "composite", wrong)
     monkeypatch.setattr(verification, "FAST_CASES", ())
+    monkeypatch.setattr(verification, "MLP_CASES", ())
     assert cli.main(["verify", "--device", "cpu"]) == cli.FAILED
     failures = [line for line in capsys.readouterr().out.splitlines() if "**FAIL**" in line]
     assert any("composite | activated: weights | float32" in line for line in failures)
@@ -111,6 +117,7 @@ def test_a_wrong_kernel_of_the_fast_model_fails_and_is_named(
 
     monkeypatch.setattr(ops, name, faulty)
     monkeypatch.setattr(verification, "_CASES", ())
+    monkeypatch.setattr(verification, "MLP_CASES", ())
     chosen = [case for case in verification.FAST_CASES if case.operation == operation]
     monkeypatch.setattr(verification, "FAST_CASES", tuple(chosen))
     report = verification.verify(["cpu"])
@@ -124,6 +131,7 @@ def test_without_the_library_nothing_is_verified(
     monkeypatch.setattr(_native, "why_missing", lambda: "the native library has not been built")
     monkeypatch.setattr(verification, "_CASES", verification._CASES[-1:])
     monkeypatch.setattr(verification, "FAST_CASES", ())
+    monkeypatch.setattr(verification, "MLP_CASES", ())
     missing = verification.verify(["cpu"])
     assert not missing.passed
     assert "Nothing was verified: the native library has not been built." in verification.markdown(missing)

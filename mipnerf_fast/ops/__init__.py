@@ -15,17 +15,23 @@ from .hash_encode import hash_encode
 from .implementations import FAST_OPERATIONS, OPERATIONS, Implementation, backend_in_use, implementations
 from .march import march
 from .mlp import MipMLP
+from .mlp_backends import MLP_BACKENDS, MLP_DTYPES, MlpChoice, MlpShape, choose_mlp
 from .packed_composite import packed_composite
 from .resample import resample
 from .tiny_mlp import tiny_mlp
 
 __all__ = [
     "FAST_OPERATIONS",
+    "MLP_BACKENDS",
+    "MLP_DTYPES",
     "OPERATIONS",
     "Composite",
     "Implementation",
     "MipMLP",
+    "MlpChoice",
+    "MlpShape",
     "backend_in_use",
+    "choose_mlp",
     "composite",
     "composite_resample",
     "draw_rays",

@@ -23,13 +23,15 @@ class NonFiniteError(FloatingPointError):
     """An operator returned NaN or infinity; the message names operator, output, ray and sample."""
 
 
-def check_finite(operator: str, output: str, tensor: Tensor) -> None:
-    """Raise NonFiniteError at the first element of [B, ...] that is not finite."""
+def check_finite(operator: str, output: str, tensor: Tensor, is_packed: bool = False) -> None:
+    """Raise NonFiniteError at the first element of [B, ...], or of packed samples [S, ...], that is not finite."""
     bad = ~torch.isfinite(tensor.detach())
     if not bool(bad.any()):
         return
     first = [int(i) for i in bad.nonzero()[0]]
     place = f"ray {first[0]}" + (f", sample {first[1]}" if tensor.dim() > 1 and len(first) > 1 else "")
+    if is_packed:
+        place = f"sample {first[0]}"
     value = float(tensor.detach()[tuple(first)])
     raise NonFiniteError(
         f"{operator}: {output} is {value} at {place}, index {first} of shape {list(tensor.shape)} "
@@ -47,12 +49,15 @@ def _named(outputs: tuple[str, ...], result: Any) -> Iterator[tuple[str, Tensor]
             yield from _named((name,), part)
 
 
-def reports_non_finite(operator: str, *outputs: str) -> Callable[[Operator], Operator]:
+def reports_non_finite(
+    operator: str, *outputs: str, is_packed: bool = False
+) -> Callable[[Operator], Operator]:
     """Decorate an operator so that it checks its outputs where MIPNERF_FAST_CHECK is set; else leave it alone.
 
     Args:
         operator: its name in the message.
         outputs: names of what it returns; the fields of a named tuple name themselves.
+        is_packed: whether rows are samples that lie one after the other, not rays.
     """
 
     def decorate(function: Operator) -> Operator:
@@ -63,7 +68,7 @@ def reports_non_finite(operator: str, *outputs: str) -> Callable[[Operator], Ope
         def checked(*arguments: Any, **options: Any) -> Any:
             result = function(*arguments, **options)
             for name, tensor in _named(outputs, result):
-                check_finite(operator, name, tensor)
+                check_finite(operator, name, tensor, is_packed)
             return result
 
         return checked  # type: ignore[return-value]

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _native, reference
 from ..reference import HashGrid
 from .arguments import check_float, check_like, check_shape, require
+from .finite import reports_non_finite
 from .implementations import takes_kernel
 
 _FEATURES = (2, 4)  # of the kernel
@@ -19,6 +20,7 @@ _MAX_LEVELS = 16
 ATTENUATION_CODES = {"none": 0, "gaussian": 1, "erf": 2}
 
 
+@reports_non_finite("hash_encode", "features", is_packed=True)
 def hash_encode(
     points: Tensor,
     scales: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _native
 from ..backend import current_backend
+from .mlp_backends import MlpShape, choose_mlp
 
 # Of the exact model and of the fast one; `backend_in_use` sums up either.
 OPERATIONS = ("frustum_ipe", "composite", "resample", "mlp")
@@ -25,20 +26,20 @@ FAST_OPERATIONS = (
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# Per operation: the device types that have a native kernel and the dtypes it takes there.
+# Per operation the device types that have a native kernel and the dtypes it takes there. The network has several
+# engines, of which `choose_mlp` knows.
 _KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "frustum_ipe": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
     "composite": {"cpu": (*_FLOATS, torch.float64), "cuda": _FLOATS},
     "resample": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
-    "mlp": {},
     "hash_encode": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
     "march": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
     "tiny_mlp": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
     "packed_composite": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
-    "draw_rays": {"cpu": (torch.float32,)},
+    "draw_rays": {"cpu": (torch.float32,), "cuda": (torch.float32,)},
     "fast_step": {"cpu": (torch.float32,), "cuda": (torch.float32,)},
-    "occupancy": {"cpu": (torch.float32,)},
-    "sparse_adam": {"cpu": (torch.float32,)},
+    "occupancy": {"cpu": (torch.float32,), "cuda": (torch.float32,)},
+    "sparse_adam": {"cpu": (torch.float32,), "cuda": (torch.float32,)},
 }
 
 # Decided when the package is imported: torch.compile can read module globals but not look for a library.
@@ -69,8 +70,10 @@ def implementations(
         ...     {implementation.used for implementation in ops.implementations()}
         {'reference'}
     """
+    device = torch.device(device)
     return [
-        _implementation(name, torch.device(device).type, dtype) for name in (*OPERATIONS, *FAST_OPERATIONS)
+        _mlp(device, dtype) if name == "mlp" else _implementation(name, device.type, dtype)
+        for name in (*OPERATIONS, *FAST_OPERATIONS)
     ]
 
 
@@ -82,7 +85,7 @@ def takes_kernel(operation: str, tensor: Tensor, unsupported: str = "") -> bool:
     Errors: RuntimeError, saying why, where the backend "native" is forced and the kernel cannot run.
     """
     backend = current_backend()
-    if backend == "reference" or not _KERNELS[operation]:
+    if backend == "reference":
         return False
     missing = unsupported or why_no_kernel(operation, tensor.device.type, tensor.dtype)
     if missing and backend == "native":
@@ -106,13 +109,21 @@ def _implementation(operation: str, device_type: str, dtype: torch.dtype) -> Imp
     backend = current_backend()
     if backend == "reference":
         return Implementation(operation, "reference", "the backend is set to reference")
-    if not _KERNELS[operation]:
-        # Also when "native" is forced: it takes the kernel wherever one is implemented.
-        return Implementation(operation, "reference", "no native kernel is implemented yet")
     missing = why_no_kernel(operation, device_type, dtype)
     if not missing:
         return Implementation(operation, "native", f"kernel for {device_type}, {dtype}")
     return Implementation(operation, "unavailable" if backend == "native" else "reference", missing)
+
+
+def _mlp(device: torch.device, dtype: torch.dtype) -> Implementation:
+    """Of the paper's network, with the backend "auto"; `MipMLP.implementation` says it of any other."""
+    try:
+        choice = choose_mlp(MlpShape(), device, dtype)
+    except RuntimeError as error:
+        return Implementation("mlp", "unavailable", str(error))
+    if choice.engine == "reference":
+        return Implementation("mlp", "reference", choice.why)
+    return Implementation("mlp", "native", f"{choice.engine}, {choice.why}")
 
 
 def backend_in_use(

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..backend import current_backend
+from .arguments import check_float, require
 from .finite import reports_non_finite
+from .mlp_backends import MLP_BACKENDS, MLP_DTYPES, MlpChoice, MlpShape, choose_mlp
+from .mlp_folded import CUBLASLT, TORCH, TWIN, folded_mlp
+from .mlp_fused import Architecture, fused_mlp
+from .mlp_tcnn import WHAT, TcnnNetworks
+
+_PRODUCTS = {"folded": TORCH, "emulated": TWIN, "cublaslt": CUBLASLT}
 
 
 class MipMLP(nn.Module):
     """The mip-NeRF network: 8 x 256 with a skip, a linear bottleneck and a view branch (612,740 parameters).
 
-    The forward pass is `mipnerf_fast.reference.mip_mlp` over `linears`: the trunk layers, density, bottleneck,
-    view layers and rgb. Weights start Glorot-uniform, biases at zero, as in the original.
+    The function is `mipnerf_fast.reference.mip_mlp` over `linears`: the trunk layers, density, bottleneck, view layers
+    and rgb. Weights start Glorot-uniform, biases at zero, as in the original. Parameters are the float32 master copy on
+    every backend; 16-bit operands are rounded from them in every call, so that a checkpoint moves freely.
 
     Args:
         in_features: of the encoded position (96 for degrees 0 to 16).
         view_features: of the encoded view direction (27 for 4 octaves), or None without view directions.
         net_depth, net_width, net_depth_condition, net_width_condition, skip_layer: of the architecture.
+        backend: "reference": the layers one by one, as the paper writes them. "folded": the bottleneck folded into the
+            view layer, torch's products in place, in float32 (or bfloat16 where a CPU has the instructions).
+            "cublaslt": the same with cuBLASLt's epilogues, bfloat16 or float16 operands, float32 sums. "fused": one
+            kernel, likewise. "emulated": the arithmetic of cublaslt on the CPU, slow, for checks. "tcnn": networks of
+            tiny-cuda-nn, ANOTHER ARCHITECTURE with other parameters: see `ops.mlp_tcnn`. "auto": the fastest of
+            fused, cublaslt, folded that serves; `implementation` says which and why.
+        compute_dtype: of the operands, "bf16", "fp16", "fp32"; "auto": float32 on a CPU, bfloat16 on a GPU.
 
-    Source: algorithm 1.5; Barron et al. 2021, section 4.
+    Errors: ValueError for an unknown backend or compute_dtype, and for a network that tcnn cannot express;
+    RuntimeError where tiny-cuda-nn is missing.
+
+    Example:
+        >>> mlp = MipMLP(net_depth=3, net_width=64)
+        >>> rgb, density = mlp(torch.rand(4, 8, 96), torch.rand(4, 27))
+        >>> rgb.shape, density.shape
+        (torch.Size([4, 8, 3]), torch.Size([4, 8, 1]))
+
+    Source: algorithm 1.5; Barron et al. 2021, section 4; performance 1.2 for the folding.
     """
 
     def __init__(
@@ -31,10 +57,22 @@ class MipMLP(nn.Module):
         net_depth_condition: int = 1,
         net_width_condition: int = 128,
         skip_layer: int = 4,
+        *,
+        backend: str = "auto",
+        compute_dtype: str = "auto",
     ) -> None:
         super().__init__()
+        require(backend in MLP_BACKENDS, "mlp", "backend", f"one of {', '.join(MLP_BACKENDS)}", repr(backend))
+        require(
+            compute_dtype in MLP_DTYPES,
+            "mlp",
+            "compute_dtype",
+            f"one of {', '.join(MLP_DTYPES)}",
+            repr(compute_dtype),
+        )
+        self.backend, self.compute_dtype = backend, compute_dtype
         self.net_depth, self.net_depth_condition, self.skip_layer = net_depth, net_depth_condition, skip_layer
-        shapes = reference.mip_mlp_shapes(
+        self.shape = MlpShape(
             in_features,
             view_features,
             net_depth,
@@ -43,15 +81,90 @@ class MipMLP(nn.Module):
             net_width_condition,
             skip_layer,
         )
+        self.tcnn = TcnnNetworks(self.shape, compute_dtype) if backend == "tcnn" else None
+        shapes = [] if backend == "tcnn" else reference.mip_mlp_shapes(*self.shape)
         self.linears = nn.ModuleList(nn.Linear(i, o) for i, o in shapes)
         for linear in self.linears:
             assert isinstance(linear, nn.Linear)
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
+    @property
+    def implementation(self) -> MlpChoice:
+        """What computes this network where its parameters are now, and why.
+
+        Errors: RuntimeError where its backend cannot serve them.
+        """
+        if self.tcnn is not None:
+            if current_backend() == "reference":
+                raise RuntimeError(f"mlp: the backend is set to reference, and there is none of {WHAT}")
+            return MlpChoice("tcnn", torch.float16, WHAT)
+        weight = self._weight()
+        return choose_mlp(self.shape, weight.device, weight.dtype, self.backend, self.compute_dtype)
+
+    @property
+    def feature_dtype(self) -> torch.dtype | None:
+        """The 16-bit dtype that the features are rounded to, so that an encoder can write it; None: their own."""
+        choice = self.implementation
+        short = choice.engine not in ("reference", "tcnn") and choice.dtype in (torch.bfloat16, torch.float16)
+        return choice.dtype if short else None
+
     @reports_non_finite("mlp", "rgb", "density")
     def forward(self, features: Tensor, viewdirs_enc: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Raw rgb [B, N, 3] and raw density [B, N, 1] from features [B, N, F] and encoded directions [B, V]."""
-        return reference.mip_mlp(
-            features, viewdirs_enc, self.linears, self.net_depth, self.net_depth_condition, self.skip_layer
+        """Raw rgb [B, N, 3] and raw density [B, N, 1] from features [B, N, F] and encoded directions [B, V].
+
+        Errors: ValueError for a shape, dtype or device that does not fit, naming the argument; RuntimeError where the
+        backend cannot serve, and for a second derivative of all but the reference.
+        """
+        self._check(features, viewdirs_enc)
+        choice = self.implementation
+        if self.tcnn is not None:
+            rgb, density = self.tcnn(features, viewdirs_enc)
+            return rgb, density
+        if choice.engine == "reference":
+            return reference.mip_mlp(
+                features,
+                viewdirs_enc,
+                self.linears,
+                self.net_depth,
+                self.net_depth_condition,
+                self.skip_layer,
+            )
+        parameters = [p for linear in self.linears for p in linear.parameters()]
+        architecture = Architecture(self.net_depth, self.net_depth_condition, self.skip_layer)
+        if choice.engine == "fused":
+            return fused_mlp(features, viewdirs_enc, parameters, architecture, choice.dtype)
+        return folded_mlp(
+            features, viewdirs_enc, parameters, architecture, _PRODUCTS[choice.engine], choice.dtype
+        )
+
+    def _weight(self) -> Tensor:
+        return next(self.parameters())
+
+    def _check(self, features: Tensor, viewdirs_enc: Tensor | None) -> None:
+        device = self._weight().device
+        columns, views = self.shape.in_features, self.shape.view_features
+        if features.dim() != 3 or features.shape[-1] != columns:
+            require(False, "mlp", "features", f"of shape [B, N, {columns}]", list(features.shape))
+        check_float("mlp", "features", features)
+        require(
+            features.device == device, "mlp", "features", f"on {device} as the parameters", features.device
+        )
+        if views is None:
+            require(
+                viewdirs_enc is None, "mlp", "viewdirs_enc", "None for a network without views", "a tensor"
+            )
+            return
+        if viewdirs_enc is None or tuple(viewdirs_enc.shape) != (features.shape[0], views):
+            got = None if viewdirs_enc is None else list(viewdirs_enc.shape)
+            wanted = f"of shape [{features.shape[0]}, {views}] ([B, V])"
+            require(False, "mlp", "viewdirs_enc", wanted, got)
+            raise AssertionError  # for the type checker: require has raised
+        check_float("mlp", "viewdirs_enc", viewdirs_enc)
+        require(
+            viewdirs_enc.device == device,
+            "mlp",
+            "viewdirs_enc",
+            f"on {device} as the parameters",
+            viewdirs_enc.device,
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _native, reference
 from ..reference import TinyMlp
 from .arguments import check_float, check_like, check_shape, require
+from .finite import reports_non_finite
 from .implementations import takes_kernel
 
 _GEOMETRY, _HARMONICS = 16, 16
@@ -17,6 +18,7 @@ _GEOMETRY, _HARMONICS = 16, 16
 _LARGEST = {"cpu": (256, 256), "cuda": (64, 96)}
 
 
+@reports_non_finite("tiny_mlp", is_packed=True)
 def tiny_mlp(
     features: Tensor,
     harmonics: Tensor,

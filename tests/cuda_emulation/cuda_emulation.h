@@ -25,7 +25,9 @@
 //   not written; a write to an input; a read-only load of something that the launch also writes. These
 //   verdicts do not depend on the order that was drawn, only on what the kernel did with these inputs.
 //
-// Not shown: the asynchronous proxy, memory fences between blocks, speed, and the GPU's rounding of *_approx.
+// Clusters, bulk copies, barriers and warpgroup products: hopper_emulation.h.
+//
+// Not shown: memory fences between blocks, speed, and the GPU's rounding of *_approx.
 #pragma once
 
 #include <cmath>
@@ -93,8 +95,10 @@ Exchange& exchange();
 // Waits until every live thread of `mask` is here, then does the operation for all of them.
 void warp_rendezvous(WarpOperation operation, unsigned mask, Site site);
 unsigned char* shared_bytes();
+// cluster 0: one block at a time. From 1 on, as many blocks along x are alive together, and the asynchronous
+// operations of asynchronous.h are there.
 void run_grid(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(const void*),
-              const void* context);
+              const void* context, int cluster = 0);
 
 // An array in "device" memory: exactly `bytes` long, `misalignment` bytes past a 256-byte boundary, between
 // poisoned guards, filled with 0xff. Lives until the program ends.

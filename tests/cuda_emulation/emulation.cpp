@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "asynchronous.h"
 #include "common/device.cuh"
 #include "races.h"
 #include "tensor_core.h"
@@ -134,18 +135,26 @@ void prepare_fiber(Fiber& fiber, void (*entry)()) {
 // ------------------------------------------------------------------------------------------------------ one
 // block's state
 
-enum class State : std::uint8_t { ready, at_block_barrier, at_warp_operation, at_collective, gone };
+enum class State : std::uint8_t { ready, at_block_barrier, at_warp_operation, at_collective, parked, gone };
 
 struct Thread {
     Fiber fiber;
-    dim3 index;
+    dim3 index, block;
     State state = State::gone;
     WarpOperation operation = WarpOperation::sync;
     unsigned mask = 0;
     Site site{};
+    const char* parked_in = "";
     Exchange exchange{};
     const char* collective = nullptr;  // the name of the whole warp's operation that it waits in
     void* handed_over = nullptr;
+};
+
+// A block of the cluster that is alive.
+struct Block {
+    int live = 0;     // threads that are not gone
+    int waiting = 0;  // at the block barrier
+    unsigned char* shared = nullptr;
 };
 
 struct Random {
@@ -167,18 +176,18 @@ enum class Policy { any, one_warp_ahead, lowest_first, highest_first, count };
 struct Machine {
     std::vector<std::unique_ptr<Thread>> threads;
     Fiber host;
-    int count = 0;    // threads of the block
-    int live = 0;     // not gone
-    int waiting = 0;  // at the block barrier
+    int count = 0;          // threads of all blocks that are alive together
+    int block_threads = 0;  // of each of them: the threads of a cluster are numbered block after block
+    int live = 0;           // not gone
     int current = -1;
     unsigned ready[32] = {};  // a bit for each lane of each warp
     int arrived[32] = {};     // lanes of each warp at the whole warp's operation
+    std::vector<Block> blocks;
     Policy policy = Policy::any;
     Random random;
     const char* kernel = nullptr;
     void (*body)(const void*) = nullptr;
     const void* context = nullptr;
-    unsigned char* shared = nullptr;
 };
 Machine machine;
 
@@ -187,6 +196,9 @@ int warps() {
 }
 Thread& thread(int rank) {
     return *machine.threads[static_cast<std::size_t>(rank)];
+}
+Block& block_of(int rank) {
+    return machine.blocks[static_cast<std::size_t>(rank / machine.block_threads)];
 }
 const char* base_name(const char* path) {
     const char* slash = strrchr(path, '/');
@@ -209,6 +221,8 @@ std::string describe(const Thread& t) {
     else if (t.state == State::at_warp_operation)
         snprintf(text, sizeof text, "in %s with mask %08x, %s:%d", name_of(t.operation), t.mask,
                  base_name(t.site.file), t.site.line);
+    else if (t.state == State::parked)
+        snprintf(text, sizeof text, "in %s, %s:%d", t.parked_in, base_name(t.site.file), t.site.line);
     else
         snprintf(text, sizeof text, "%s", t.state == State::gone ? "gone" : "running");
     return text;
@@ -264,7 +278,13 @@ int choose() {
             text += line + what;
         }
     }
-    fail("divergence: no thread of the block can go on%s", text.c_str());
+    fail("divergence: no thread of the block can go on%s%s", text.c_str(), asynchronous::describe().c_str());
+}
+
+void enter(int rank) {
+    machine.current = rank;
+    indices.thread = thread(rank).index;
+    indices.block = thread(rank).block;
 }
 
 // Gives the processor to another thread of the block (or to the same one), or to the host when all are gone.
@@ -274,20 +294,23 @@ void run_next() {
     if (machine.live == 0) {
         switch_fiber(left, machine.host);
     } else {
-        const int to = choose();
+        asynchronous::step(false);
+        int to = choose();
+        while (to < 0 && asynchronous::step(true)) to = choose();
         if (to < 0) report_deadlock();
         machine.ready[to / 32] &= ~(1u << (to % 32));
         if (to == from) return;
-        machine.current = to;
-        indices.thread = thread(to).index;
+        enter(to);
         switch_fiber(left, thread(to).fiber);
     }
 }
 
-void release_block_barrier_if_complete() {
-    if (machine.waiting == 0 || machine.waiting < machine.live) return;
+void release_block_barrier_if_complete(int of) {
+    Block& block = block_of(of);
+    if (block.waiting == 0 || block.waiting < block.live) return;
     const Thread* first = nullptr;
-    for (int rank = 0; rank < machine.count; ++rank) {
+    const int begin = of / machine.block_threads * machine.block_threads, end = begin + machine.block_threads;
+    for (int rank = begin; rank < end; ++rank) {
         const Thread& t = thread(rank);
         if (t.state != State::at_block_barrier) continue;
         if (!first) first = &t;
@@ -296,8 +319,9 @@ void release_block_barrier_if_complete() {
                  base_name(first->site.file), first->site.line, base_name(t.site.file), t.site.line);
     }
     races::block_barrier();
-    machine.waiting = 0;
-    for (int rank = 0; rank < machine.count; ++rank)
+    asynchronous::block_barrier(begin, end);
+    block.waiting = 0;
+    for (int rank = begin; rank < end; ++rank)
         if (thread(rank).state == State::at_block_barrier) make_ready(rank);
 }
 
@@ -339,7 +363,10 @@ void perform(int warp, unsigned lanes, WarpOperation operation) {
                        sizeof t.exchange.take);
         }
     }
-    if (operation == WarpOperation::sync) races::warp_barrier(warp, lanes);
+    if (operation == WarpOperation::sync) {
+        races::warp_barrier(warp, lanes);
+        asynchronous::warp_barrier(warp, lanes);
+    }
 }
 
 // Finishes the operation that `rank` waits in if every live lane of its mask waits in it too.
@@ -376,33 +403,43 @@ void thread_entry() {
         forget_copies();
         thread(rank).state = State::gone;
         --machine.live;
-        release_block_barrier_if_complete();
+        if (--block_of(rank).live == 0) asynchronous::end_block(rank / machine.block_threads);
+        release_block_barrier_if_complete(rank);
         for (int other = rank / 32 * 32; other < machine.count && other < rank / 32 * 32 + 32; ++other)
             if (thread(other).state == State::at_warp_operation) release_warp_if_complete(other);
         run_next();
     }
 }
 
-void run_block(dim3 block_index, std::size_t shared_bytes) {
-    indices.block = block_index;
-    memset(machine.shared, 0xff, shared_bytes);
+// The blocks first .. first + cluster - 1 along x, alive together.
+void run_blocks(dim3 first, int cluster, std::size_t shared_bytes) {
     machine.policy = static_cast<Policy>(machine.random.below(static_cast<int>(Policy::count)));
     machine.live = machine.count;
-    machine.waiting = 0;
+    for (Block& block : machine.blocks) {
+        memset(block.shared, 0xff, shared_bytes);
+        block.live = machine.block_threads;
+        block.waiting = 0;
+    }
     for (int& lanes : machine.arrived) lanes = 0;
     for (int rank = 0; rank < machine.count; ++rank) {
         const dim3 size = indices.block_size;
-        const auto r = static_cast<unsigned>(rank);
+        const auto r = static_cast<unsigned>(rank % machine.block_threads);
         thread(rank).index = dim3(r % size.x, r / size.x % size.y, r / size.x / size.y);
+        thread(rank).block =
+            dim3(first.x + static_cast<unsigned>(rank / machine.block_threads), first.y, first.z);
         make_ready(rank);
     }
-    races::begin_block(machine.count, machine.shared, shared_bytes);
+    races::begin_block(machine.count, machine.blocks[0].shared, shared_bytes);
+    if (asynchronous::active()) {
+        std::vector<unsigned char*> shared;
+        for (const Block& block : machine.blocks) shared.push_back(block.shared);
+        asynchronous::begin_blocks(cluster, machine.block_threads, shared, shared_bytes);
+    }
     machine.current = -1;
-    const int first = choose();
-    machine.ready[first / 32] &= ~(1u << (first % 32));
-    machine.current = first;
-    indices.thread = thread(first).index;
-    switch_fiber(machine.host, thread(first).fiber);
+    const int next = choose();
+    machine.ready[next / 32] &= ~(1u << (next % 32));
+    enter(next);
+    switch_fiber(machine.host, thread(next).fiber);
 }
 
 struct Mapping {
@@ -444,7 +481,8 @@ void fail(const char* format, ...) {
     va_end(arguments);
     if (machine.kernel)
         fprintf(stderr, "cuda emulation: %s: block (%u, %u, %u), thread %d: %s\n", machine.kernel,
-                indices.block.x, indices.block.y, indices.block.z, machine.current, text);
+                indices.block.x, indices.block.y, indices.block.z,
+                machine.current < 0 ? -1 : machine.current % machine.block_threads, text);
     else
         fprintf(stderr, "cuda emulation: %s\n", text);
     fflush(nullptr);
@@ -458,7 +496,7 @@ Exchange& exchange() {
     return thread(machine.current).exchange;
 }
 unsigned char* shared_bytes() {
-    return machine.shared;
+    return block_of(machine.current).shared;
 }
 
 // Whether the environment asks for this barrier to be left out ("file:line"), for tests that demand that it
@@ -479,8 +517,8 @@ void block_barrier(Site site) {
     Thread& t = thread(machine.current);
     t.state = State::at_block_barrier;
     t.site = site;
-    ++machine.waiting;
-    release_block_barrier_if_complete();
+    ++block_of(machine.current).waiting;
+    release_block_barrier_if_complete(machine.current);
     run_next();
 }
 
@@ -535,35 +573,47 @@ void warp_collective(const char* name, void (*perform)(void* const lanes[32]), v
 }
 
 void run_grid(const char* name, dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(const void*),
-              const void* context) {
+              const void* context, int cluster) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
     if (threads == 0 || threads > 1024 || block.z > 64 || grid.y > 65535 || grid.z > 65535 ||
         grid.x > 0x7fffffffu)
         fail("%s: grid (%u, %u, %u) of blocks (%u, %u, %u) cannot be launched", name, grid.x, grid.y, grid.z,
              block.x, block.y, block.z);
+    if (cluster < 0 || cluster > 8 || (cluster > 0 && grid.x % static_cast<unsigned>(cluster) != 0) ||
+        (cluster > 0 && (threads % 32 != 0 || threads * static_cast<std::uint64_t>(cluster) > 1024)))
+        fail("%s: a grid of %u blocks of %u threads cannot be launched in clusters of %d", name, grid.x,
+             static_cast<unsigned>(threads), cluster);
     if (shared_bytes > kMostSharedBytes)
         fail("%s: %zu bytes of shared memory are asked for, no GPU has more than %zu", name, shared_bytes,
              kMostSharedBytes);
     machine.kernel = name;
     machine.body = body;
     machine.context = context;
-    machine.count = static_cast<int>(threads);
+    const int together = cluster > 0 ? cluster : 1;
+    machine.block_threads = static_cast<int>(threads);
+    machine.count = machine.block_threads * together;
     while (static_cast<int>(machine.threads.size()) < machine.count) {
         machine.threads.push_back(std::make_unique<Thread>());
         prepare_fiber(machine.threads.back()->fiber, thread_entry);
     }
     indices.block_size = block;
     indices.grid_size = grid;
-    machine.shared = guarded(shared_bytes, 0);
+    machine.blocks.resize(static_cast<std::size_t>(together));
+    for (Block& b : machine.blocks) b.shared = guarded(shared_bytes, 0);
     races::begin_launch();
+    asynchronous::begin_launch(cluster > 0);
 
-    std::vector<std::uint32_t> order(std::size_t{grid.x} * grid.y * grid.z);
+    const auto step = static_cast<std::uint32_t>(together);
+    std::vector<std::uint32_t> order(std::size_t{grid.x} * grid.y * grid.z / step);
     std::iota(order.begin(), order.end(), 0u);
     for (std::size_t i = order.size(); i > 1; --i)
         std::swap(order[i - 1], order[static_cast<std::size_t>(machine.random.below(static_cast<int>(i)))]);
-    for (const std::uint32_t i : order)
-        run_block(dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y), shared_bytes);
+    for (const std::uint32_t place : order) {
+        const std::uint32_t i = place * step;
+        run_blocks(dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y), together, shared_bytes);
+    }
+    asynchronous::begin_launch(false);
     races::end_launch();
     machine.kernel = nullptr;
     machine.current = -1;
@@ -588,6 +638,18 @@ int current_thread() {
 }
 int random_below(int n) {
     return machine.random.below(n);
+}
+
+void park(const char* what, Site site) {
+    Thread& t = thread(machine.current);
+    t.state = State::parked;
+    t.parked_in = what;
+    t.site = site;
+    run_next();
+}
+
+void wake(int rank) {
+    make_ready(rank);
 }
 
 }  // namespace mipnerf::emulation

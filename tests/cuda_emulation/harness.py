@@ -54,8 +54,8 @@ PROGRAM_FLAGS = {"memory": ADDRESS_FLAGS, "races": [*RACE_FLAGS, "-fsanitize=thr
 RUNTIME_FLAGS = {"memory": ADDRESS_FLAGS, "races": RACE_FLAGS}
 LINK_FLAGS = {"memory": ADDRESS_FLAGS, "races": []}
 RUNTIME_SOURCES = {
-    "memory": ["emulation.cpp", "program.cpp", "tensor_core.cpp"],
-    "races": ["emulation.cpp", "program.cpp", "tensor_core.cpp", "races.cpp"],
+    "memory": ["emulation.cpp", "hopper_emulation.cpp", "program.cpp", "tensor_core.cpp"],
+    "races": ["emulation.cpp", "hopper_emulation.cpp", "program.cpp", "tensor_core.cpp", "races.cpp"],
 }
 CHECKS = ("memory", "races")
 

@@ -6,7 +6,8 @@
 //   * threads of one block: a block barrier orders everything before it and everything after (an epoch
 //   counter);
 //   * lanes of one warp: warp_sync joins the vector clocks of its lanes;
-//   * blocks of one launch: nothing orders them; launches follow each other.
+//   * blocks of one launch: nothing orders them; launches follow each other;
+//   * in launches of clusters: the vector clocks of hopper_emulation.cpp, which know its barriers as well.
 #include "races.h"
 
 #include <sys/mman.h>
@@ -18,9 +19,9 @@
 #include <string>
 #include <vector>
 
-namespace mipnerf::emulation {
+#include "asynchronous.h"
 
-[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+namespace mipnerf::emulation {
 
 namespace {
 
@@ -99,6 +100,7 @@ const char* verb(Kind kind) {
 }
 
 bool is_shared(const unsigned char* address) {
+    if (asynchronous::active()) return asynchronous::is_shared(address);
     return address >= shared_start && address < shared_start + shared_size;
 }
 
@@ -114,6 +116,7 @@ bool is_read_only(const unsigned char* address) {
 }
 
 std::string describe(const unsigned char* address) {
+    if (is_shared(address) && asynchronous::active()) return "a byte of shared memory";
     if (is_shared(address)) return "byte " + std::to_string(address - shared_start) + " of shared memory";
     if (const Array* array = array_at(address))
         return "byte " + std::to_string(address - array->start) + " of the array '" + array->name + "'";
@@ -121,6 +124,7 @@ std::string describe(const unsigned char* address) {
 }
 
 bool is_ordered(const Access& earlier, int thread) {
+    if (asynchronous::active()) return asynchronous::is_ordered(earlier.thread, earlier.clock);
     return earlier.thread / 32 == thread / 32 && clocks[thread].lane[earlier.thread % 32] >= earlier.clock;
 }
 
@@ -151,7 +155,7 @@ void bring_up_to_date(Cell& cell) {
     cell.epoch = epoch;
 }
 
-void check_byte(const unsigned char* address, Kind kind, std::uint32_t place) {
+void check_byte(const unsigned char* address, Kind kind, std::uint32_t place, bool is_brought) {
     Cell& cell = cells[address - arena];
     bring_up_to_date(cell);
     const int thread = current_thread();
@@ -164,7 +168,7 @@ void check_byte(const unsigned char* address, Kind kind, std::uint32_t place) {
     if (shared && kind == Kind::read_only_load)
         fail("load_pack reads global memory, not %s (load_pack_shared does)\n  place: 0x%x",
              describe(address).c_str(), place);
-    if (shared && !is_write(kind) && !(cell.by_this_block & kWrites))
+    if (shared && !is_write(kind) && !is_brought && !(cell.by_this_block & kWrites))
         fail("reads %s, which this block has not written\n  place: 0x%x", describe(address).c_str(), place);
     if (is_write(kind) && is_read_only(address))
         fail("writes to an input: %s\n  place: 0x%x", describe(address).c_str(), place);
@@ -172,7 +176,8 @@ void check_byte(const unsigned char* address, Kind kind, std::uint32_t place) {
         fail("race between blocks: %s %s, which another block of the launch %s\n  place: 0x%x", verb(kind),
              describe(address).c_str(), (others & kWrites) ? "writes" : "reads", place);
 
-    const std::uint32_t clock = clocks[thread].lane[thread % 32];
+    const std::uint32_t clock =
+        asynchronous::active() ? asynchronous::clock_of_current() : clocks[thread].lane[thread % 32];
     Access* mine = nullptr;
     for (int i = 0; i < cell.count; ++i) {
         Access& earlier = access_at(cell, i);
@@ -204,7 +209,12 @@ void check_byte(const unsigned char* address, Kind kind, std::uint32_t place) {
 inline void check_at(const void* pointer, std::size_t bytes, Kind kind, std::uint32_t place) {
     const auto* address = static_cast<const unsigned char*>(pointer);
     if (!running || address < arena || address >= arena + arena_used) return;
-    for (std::size_t i = 0; i < bytes; ++i) check_byte(address + i, kind, place);
+    // Whether an asynchronous operation wrote there.
+    bool is_brought = false;
+    if (asynchronous::active() && is_shared(address))
+        is_brought = asynchronous::note_access(
+            pointer, bytes, is_write(kind) ? asynchronous::Access::write : asynchronous::Access::read);
+    for (std::size_t i = 0; i < bytes; ++i) check_byte(address + i, kind, place, is_brought);
 }
 inline void check(const void* pointer, std::size_t bytes, Kind kind, const void* place) {
     check_at(pointer, bytes, kind, static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(place)));
@@ -257,7 +267,7 @@ void begin_block(int threads, const unsigned char* shared, std::size_t shared_by
 }
 
 void block_barrier() {
-    ++epoch;
+    if (!asynchronous::active()) ++epoch;
 }
 
 void warp_barrier(int warp, unsigned lanes) {

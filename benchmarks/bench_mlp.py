@@ -1,0 +1,231 @@
+"""The network beside PyTorch's own: eager, bf16 autocast, torch.compile, and every engine of MipMLP that runs here.
+
+python benchmarks/bench_mlp.py [--device cpu|cuda] [--threads 1 2] [--runs 20]
+
+Rows of the same case compute the same function of the same weights. Every row's error may be twice that of PyTorch's
+layers in the precision of its products: float32, or bf16 autocast. `tcnn` is another architecture and has no row.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.harness import Case, Inputs, Outputs, main
+from mipnerf_fast import reference
+from mipnerf_fast.ops import MipMLP, MlpShape, choose_mlp
+
+SAMPLES = 128
+PAPER = MlpShape()
+# Of the preset "small".
+SMALL = MlpShape(72, 27, 3, 64, 1, 64, 4)
+MODES = ("inference", "forward", "forward + backward")
+
+
+def relative_error(outputs: Outputs, truth: Outputs) -> float:
+    """||got - want|| / ||want|| of the outputs together and of the gradients together, the larger; NaN if any is."""
+    errors = []
+    for kind in (False, True):
+        names = [name for name in truth if name.startswith("grad ") is kind]
+        if names:
+            got, want = (
+                torch.cat([x[name].detach().double().flatten() for name in names]) for x in (outputs, truth)
+            )
+            errors.append(float((got - want).norm() / want.norm()))
+    return max(errors) if all(error == error for error in errors) else float("nan")
+
+
+def multiply_adds(shape: MlpShape, folded: bool, backward: bool) -> int:
+    """Of one sample: every layer as the paper writes it, or with the bottleneck folded in and the views per ray.
+
+    A backward pass multiplies twice as often, but for the gradient to the features, which nobody asks for.
+    """
+    shapes = reference.mip_mlp_shapes(*shape)
+    if not folded:
+        total = sum(i * o for i, o in shapes)
+        return 3 * total - shapes[0][0] * shapes[0][1] if backward else total
+    depth, width, features = shape.net_depth, shape.net_width, shape.in_features
+    if shape.view_features is None:
+        kept = shapes
+    else:
+        # Of the view layer only what reads the trunk, whose width the bottleneck's input tells.
+        kept = [*shapes[: depth + 1], (shapes[depth + 1][0], shapes[depth + 2][1]), *shapes[depth + 3 :]]
+    total = sum(i * o for i, o in kept)
+    to_features = shapes[0][0] * width + sum(features * o for i, o in kept[1:] if i == width + features)
+    return 3 * total - to_features if backward else total
+
+
+@functools.cache
+def product_rate(device: torch.device) -> float:
+    """Floating-point operations a second of a large product: 8192^3 in bf16 on a GPU, 2048^3 in float32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def make_inputs(shape: MlpShape, rays: int) -> Callable[[int, torch.device], Inputs]:
+    def make(seed: int, device: torch.device) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+
+        def rand(*sizes: int) -> Tensor:
+            return (2 * torch.rand(*sizes, generator=generator) - 1).to(device)
+
+        return {
+            "features": rand(rays, SAMPLES, shape.in_features),
+            "viewdirs_enc": rand(rays, shape.view_features or 0),
+            "to_rgb": rand(rays, SAMPLES, 3),
+            "to_density": rand(rays, SAMPLES, 1),
+        }
+
+    return make
+
+
+def in_mode(
+    network: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], mlp: MipMLP, mode: str
+) -> Callable[[Inputs], Outputs]:
+    """A call as in rendering, a training pass without its backward half, or a whole one."""
+    parameters = dict(mlp.named_parameters())
+
+    def run(inputs: Inputs) -> Outputs:
+        with torch.set_grad_enabled(mode != "inference"):
+            rgb, density = network(inputs["features"], inputs["viewdirs_enc"])
+        outputs = {"rgb": rgb, "density": density}
+        if mode == "forward + backward":
+            cotangents = [inputs["to_rgb"].to(rgb.dtype), inputs["to_density"].to(density.dtype)]
+            grads = torch.autograd.grad((rgb, density), list(parameters.values()), cotangents)
+            outputs |= {f"grad {name}": grad for name, grad in zip(parameters, grads, strict=True)}
+        return outputs
+
+    return run
+
+
+def case(
+    device: torch.device, shape: MlpShape, rays: int, mode: str, name: str, compiled: bool = True
+) -> Case:
+    torch.manual_seed(0)
+    plain = MipMLP(*shape, backend="reference").to(device)
+
+    def engine(backend: str, dtype: str) -> MipMLP:
+        mlp = MipMLP(*shape, backend=backend, compute_dtype=dtype).to(device)
+        mlp.load_state_dict(plain.state_dict())
+        return mlp
+
+    def serves(backend: str, dtype: str) -> bool:
+        try:
+            return choose_mlp(shape, device, torch.float32, backend, dtype).engine == backend
+        except RuntimeError:
+            return False
+
+    def autocast(features: Tensor, viewdirs_enc: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16):
+            rgb, density = plain(features, viewdirs_enc)
+            return rgb, density
+
+    def tf32(features: Tensor, viewdirs_enc: Tensor) -> tuple[Tensor, Tensor]:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            rgb, density = plain(features, viewdirs_enc)
+            return rgb, density
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    def variants() -> dict[str, Callable[[Inputs], Outputs]]:
+        found: dict[str, Callable[[Inputs], Outputs]] = {"eager fp32": in_mode(plain, plain, mode)}
+        if device.type == "cuda":
+            found["eager TF32"] = in_mode(tf32, plain, mode)
+        found["eager bf16 autocast"] = in_mode(autocast, plain, mode)
+        if compiled:
+            half = device.type == "cuda"
+            mode_of_compile = "max-autotune-no-cudagraphs" if half else None
+            found["compile bf16" if half else "compile fp32"] = in_mode(
+                torch.compile(autocast if half else plain, mode=mode_of_compile), plain, mode
+            )
+        for backend, dtype in ENGINES:
+            if serves(backend, dtype):
+                mlp = engine(backend, dtype)
+                found[f"{backend} {dtype}"] = in_mode(mlp, mlp, mode)
+        return found
+
+    def truth(inputs: Inputs) -> Outputs:
+        exact = MipMLP(*shape, backend="reference").to(device)
+        exact.load_state_dict(plain.state_dict())
+        exact = exact.double()
+        return in_mode(exact, exact, mode)({name: x.double() for name, x in inputs.items()})
+
+    half_reference = in_mode(autocast, plain, mode)
+    halves = ["eager bf16 autocast", "compile bf16", *[f"{b} {d}" for b, d in ENGINES if d != "fp32"]]
+    backward = mode == "forward + backward"
+    samples = rays * SAMPLES
+    parameters = sum(p.numel() for p in plain.parameters())
+    return Case(
+        name=f"{mode}, {name}, 2^{samples.bit_length() - 1} samples",
+        make_inputs=make_inputs(shape, rays),
+        variants=variants,
+        truth=truth,
+        reference=in_mode(plain, plain, mode),
+        # Two orders of summation may decide a ReLU differently: one neuron of one sample, that share of the norm.
+        floor=(samples * shape.net_width) ** -0.5 if backward else 8 * torch.finfo(torch.float32).eps,
+        floor_why="one flipped ReLU, 1 / sqrt(samples x width)" if backward else "8 ulps of float32",
+        moved_bytes=4 * (samples * (shape.in_features + 4) * (2 if backward else 1) + 2 * parameters),
+        flops=2 * samples * multiply_adds(shape, False, backward),
+        references=dict.fromkeys(halves, half_reference)
+        | {"eager TF32": half_reference},  # TF32 keeps as few digits more than bf16's 8 as its 11
+        error=relative_error,
+        folded_flops=2 * samples * multiply_adds(shape, True, backward),
+        product_flops=product_rate(device),
+    )
+
+
+ENGINES = (("folded", "fp32"), ("folded", "bf16"), ("cublaslt", "bf16"), ("fused", "bf16"))
+
+
+def cases(device: torch.device) -> Sequence[Case]:
+    """2^17 to 2^20 samples on a GPU, 2^12 to 2^16 on a CPU."""
+    if device.type == "cuda":
+        return [
+            case(device, PAPER, 1 << exponent - 7, mode, "8 x 256")
+            for exponent in (14, 17, 18, 19, 20)
+            for mode in MODES
+        ]
+    return [
+        case(device, PAPER, 32, "inference", "8 x 256", compiled=False),
+        case(device, PAPER, 128, "inference", "8 x 256"),
+        case(device, PAPER, 512, "inference", "8 x 256", compiled=False),
+        case(device, PAPER, 128, "forward", "8 x 256", compiled=False),
+        case(device, PAPER, 32, "forward + backward", "8 x 256", compiled=False),
+        case(device, PAPER, 128, "forward + backward", "8 x 256"),
+        case(device, SMALL, 128, "inference", "3 x 64", compiled=False),
+        case(device, SMALL, 128, "forward + backward", "3 x 64"),
+    ]
+
+
+if __name__ == "__main__":
+    main(
+        "mlp",
+        cases,
+        __doc__ or "",
+        error="||got - want|| / ||want||, of the outputs or of all gradients, the larger,",
+        notes="Peak MiB is the growth of the resident set, nothing where pages freed before are taken again: "
+        "tests/test_mlp_folded.py counts what lives. GFLOP/s counts the layers as the paper writes them for every row, "
+        "the column beside it what the folded network needs; `of product` are both over a large matrix product "
+        "measured here (2048^3 in float32 on a CPU, 8192^3 in bf16 on a GPU). GPU engines: not measured; tcnn, another "
+        "architecture: not run.",
+    )

@@ -1,0 +1,658 @@
+// The fused network on compute capability 9.0a: packing, and the forward as a chain of warpgroup products
+// whose activations stay in registers from layer to layer. mlp_hopper_plan.h says what lies where.
+//
+// A block is 128 rows: two warpgroups that multiply, 64 rows each, and one that fetches. What a warpgroup
+// holds of d after a product is, packed in pairs, operand A of the next (hopper.cuh). Weights are fetched
+// once for the two blocks of a cluster: each loads half of every chunk and sends it to both, through a ring
+// of stages.
+//
+// The emulation shows numbers, layouts, and the order of everything that goes through barriers. It cannot
+// show that the silicon reads unswizzled operands as documented, bank conflicts, whether two warpgroups hide
+// each other's epilogues, nor speed: none of this has run on a GPU yet.
+#pragma once
+
+#include "../common/hopper.cuh"
+#include "../frustum_ipe/frustum_ipe_math.h"
+#include "mlp_hopper_plan.h"
+#include "mlp_launch.h"
+
+namespace mipnerf {
+namespace mlp_hopper {
+
+using namespace hopper;
+
+constexpr int kCluster = 2;
+constexpr int kTileRows = 2 * kBlockRows;
+constexpr int kThreads = 3 * kWarpgroup;
+// How many registers threads have that multiply, and those that fetch: 2 a + b = 3 * 168, what a launch gives
+// 384.
+struct Registers {
+    int multiplying, fetching;
+};
+constexpr Registers kForWidest{232, 40}, kForEncoding{224, 56}, kForNarrower{208, 88};
+constexpr int kMostStages = 8;
+constexpr std::size_t kMostSharedBytes = 227 * 1024;
+
+// ---- packing ------------------------------------------------------------------------------------
+
+struct PackParameters {
+    MlpPackArguments in;
+    Passes passes;
+};
+
+template <int Most>
+MIPNERF_DEVICE const Pass* pass_at(const PassList<Most>& list, int element) {
+    for (int i = 0; i < list.count; ++i)
+        if (element >= list.pass[i].offset &&
+            element < list.pass[i].offset + list.pass[i].k() * list.pass[i].columns)
+            return &list.pass[i];
+    return nullptr;
+}
+
+// A thread writes 8 elements of the packed weights, those of 8 k and one column; behind them one bias each.
+template <typename T>
+__global__ void __launch_bounds__(256) mlp_pack_kernel(const __grid_constant__ PackParameters p) {
+    const int i = static_cast<int>(blockIdx.x) * 256 + thread_rank(), vectors = p.passes.elements / 8;
+    const MlpPlan& plan = p.in.plan;
+    if (i < vectors) {
+        const Pass* pass = pass_at(p.passes.forward, 8 * i);
+        if (pass == nullptr) pass = pass_at(p.passes.backward, 8 * i);
+        Floats<8> values;
+        int column, k;
+        packed_at(*pass, 8 * i - pass->offset, column, k);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const WeightPlace place = weight_place(plan, *pass, column, k + j);
+            values.value[j] = 0;
+            if (place.layer >= 0) {
+                const MlpLayer& layer = plan.layer[place.layer];
+                values.value[j] =
+                    load_pack<1>(p.in.weights[place.layer] +
+                                 place.row * (layer.input_columns + layer.feature_columns) + place.column)
+                        .value[0];
+            }
+        }
+        store_pack(static_cast<T*>(p.in.packed) + 8 * i, pack_from_float<T>(values));
+    } else if (i < vectors + p.passes.biases) {
+        const int j = i - vectors;
+        float* biases = reinterpret_cast<float*>(static_cast<T*>(p.in.packed) + p.passes.elements);
+        for (int n = 0; n < p.passes.forward.count; ++n) {
+            const Pass& pass = p.passes.forward.pass[n];
+            const int column = j - pass.bias;
+            if (column < 0 || column >= pass.columns) continue;
+            // The row that the column's weights come from; the first k of every layer is a real one, but for
+            // the first layer, whose first k are features.
+            const WeightPlace place = weight_place(plan, pass, column, 0);
+            const bool has_bias = place.layer >= 0 && p.in.biases[place.layer] != nullptr;
+            biases[j] = has_bias ? p.in.biases[place.layer][place.row] : 0.0f;
+        }
+    }
+}
+
+// ---- the ring of weights ------------------------------------------------------------------------
+
+// Stages in shared memory and, of each, a barrier for "has come" and one for "may be replaced". Blocks is the
+// size of the cluster that fetches together.
+template <int Blocks>
+struct Ring {
+    Barrier* full;
+    Barrier* empty;
+    unsigned char* stages;
+    unsigned stage_bytes;
+    int count;
+    int stage = 0;
+    unsigned parity = 0;
+
+    MIPNERF_DEVICE Ring(Barrier* barriers, unsigned char* first, unsigned bytes, int stages_)
+        : full(barriers), empty(barriers + kMostStages), stages(first), stage_bytes(bytes), count(stages_) {}
+
+    // By one thread, before anything else. A stage is free when both warpgroups of every block have let it
+    // go.
+    MIPNERF_DEVICE void init() const {
+        for (int i = 0; i < count; ++i) {
+            barrier_init(full + i, 1);
+            barrier_init(empty + i, 2 * Blocks);
+        }
+    }
+    MIPNERF_DEVICE void next() {
+        if (++stage == count) {
+            stage = 0;
+            parity ^= 1u;
+        }
+    }
+    MIPNERF_DEVICE unsigned char* here() const { return stages + static_cast<unsigned>(stage) * stage_bytes; }
+
+    // The fetching thread: waits for a free stage and announces what will come to it.
+    MIPNERF_DEVICE void begin(unsigned bytes) const {
+        barrier_wait(empty + stage, parity ^ 1u);
+        barrier_arrive_expect(full + stage, bytes);
+    }
+    // This block's part of a chunk, to every block.
+    MIPNERF_DEVICE void fetch(const unsigned char* chunk, unsigned bytes) {
+        begin(bytes);
+        const unsigned part = bytes / Blocks, mine = static_cast<unsigned>(cluster_rank()) * part;
+        copy_bulk_multicast(here() + mine, chunk + mine, part, full + stage, (1u << Blocks) - 1);
+        next();
+    }
+
+    MIPNERF_DEVICE void wait() const { barrier_wait(full + stage, parity); }
+    // A multiplying warpgroup lets a stage go, in every block: its thread 32 r tells block r.
+    MIPNERF_DEVICE void release(int of_stage) const {
+        const int t = static_cast<int>(threadIdx.x) % kWarpgroup;
+        if constexpr (Blocks == 1) {
+            if (t == 0) barrier_arrive(empty + of_stage);
+        } else {
+            if (t % kWarpSize == 0 && t / kWarpSize < Blocks)
+                barrier_arrive_at(empty + of_stage, t / kWarpSize);
+        }
+    }
+};
+using WeightRing = Ring<kCluster>;
+
+// Every chunk of a pass, by the fetching thread.
+MIPNERF_DEVICE void fetch_pass(WeightRing& ring, const Pass& pass, const void* packed) {
+    const unsigned char* chunk = static_cast<const unsigned char*>(packed) + std::size_t{2} * pass.offset;
+    const auto fetch = [&](int k) {
+        const unsigned bytes = static_cast<unsigned>(2 * k * pass.columns);
+        ring.fetch(chunk, bytes);
+        chunk += bytes;
+    };
+    if (pass.lead > 0) fetch(pass.lead);
+    for (int i = 0; i < pass.fragments; ++i) fetch(kChunkK);
+    for (int k = 0; k < pass.feature_k; k += kFeatureChunkK) fetch(kFeatureChunkK);
+}
+
+// A product of one warpgroup over the chunks of a pass: of a lead chunk where `lead` (A, 4 words) is given,
+// of Fragments chunks with A in registers (a, 16 words each), of the features, whose rows lie in shared
+// memory as a block of the stash does. One group of products stays under way while the next chunk is waited
+// for; the stage before is let go as soon as its products are through. d holds what the sums start from, or
+// with `from_zero` nothing.
+//
+// The shape of the code is the compiler's wish: it gives up the pipeline (warnings C7511 to C7520) where
+// products under way meet a branch, or a loop other than that over whole chunks. So how many fragments there
+// are is known at compile time, and k of the features is padded to whole chunks of 32.
+template <typename T, int N, int Fragments, bool HasLead, bool HasFeatures, int Words>
+MIPNERF_DEVICE void multiply(float (&d)[N / 2], WeightRing& ring, const unsigned (&lead)[4],
+                             const unsigned (&a)[Words], const unsigned char* features, int feature_k,
+                             bool from_zero) {
+    static_assert(16 * Fragments <= Words, "more fragments than words");
+    constexpr unsigned kOctet = N * 16;  // bytes of 8 k
+    int held = -1;
+    const auto begin = [&]() {
+        ring.wait();
+        wgmma_hold(d);
+        wgmma_fence();
+        return operand_descriptor(ring.here(), kOctet, 128);
+    };
+    const auto end = [&]() {
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (held >= 0) ring.release(held);
+        held = ring.stage;
+        ring.next();
+    };
+    if constexpr (HasLead) {
+        const std::uint64_t b = begin();
+        wgmma_registers<T, N>(d, lead, b, !from_zero);
+        end();
+    }
+#pragma unroll
+    for (int i = 0; i < Fragments; ++i) {
+        const std::uint64_t b = begin();
+#pragma unroll
+        for (int step = 0; step < kChunkK / 16; ++step)
+            wgmma_registers<T, N>(d, a + 16 * i + 4 * step,
+                                  advance(b, static_cast<unsigned>(2 * step) * kOctet),
+                                  HasLead || i + step > 0 || !from_zero);
+        end();
+    }
+    if constexpr (HasFeatures) {
+        std::uint64_t of_features = operand_descriptor(features, kBlockRows * 16, 128);
+        for (int k = 0; k < feature_k; k += kFeatureChunkK) {
+            const std::uint64_t b = begin();
+#pragma unroll
+            for (int step = 0; step < kFeatureChunkK / 16; ++step)
+                wgmma_shared<T, N, Major::k, Major::k>(
+                    d, advance(of_features, static_cast<unsigned>(step) * 2 * kBlockRows * 16),
+                    advance(b, static_cast<unsigned>(2 * step) * kOctet), true);
+            of_features = advance(of_features, kFeatureChunkK / 16 * 2 * kBlockRows * 16);
+            end();
+        }
+    }
+    wgmma_wait<0>();
+    wgmma_hold(d);
+    ring.release(held);
+}
+
+// ---- what a warpgroup holds ---------------------------------------------------------------------
+
+struct Fragment {
+    int row, column;  // thread t holds rows `row` and `row` + 8, columns `column` and the next of every octet
+
+    MIPNERF_DEVICE Fragment() {
+        const int t = static_cast<int>(threadIdx.x) % kWarpgroup;
+        row = t / kWarpSize * 16 + t % kWarpSize / 4;
+        column = 2 * (t % 4);
+    }
+};
+
+// Packs the sums of a hidden layer, after the ReLU, into operand A of the next product; zeros beyond them.
+template <typename T, int Sums, int Words>
+MIPNERF_DEVICE void activate(const float (&d)[Sums], unsigned (&a)[Words]) {
+#pragma unroll
+    for (int i = 0; i < Words; ++i)
+        a[i] = 2 * i < Sums ? pair_relu<T>(d[2 * i % Sums], d[(2 * i + 1) % Sums]) : 0u;
+}
+
+// To a block of the stash: of octet j of columns a warp stores words 2 j and 2 j + 1, 128 bytes each.
+template <int Words, typename T>
+MIPNERF_DEVICE void store_fragments(T* block, const unsigned (&a)[Words], int columns) {
+    const int t = static_cast<int>(threadIdx.x) % kWarpgroup;
+    unsigned* mine = reinterpret_cast<unsigned*>(block) + t / kWarpSize * 64 + t % kWarpSize;
+#pragma unroll
+    for (int j = 0; j < Words / 2; ++j) {
+        if (8 * j >= columns) break;
+        store_pack_streaming(mine + 256 * j, Pack<unsigned, 1>{{a[2 * j]}});
+        store_pack_streaming(mine + 256 * j + 32, Pack<unsigned, 1>{{a[2 * j + 1]}});
+    }
+}
+
+// Where the mask words of this thread are.
+template <int W, typename Word>
+MIPNERF_DEVICE Word* mask_place(Word* masks, const MlpPlan& plan, std::int64_t block, int hidden) {
+    const int t = static_cast<int>(threadIdx.x) % kWarpgroup;
+    return masks + ((block * plan.hidden + hidden) * kWarpgroup + t) * (W / 64);
+}
+
+template <int W, int Sums>
+MIPNERF_DEVICE void store_mask(unsigned* place, const float (&d)[Sums]) {
+    Pack<unsigned, W / 64> words;
+#pragma unroll
+    for (int w = 0; w < W / 64; ++w) {
+        unsigned bits = 0;
+#pragma unroll
+        for (int i = 0; i < 32; ++i)
+            if (32 * w + i < Sums && d[(32 * w + i) % Sums] > 0.0f) bits |= 1u << mask_bit(i);
+        words.value[w] = bits;
+    }
+    store_pack_streaming(place, words);
+}
+
+// ---- forward ------------------------------------------------------------------------------------
+
+template <typename T>
+struct ForwardParameters {
+    MlpForwardArguments<T> in;
+    PassList<kMostForward> passes;
+    int elements, biases;  // of the packed weights
+    int stages;            // of the ring
+    int rounds;            // tiles of each block
+};
+
+// Shared memory: barriers; the features' tile, one half for each multiplying warpgroup; stages; biases.
+struct SharedLayout {
+    static constexpr unsigned kBarrierBytes = 256;
+    unsigned tile_bytes;  // of one warpgroup
+    unsigned stage_bytes;
+    int stages;
+    unsigned bias_bytes;
+
+    MIPNERF_HOST_DEVICE unsigned tile(int warpgroup) const {
+        return kBarrierBytes + static_cast<unsigned>(warpgroup) * tile_bytes;
+    }
+    MIPNERF_HOST_DEVICE unsigned stage() const { return tile(2); }
+    MIPNERF_HOST_DEVICE unsigned bias() const {
+        return stage() + static_cast<unsigned>(stages) * stage_bytes;
+    }
+    MIPNERF_HOST_DEVICE std::size_t bytes() const { return std::size_t{bias()} + bias_bytes; }
+};
+
+template <int W>
+MIPNERF_HOST_DEVICE SharedLayout forward_layout(const MlpPlan& plan, int biases, int stages) {
+    return {static_cast<unsigned>(stash_features(plan)) * kBlockRows * 2, W * kChunkK * 2, stages,
+            static_cast<unsigned>(biases) * 4};
+}
+
+// 64 rows of features into a tile, and into the stash where there is one: zeros beyond the last sample and
+// the last feature. By `threads` threads, this one number `thread`.
+template <typename T>
+MIPNERF_DEVICE void load_features(const MlpForwardArguments<T>& in, std::int64_t first_sample, int feature_k,
+                                  int thread, int threads, T* tile, T* stash) {
+    const int features = in.plan.shape.features;
+    const std::int64_t left = in.samples - first_sample;
+    const int rows = left < kBlockRows ? static_cast<int>(left) : kBlockRows;
+    const T* from = in.features + first_sample * features;
+#pragma unroll 1
+    for (int i = thread; i < kBlockRows * feature_k / 8; i += threads) {
+        const int row = i % kBlockRows, column = i / kBlockRows * 8;
+        Pack<T, 8> pack;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) pack.value[j] = T{0};
+        if (row < rows) {
+            if (features % 8 == 0) {
+                if (column < features) pack = load_pack<8>(from + row * features + column);
+            } else {
+#pragma unroll
+                for (int j = 0; j < 8; j += 2)
+                    if (column + j < features) {
+                        const Pack<T, 2> pair = load_pack<2>(from + row * features + column + j);
+                        pack.value[j] = pair.value[0];
+                        pack.value[j + 1] = pair.value[1];
+                    }
+            }
+        }
+        const int place = stash_place(row, column);
+        store_pack_shared(tile + place, pack);
+        if (stash != nullptr) store_pack_streaming(stash + place, pack);
+    }
+}
+
+template <bool kIntegrated, int kDegrees, typename T>
+MIPNERF_DEVICE void encode_to_tile(T* tile, int row, const EncodedCoordinate<float>& coordinate, int k,
+                                   int min_deg, int degree, int degrees) {
+    SinCos<float> value[kDegrees];
+    encode_degrees<kIntegrated, kDegrees>(
+        coordinate, bits_float(static_cast<std::uint32_t>(127 + min_deg + degree) << 23), value);
+#pragma unroll
+    for (int i = 0; i < kDegrees; ++i) {
+        tile[stash_place(row, 3 * (degree + i) + k)] = from_float<T>(value[i].sin);
+        tile[stash_place(row, 3 * (degrees + degree + i) + k)] = from_float<T>(value[i].cos);
+    }
+}
+
+// The same features computed from fenceposts and rays: a thread has one coordinate of a sample at a time.
+// Rows beyond the last sample repeat it.
+template <typename T>
+MIPNERF_DEVICE void encode_features(const MlpForwardArguments<T>& in, std::int64_t first_sample,
+                                    int feature_k, int thread, int threads, T* tile) {
+    const MlpEncoding& encoding = in.encoding;
+    const int degrees = in.plan.shape.features / 6;
+#pragma unroll 1
+    for (int i = thread; i < 3 * kBlockRows; i += threads) {
+        const int row = i % kBlockRows, k = i / kBlockRows;
+        const std::int64_t wanted = first_sample + row;
+        const std::int64_t sample = wanted < in.samples ? wanted : in.samples - 1;
+        const std::int64_t ray = sample / in.samples_per_ray;
+        const float* t = encoding.t_vals + sample + ray;  // a ray has one fencepost more than samples
+        const float t0 = load_pack<1>(t).value[0], t1 = load_pack<1>(t + 1).value[0];
+        float origin[3], direction[3];
+#pragma unroll
+        for (int j = 0; j < 3; ++j) {
+            origin[j] = load_pack<1>(encoding.origins + 3 * ray + j).value[0];
+            direction[j] = load_pack<1>(encoding.directions + 3 * ray + j).value[0];
+        }
+        RayConstants<float> constants =
+            ray_constants(origin, direction, load_pack<1>(encoding.radii + ray).value[0]);
+        // Chosen, not indexed: registers have no index.
+        const auto choose = [k](float (&of)[3]) { of[0] = k == 0 ? of[0] : (k == 1 ? of[1] : of[2]); };
+        choose(constants.origin);
+        choose(constants.direction);
+        choose(constants.squared);
+        choose(constants.transverse);
+        const FrustumMoments<float> moments = encoding.cylinder
+                                                  ? frustum_moments<FrustumShape::kCylinder>(t0, t1)
+                                                  : frustum_moments<FrustumShape::kCone>(t0, t1);
+        const EncodedCoordinate<float> coordinate = encoded_coordinate(constants, moments, 0);
+        int degree = 0;
+        // 16-bit features are rounded a thousand times more coarsely than doubling an angle is.
+#pragma unroll 1
+        for (; degree + 4 <= degrees; degree += 4) {
+            if (encoding.integrated)
+                encode_to_tile<true, 4>(tile, row, coordinate, k, encoding.min_deg, degree, degrees);
+            else
+                encode_to_tile<false, 4>(tile, row, coordinate, k, encoding.min_deg, degree, degrees);
+        }
+#pragma unroll 1
+        for (; degree < degrees; ++degree) {
+            if (encoding.integrated)
+                encode_to_tile<true, 1>(tile, row, coordinate, k, encoding.min_deg, degree, degrees);
+            else
+                encode_to_tile<false, 1>(tile, row, coordinate, k, encoding.min_deg, degree, degrees);
+        }
+        for (int column = 6 * degrees + k; column < feature_k; column += 3)
+            tile[stash_place(row, column)] = T{0};
+    }
+}
+
+// Sums of `Octets` octets of columns from biases in shared memory, those of this thread's first column.
+template <int Octets, int Sums>
+MIPNERF_DEVICE void start_from(float (&d)[Sums], const float* bias) {
+#pragma unroll
+    for (int j = 0; j < Octets; ++j) {
+        const Pack<float, 2> pair = load_pack_shared<2>(bias + 8 * j);
+        d[4 * j] = d[4 * j + 2] = pair.value[0];
+        d[4 * j + 1] = d[4 * j + 3] = pair.value[1];
+    }
+}
+
+// The same from the biases of the rays of this thread's two rows; samples beyond the last take its ray.
+template <int Octets, typename T, int Sums>
+MIPNERF_DEVICE void start_from_rays(float (&d)[Sums], const MlpForwardArguments<T>& in, std::int64_t sample,
+                                    int column) {
+    const int columns = in.plan.shape.view_width;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const std::int64_t mine = sample + 8 * half;
+        const std::int64_t ray = (mine < in.samples ? mine : in.samples - 1) / in.samples_per_ray;
+        const float* bias = in.ray_bias + ray * columns + column;
+#pragma unroll
+        for (int j = 0; j < Octets; ++j) {
+            Pack<float, 2> pair{{0, 0}};
+            if (8 * j < columns) pair = load_pack<2>(bias + 8 * j);
+            d[4 * j + 2 * half] = pair.value[0];
+            d[4 * j + 2 * half + 1] = pair.value[1];
+        }
+    }
+}
+
+// The octet of columns that starts with the density (and goes on with the colour where there is no view
+// branch).
+template <typename T>
+MIPNERF_DEVICE void store_heads(const MlpForwardArguments<T>& in, std::int64_t sample, int column,
+                                const float (&d)[4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const std::int64_t mine = sample + 8 * half;
+        if (mine >= in.samples) continue;
+        const float first = d[2 * half], second = d[2 * half + 1];
+        if (column == 0) in.density[mine] = first;
+        if (in.plan.shape.has_view) continue;
+        if (column == 0) in.rgb[3 * mine] = second;
+        if (column == 2) in.rgb[3 * mine + 1] = first;
+        if (column == 2) in.rgb[3 * mine + 2] = second;
+    }
+}
+
+template <typename T>
+MIPNERF_DEVICE void store_colour(const MlpForwardArguments<T>& in, std::int64_t sample, int column,
+                                 const float (&d)[4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const std::int64_t mine = sample + 8 * half;
+        if (mine >= in.samples) continue;
+        if (column == 0) in.rgb[3 * mine] = d[2 * half];
+        if (column == 0) in.rgb[3 * mine + 1] = d[2 * half + 1];
+        if (column == 2) in.rgb[3 * mine + 2] = d[2 * half];
+    }
+}
+
+// What a hidden layer leaves for the backward: its mask and its activations.
+template <int W, typename T, int Sums>
+MIPNERF_DEVICE void keep_hidden(const MlpForwardArguments<T>& in, int hidden, std::int64_t blocks,
+                                std::int64_t block, const float (&d)[Sums], const unsigned (&a)[W / 4]) {
+    const MlpLayer& layer = in.plan.layer[in.plan.hidden_layer[hidden]];
+    store_mask<W>(mask_place<W>(static_cast<unsigned*>(in.masks), in.plan, block, hidden), d);
+    store_fragments(
+        static_cast<T*>(in.activations) +
+            stash_block(blocks, stash_features(in.plan) + layer.stash_column, layer.outputs, block),
+        a, layer.outputs);
+}
+
+// Threads 256 .. 383: weights by thread 256, features by warps 9 to 11, which load or compute them. Threads 0
+// .. 255: the chain, warpgroup w on rows 64 w .. 64 w + 63 of the tile. A thread holds of two rows two
+// columns of every eight, as sums d or as operand a. Written: rgb and density of rows below `samples`; for
+// training, stash and masks of every block of 64 rows that has such a row, its other rows computed from
+// zeros.
+template <int W, typename T>
+__global__ void MIPNERF_CLUSTER(kCluster) __launch_bounds__(kThreads, 1)
+    mlp_forward_kernel(const __grid_constant__ ForwardParameters<T> p) {
+    const MlpPlan& plan = p.in.plan;
+    const SharedLayout layout = forward_layout<W>(plan, p.biases, p.stages);
+    Barrier* tile_full = shared_memory<Barrier>() + 2 * kMostStages;  // of each multiplying warpgroup
+    Barrier* tile_empty = tile_full + 2;
+    WeightRing ring(shared_memory<Barrier>(), shared_memory<unsigned char>(layout.stage()),
+                    layout.stage_bytes, p.stages);
+    float* biases = shared_memory<float>(layout.bias());
+    const std::int64_t blocks = stash_blocks(p.in.samples);
+    constexpr int kLoaders = kWarpgroup - kWarpSize;
+    constexpr Registers kRegisters = W == 256 ? kForEncoding : kForNarrower;
+
+    if (thread_rank() == 0) {
+        ring.init();
+        for (int w = 0; w < 2; ++w) {
+            barrier_init(tile_full + w, kLoaders);
+            barrier_init(tile_empty + w, 1);
+        }
+        barrier_init_fence();
+    }
+    const float* packed_biases =
+        reinterpret_cast<const float*>(static_cast<const T*>(p.in.packed) + p.elements);
+    for (int i = thread_rank(); i < p.biases; i += kThreads)
+        biases[i] = load_pack<1>(packed_biases + i).value[0];
+    cluster_sync();
+
+    const int warpgroup = thread_rank() / kWarpgroup, t = thread_rank() % kWarpgroup;
+    if (warpgroup == 2) {
+        lower_registers<kRegisters.fetching>();
+        if (t == 0) {
+            for (int round = 0; round < p.rounds; ++round)
+                for (int i = 0; i < p.passes.count; ++i) fetch_pass(ring, p.passes.pass[i], p.in.packed);
+        } else if (t >= kWarpSize) {
+            const int feature_k = stash_features(plan);
+            for (int round = 0; round < p.rounds; ++round)
+                for (int w = 0; w < 2; ++w) {
+                    const std::int64_t block = 2 * (std::int64_t{round} * gridDim.x + blockIdx.x) + w;
+                    T* stash =
+                        p.in.activations != nullptr && block < blocks
+                            ? static_cast<T*>(p.in.activations) + stash_block(blocks, 0, feature_k, block)
+                            : nullptr;
+                    barrier_wait(tile_empty + w, (static_cast<unsigned>(round) & 1u) ^ 1u);
+                    T* tile = shared_memory<T>(layout.tile(w));
+                    if (p.in.encoding.t_vals != nullptr)
+                        encode_features(p.in, block * kBlockRows, feature_k, t - kWarpSize, kLoaders, tile);
+                    else
+                        load_features(p.in, block * kBlockRows, feature_k, t - kWarpSize, kLoaders, tile,
+                                      stash);
+                    proxy_fence();
+                    barrier_arrive(tile_full + w);
+                }
+        }
+    } else {
+        raise_registers<kRegisters.multiplying>();
+        const unsigned char* tile = shared_memory<unsigned char>(layout.tile(warpgroup));
+        const Fragment mine;
+        constexpr unsigned none[4] = {};
+        unsigned a[W / 4];
+#pragma unroll
+        for (int i = 0; i < W / 4; ++i) a[i] = 0;
+        for (int round = 0; round < p.rounds; ++round) {
+            const std::int64_t block = 2 * (std::int64_t{round} * gridDim.x + blockIdx.x) + warpgroup;
+            const std::int64_t sample = block * kBlockRows + mine.row;
+            const bool keeps = p.in.activations != nullptr && block < blocks;
+            barrier_wait(tile_full + warpgroup, static_cast<unsigned>(round) & 1u);
+            // Each kind of pass stands by itself, and nothing is chosen within one: see multiply.
+            const auto finish = [&](const Pass& pass, const auto& d) {
+                activate<T>(d, a);
+                if (keeps) keep_hidden<W>(p.in, pass.hidden, blocks, block, d, a);
+            };
+            const auto hidden = [&](const Pass& pass, auto fragments) {
+                float d[W / 2];
+                start_from<W / 8>(d, biases + pass.bias + mine.column);
+                multiply<T, W, decltype(fragments)::value, false, true>(d, ring, none, a, tile,
+                                                                        pass.feature_k, false);
+                finish(pass, d);
+            };
+            using All = std::integral_constant<int, W / 64>;
+            using Half = std::integral_constant<int, (W / 2 + 63) / 64>;
+            hidden(p.passes.pass[0], std::integral_constant<int, 0>{});
+            int i = 1;
+            for (; i < plan.shape.depth; ++i) hidden(p.passes.pass[i], All{});
+            {
+                const Pass& pass = p.passes.pass[i++];
+                constexpr int kHead = W / 4;  // sums before those of the heads
+                float d[kHead + 4];
+                start_from<W / 16 + 1>(d, biases + pass.bias + mine.column);
+                if (pass.layer >= 0) start_from_rays<W / 16>(d, p.in, sample, mine.column);
+                multiply<T, W / 2 + 8, All::value, false, true>(d, ring, none, a, tile, pass.feature_k,
+                                                                false);
+                store_heads(p.in, sample, mine.column, {d[kHead], d[kHead + 1], d[kHead + 2], d[kHead + 3]});
+                if (pass.layer >= 0) finish(pass, d);
+            }
+            if (plan.shape.has_view && !has_narrow_view(plan.shape)) {
+                const Pass& pass = p.passes.pass[i++];
+                float d[W / 2];
+                start_from_rays<W / 8>(d, p.in, sample, mine.column);
+                multiply<T, W, All::value, false, true>(d, ring, none, a, tile, pass.feature_k, false);
+                finish(pass, d);
+            }
+            for (; i < p.passes.count && p.passes.pass[i].kind == PassKind::kForward; ++i)
+                hidden(p.passes.pass[i], All{});
+            if (t == 0) barrier_arrive(tile_empty + warpgroup);
+            if (plan.shape.has_view) {
+                const Pass& pass = p.passes.pass[i];
+                float d[4];
+                start_from<1>(d, biases + pass.bias + mine.column);
+                if (pass.fragments < All::value)
+                    multiply<T, 8, Half::value, false, false>(d, ring, none, a, nullptr, 0, false);
+                else
+                    multiply<T, 8, All::value, false, false>(d, ring, none, a, nullptr, 0, false);
+                store_colour(p.in, sample, mine.column, d);
+            }
+        }
+    }
+    cluster_sync();  // nobody leaves while its neighbour may still send to it
+}
+
+// ---- launches -----------------------------------------------------------------------------------
+
+template <int W, typename T>
+void launch_mlp_pack(const MlpPackArguments& arguments, Stream stream) {
+    PackParameters parameters{arguments, make_passes(arguments.plan)};
+    const std::int64_t threads = parameters.passes.elements / 8 + parameters.passes.biases;
+    MIPNERF_LAUNCH((mlp_pack_kernel<T>), grid_size(ceil_div(threads, std::int64_t{256})), dim3(256), 0,
+                   stream, parameters);
+}
+
+// Blocks of a persistent grid over `tiles`, in whole clusters, and the tiles of each.
+struct PersistentGrid {
+    std::int64_t blocks;
+    int rounds;
+
+    explicit PersistentGrid(std::int64_t tiles) {
+        const std::int64_t most = multiprocessors() / kCluster * kCluster;
+        blocks = (tiles + kCluster - 1) / kCluster * kCluster;
+        if (blocks > most) blocks = most;
+        rounds = blocks == 0 ? 0 : static_cast<int>(ceil_div(tiles, blocks));
+    }
+};
+
+template <int W, typename T>
+void launch_mlp_forward(const MlpForwardArguments<T>& arguments, Stream stream) {
+    const Passes passes = make_passes(arguments.plan);
+    ForwardParameters<T> parameters{};
+    parameters.in = arguments;
+    parameters.passes = passes.forward;
+    parameters.elements = passes.elements;
+    parameters.biases = passes.biases;
+    parameters.stages = kMostStages;
+    while (forward_layout<W>(arguments.plan, passes.biases, parameters.stages).bytes() > kMostSharedBytes)
+        --parameters.stages;
+    const PersistentGrid grid(ceil_div(arguments.samples, std::int64_t{kTileRows}));
+    parameters.rounds = grid.rounds;
+    MIPNERF_LAUNCH_CLUSTERS((mlp_forward_kernel<W, T>), kCluster, grid_size(grid.blocks), dim3(kThreads),
+                            forward_layout<W>(arguments.plan, passes.biases, parameters.stages).bytes(),
+                            stream, parameters);
+}
+
+}  // namespace mlp_hopper
+}  // namespace mipnerf

@@ -1,0 +1,74 @@
+"""What `verify` calls of the network: every engine that runs on a device, in every dtype of its operands."""
+
+from __future__ import annotations
+
+import torch
+
+from . import ops
+from .backend import current_backend
+from .verification_case import Case, Tensors
+
+# A skip after two layers, two view layers, and about as many samples as the other operations have.
+_SHAPE = ops.MlpShape(48, 9, 4, 64, 2, 32, 2)
+_RAYS, _SAMPLES = 96, 65
+_OPERANDS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _arrays(generator: torch.Generator) -> Tensors:
+    """Encodings, and the network's parameters with random biases."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        parameters = dict(ops.MipMLP(*_SHAPE, backend="reference").named_parameters())
+    arrays = {
+        "features": 2 * torch.rand(_RAYS, _SAMPLES, _SHAPE.in_features, generator=generator) - 1,
+        "viewdirs_enc": 2 * torch.rand(_RAYS, _SHAPE.view_features or 0, generator=generator) - 1,
+    }
+    for name, parameter in parameters.items():
+        bias = name.endswith("bias")
+        arrays[name] = torch.rand(parameter.shape, generator=generator) - 0.5 if bias else parameter.detach()
+    return {name: value.double() for name, value in arrays.items()}
+
+
+def _case(backend: str, *out_dtypes: torch.dtype | None) -> Case:
+    """An engine whose operands have the dtype asked for; the reference then runs under autocast."""
+
+    def run(a: Tensors, out_dtype: torch.dtype | None) -> Tensors:
+        features, plain = a["features"], current_backend() == "reference"
+        engine = "reference" if plain else backend
+        mlp = ops.MipMLP(*_SHAPE, backend=engine, compute_dtype=_OPERANDS[out_dtype])
+        parameters = {name: value for name, value in a.items() if name.startswith("linears.")}
+        with torch.autocast(
+            features.device.type, out_dtype, enabled=plain and out_dtype is not None, cache_enabled=False
+        ):
+            rgb, density = torch.func.functional_call(
+                mlp.to(features), parameters, (features, a["viewdirs_enc"])
+            )
+        return {"rgb": rgb, "density": density}
+
+    def served(device: torch.device, dtype: torch.dtype, out: torch.dtype | None) -> str | None:
+        try:
+            return ops.choose_mlp(_SHAPE, device, dtype, backend, _OPERANDS[out]).why
+        except RuntimeError:
+            return None
+
+    inputs = tuple(_arrays(torch.Generator()))
+    return Case(
+        "mlp",
+        backend,
+        inputs,
+        run,
+        out_dtypes=out_dtypes,
+        in_dtypes=(torch.float32,),
+        make=_arrays,
+        unit="row",
+        served=served,
+    )
+
+
+MLP_CASES = (
+    _case("folded", None, torch.bfloat16),
+    _case("emulated", *_HALVES),
+    _case("cublaslt", *_HALVES),
+    _case("fused", *_HALVES),
+)

@@ -1,0 +1,302 @@
+"""The folded network and the products it is written over: exactness, count of products, memory, masks, operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from mlp_engines import NO_VIEW_LAYER, SHAPES, Engine, evaluate, inputs, mip_mlp
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mipnerf_fast.ops import MipMLP, MlpShape, mlp_folded
+from mipnerf_fast.ops.gemm import CublasLtTwin, TorchGemm
+from mipnerf_fast.ops.mlp_folded import TORCH, TWIN, folded_mlp
+from mipnerf_fast.ops.mlp_fused import Architecture
+
+DOUBLE = torch.float64
+
+
+def run_folded(
+    mlp: MipMLP, features: Tensor, viewdirs_enc: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    parameters = [p for linear in mlp.linears for p in (linear.weight, linear.bias)]
+    architecture = Architecture(mlp.net_depth, mlp.net_depth_condition, mlp.skip_layer)
+    return folded_mlp(features, viewdirs_enc, parameters, architecture, TORCH, dtype)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def use_gemm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts other products, or other sizes of chunks, under the folded network."""
+    monkeypatch.setattr(mlp_folded, "_gemms", {})
+
+    def use(products: int, engine: Any) -> Any:
+        mlp_folded._gemms[products, engine.dtype, torch.device("cpu")] = engine
+        return engine
+
+    return use
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), NO_VIEW_LAYER], ids=[*SHAPES, "no view layer"])
+@pytest.mark.parametrize("chunk_rows", [1, 40, 1 << 20])
+def test_the_algebra_is_exact(shape: MlpShape, chunk_rows: int, use_gemm: Any) -> None:
+    """In float64 it is the reference to a few hundred roundings, outputs and every gradient, in chunks of any size."""
+    use_gemm(TORCH, TorchGemm(DOUBLE)).chunk_rows = chunk_rows
+    mlp = Engine("reference", "auto", "cpu").build(shape).double()
+    features, viewdirs_enc = inputs(shape, 5, 9)
+    given = [x for x in (features, viewdirs_enc) if x is not None]
+    leaves = [x.double().requires_grad_() for x in given]
+    arguments = leaves if viewdirs_enc is not None else [*leaves, None]
+    want, got = mip_mlp(mlp, *arguments), run_folded(mlp, *arguments, DOUBLE)
+    cotangents = [torch.randn_like(x) for x in want]
+    leaves += list(mlp.parameters())
+    wanted = torch.autograd.grad(want, leaves, cotangents)
+    found = torch.autograd.grad(got, leaves, cotangents)
+    for a, b in zip((*got, *found), (*want, *wanted), strict=True):
+        assert (a - b).norm() <= 1e-13 * b.norm()
+
+
+class Counting(TorchGemm):
+    """Counts multiply-adds by kind."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.counts = {"forward": 0, "grad_input": 0, "grad_weight": 0}
+
+    def forward(self, x: Tensor, weight: Tensor, out: Tensor, **options: Any) -> None:
+        self.counts["forward"] += x.shape[0] * weight.numel()
+        super().forward(x, weight, out, **options)
+
+    def grad_input(self, delta: Tensor, weight: Tensor, out: Tensor, **options: Any) -> None:
+        self.counts["grad_input"] += delta.shape[0] * weight.numel()
+        super().grad_input(delta, weight, out, **options)
+
+    def grad_weight(self, delta: Tensor, x: Tensor, out: Tensor, **options: Any) -> None:
+        self.counts["grad_weight"] += delta.shape[0] * out.numel()
+        super().grad_weight(delta, x, out, **options)
+
+
+def test_products_of_the_papers_network(use_gemm: Any) -> None:
+    """541,312 and 492,160 multiply-adds a sample forward and down, as counted by hand (performance 1.2); a gradient to
+    the features costs its 2 x 96 x 256 only where they ask for one."""
+    mlp, (features, viewdirs_enc) = MipMLP(), inputs(MlpShape(), 2, 8)
+    samples = features.shape[0] * features.shape[1]
+    for asked, down in ((False, 492_160), (True, 492_160 + 2 * 96 * 256)):
+        counting = use_gemm(TORCH, Counting(torch.float32))
+        rgb, density = run_folded(mlp, features.requires_grad_(asked), viewdirs_enc, torch.float32)
+        (rgb.sum() + density.sum()).backward()
+        assert counting.counts == {
+            "forward": 541_312 * samples,
+            "grad_input": down * samples,
+            "grad_weight": 541_312 * samples,
+        }
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that live in storages made inside of the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self._alive, self._known = 0, {}, set()  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                key = tensor.untyped_storage()._cdata
+                if key not in self._alive:
+                    self._known.add(key)
+        result = func(*args, **(kwargs or {}))
+        for key in [key for key, (reference, _) in self._alive.items() if reference.expired()]:
+            del self._alive[key]
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known:
+                    self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
+
+
+@pytest.mark.parametrize(("training", "share"), [(False, 0.5), (True, 0.75)])
+def test_memory(training: bool, share: float) -> None:
+    """Half of the reference's peak for inference, three quarters for training, at a batch of 512 rays."""
+    shape = MlpShape()
+    features, viewdirs_enc = inputs(shape, 512, 64)
+    peaks = {}
+    for backend in ("reference", "folded"):
+        mlp = Engine(backend, "auto", "cpu").build(shape)
+        with PeakMemory() as memory, torch.set_grad_enabled(training):
+            rgb, density = mlp(features, viewdirs_enc)
+            if training:
+                (rgb.sum() + density.sum()).backward()
+            del rgb, density
+        peaks[backend] = memory.peak
+    # The reference cannot do with less than the largest layer's input and output.
+    assert peaks["reference"] >= 4 * 512 * 64 * (352 + 256)
+    assert peaks["folded"] <= share * peaks["reference"], peaks
+
+
+# ------------------------------------------------------------------------------------------------ the products
+
+
+def matrices(*shapes: tuple[int, int]) -> list[Tensor]:
+    """Columns 8 to 8 + n of wider matrices: rows are apart, as those of a layer that reads the skip."""
+    return [torch.randn(rows, columns + 16, dtype=DOUBLE)[:, 8 : 8 + columns] for rows, columns in shapes]
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["torch-float64", "torch-bfloat16", "twin-bfloat16", "twin-float16"])
+def test_products(kind: str, beta: float) -> None:
+    """Every product and epilogue against its formula in float64 on the same rounded operands.
+
+    Sums are float32: 64 terms of size about 1 are off by less than 64 x 2^-24 x sqrt(64); the result is rounded once.
+    """
+    name, dtype_name = kind.split("-")
+    dtype = getattr(torch, dtype_name)
+    engine: Any = TorchGemm(dtype) if name == "torch" else CublasLtTwin(dtype)
+    sums = DOUBLE if dtype == DOUBLE else torch.float32
+    x, weight, start, delta = matrices((21, 64), (40, 64), (21, 40), (21, 40))
+    x, weight, delta = (m.to(dtype) for m in (x, weight, delta))
+    bias = torch.randn(40).to(dtype)
+    exact = [m.double() for m in (x, weight, delta, bias)]
+
+    def close(got: Tensor, want: Tensor, factor: float = 1.0) -> None:
+        assert (got.double() - want).abs().max() <= factor * (
+            torch.finfo(got.dtype).eps * want.abs().max() + 64 * 2**-24 * 8
+        )
+
+    out = start.to(dtype)
+    mask = engine.new_mask(out)
+    before = out.double().clone()
+    engine.forward(x, weight, out, beta=beta, bias=bias, relu=True, mask=mask)
+    want = exact[0] @ exact[1].T + beta * before + exact[3]
+    close(out, want.relu())
+    if engine.bit_masks:
+        # Bit n % 8 of byte n // 8; rows are whole multiples of 128 bits.
+        assert mask.shape == (21, 16) and mask.dtype == torch.uint8
+        bits = torch.stack([(mask[:, n // 8] >> n % 8) & 1 for n in range(40)], 1)
+        assert torch.equal(bits == 1, out > 0)
+    passed = (out > 0).double()
+
+    for result in (dtype, sums):
+        down, again = torch.randn(21, 64).to(result), torch.randn(21, 40).to(result)
+        before = down.double().clone()
+        engine.grad_input(delta, weight, down, beta=beta)
+        # torch rounds its product once more where it adds to it in 16 bits.
+        close(down, exact[2] @ exact[1] + beta * before, 2)
+        before = again.double().clone()
+        engine.forward(x, weight, again, beta=beta)
+        close(again, exact[0] @ exact[1].T + beta * before, 2)
+    masked = torch.randn(21, 40).to(dtype)
+    before = masked.double().clone()
+    square = torch.randn(40, 40).to(dtype)
+    engine.grad_input(delta, square, masked, beta=beta, mask=mask)
+    close(masked, (exact[2] @ square.double() + beta * before) * passed, 2)
+
+    grad, grad_bias = torch.randn(40, 64).to(sums), torch.randn(40).to(sums)
+    before, before_bias = grad.double().clone(), grad_bias.double().clone()
+    engine.grad_weight(delta, x, grad, beta=beta, grad_bias=grad_bias)
+    want = exact[2].T @ exact[0] + beta * before
+    if kind == "torch-bfloat16":
+        # The one product that is rounded before it is added.
+        assert (grad.double() - want).abs().max() <= 2**-8 * (want - beta * before).abs().max()
+    else:
+        close(grad, want)
+    close(grad_bias, exact[2].sum(0) + beta * before_bias)
+
+
+def test_the_twin_refuses_what_cublaslt_does() -> None:
+    twin = CublasLtTwin(torch.bfloat16)
+    x, weight, out = (torch.randn(8, 8).bfloat16() for _ in range(3))
+    with pytest.raises(TypeError, match=r"operands must be torch\.bfloat16, got torch\.float32"):
+        twin.forward(x.float(), weight, out)
+    with pytest.raises(TypeError, match=r"bias must be torch\.bfloat16 as the result, got torch\.float32"):
+        twin.forward(x, weight, out, bias=torch.zeros(8))
+
+
+def test_the_twin_catches_a_wrong_mask(use_gemm: Any) -> None:
+    """The masks are what the backward pass goes by: with one bit of each wrong the gradients are."""
+    engine = Engine("emulated", "bf16", "cpu")
+    shape = SHAPES["64 wide"]
+    right = evaluate(engine.build(shape), *inputs(shape, 4, 16))
+
+    class Wrong(CublasLtTwin):
+        def forward(self, x: Tensor, weight: Tensor, out: Tensor, **options: Any) -> None:
+            super().forward(x, weight, out, **options)
+            if options.get("mask") is not None:
+                options["mask"][0, 0] ^= 1
+
+    use_gemm(TWIN, Wrong(torch.bfloat16))
+    wrong = evaluate(engine.build(shape), *inputs(shape, 4, 16))
+    assert torch.equal(wrong["rgb"], right["rgb"])
+    assert not torch.equal(wrong["linears.0.weight"], right["linears.0.weight"])
+
+
+def test_float16_survives_gradients_of_any_size() -> None:
+    """Gradients of 1e-9 are nothing in float16 and those of 1e9 infinite; scaled by a power of two they are as good."""
+    shape = SHAPES["64 wide"]
+    mlp, given = Engine("emulated", "fp16", "cpu").build(shape), inputs(shape, 4, 16)
+    parameters, grads = list(mlp.parameters()), {}
+    for exponent in (-30, 0, 30):
+        rgb, density = mlp(*given)
+        loss = (rgb.sum() + density.sum()) * 2.0**exponent
+        grads[exponent] = torch.autograd.grad(loss, parameters)
+    for exponent in (-30, 30):
+        for a, b in zip(grads[exponent], grads[0], strict=True):
+            assert torch.equal(a * 2.0**-exponent, b)
+
+
+# ----------------------------------------------------------------------------------------------- the operators
+
+
+@pytest.mark.parametrize(("products", "dtype"), [(TORCH, torch.float32), (TWIN, torch.bfloat16)])
+@pytest.mark.parametrize("shape", ["64 wide", "two skips, no views"])
+def test_opcheck(shape: str, products: int, dtype: torch.dtype) -> None:
+    """Schema, fake kernel and registration of both operators."""
+    sizes = SHAPES[shape]
+    features, viewdirs_enc = inputs(sizes, 3, 5)
+    mlp = Engine("reference", "auto", "cpu").build(sizes)
+    parameters = [p.detach().requires_grad_() for linear in mlp.linears for p in (linear.weight, linear.bias)]
+    architecture = (sizes.net_depth, sizes.net_depth_condition, sizes.skip_layer)
+    forward, backward = (
+        getattr(torch.ops.mipnerf_fast, f"mlp_folded_{name}").default for name in ("forward", "backward")
+    )
+    arguments = (features.requires_grad_(), viewdirs_enc, parameters, *architecture, products, dtype, True)
+    torch.library.opcheck(forward, arguments)
+    with torch.no_grad():
+        rgb, density, stash = forward(*arguments)
+        for to_features in (False, True):
+            torch.library.opcheck(
+                backward,
+                (
+                    rgb,
+                    None,
+                    features,
+                    viewdirs_enc,
+                    parameters,
+                    stash,
+                    *architecture,
+                    products,
+                    dtype,
+                    to_features,
+                ),
+            )
+    del density
+
+
+def test_the_raw_operator_differentiates() -> None:
+    """Called directly it has the gradients of the public function."""
+    sizes = SHAPES["64 wide"]
+    features, viewdirs_enc = inputs(sizes, 3, 5)
+    mlp = Engine("folded", "fp32", "cpu").build(sizes)
+    parameters = [p for linear in mlp.linears for p in (linear.weight, linear.bias)]
+    rgb, density, _ = torch.ops.mipnerf_fast.mlp_folded_forward(
+        features, viewdirs_enc, parameters, 8, 1, 4, TORCH, torch.float32, True
+    )
+    got = torch.autograd.grad(rgb.sum() + density.sum(), parameters)
+    rgb, density = mlp(features, viewdirs_enc)
+    for a, b in zip(got, torch.autograd.grad(rgb.sum() + density.sum(), parameters), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,602 @@
+"""The fused network's kernels for compute capability 9.0a, run on the emulation, against float64.
+
+Each layer is compared by itself: what it should give is computed in float64 from what the kernel itself kept of the
+layer before, so that the only differences are those of one sum in float32 and one rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_emulation import harness
+from cuda_emulation.harness import CHECKS, from_bfloat16, run, to_bfloat16
+
+ROWS = 64  # of a block of the stash
+# The largest relative error of rounding to the operand's type, and half its smallest step.
+ROUNDING = {"Bfloat16": (2.0**-8, 2.0**-134), "Half": (2.0**-11, 2.0**-25)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """As MlpLayer of csrc/mlp/mlp_plan.h."""
+
+    kind: str  # trunk, density, view, colour
+    input: int
+    input_columns: int
+    feature_columns: int
+    outputs: int
+    hidden: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    width: int = 64
+    features: int = 96
+    depth: int = 8
+    skip_layer: int = 4
+    view_width: int = 32
+    view_depth: int = 1
+    type: str = "Bfloat16"
+    rays: int = 3
+    samples_per_ray: int = 50
+    multiprocessors: int = 2
+
+    @property
+    def samples(self) -> int:
+        return self.rays * self.samples_per_ray
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.samples // ROWS)
+
+    def layers(self) -> list[Layer]:
+        def skips(before: int) -> int:
+            return self.features if before - 1 > 0 and (before - 1) % self.skip_layer == 0 else 0
+
+        w, made = self.width, []
+        for i in range(self.depth):
+            made.append(Layer("trunk", i - 1, w if i else 0, skips(i) if i else self.features, w, i))
+        last, end = self.depth - 1, skips(self.depth)
+        made.append(Layer("density", last, w, end, 1, -1))
+        if not self.view_depth:
+            return [*made, Layer("colour", last, w, end, 3, -1)]
+        v = self.view_width
+        made.append(Layer("view", last, w, end, v, self.depth))
+        for i in range(1, self.view_depth):
+            made.append(Layer("view", self.depth + i - 1, v, 0, v, self.depth + i))
+        return [*made, Layer("colour", self.depth + self.view_depth - 1, v, 0, 3, -1)]
+
+    @property
+    def hidden(self) -> list[Layer]:
+        return [layer for layer in self.layers() if layer.hidden >= 0]
+
+    def scalars(self, what: str) -> dict[str, int | str]:
+        names = ("features", "depth", "skip_layer", "view_width", "view_depth", "samples_per_ray")
+        scalars: dict[str, int | str] = {name: getattr(self, name) for name in names}
+        return {**scalars, "multiprocessors": self.multiprocessors, "what": what}
+
+
+# What the tests of broken kernels put in their place.
+PROGRAM: str | Path = "mlp_hopper"
+FAULT = 0
+
+
+def emulate(shape, what, arrays, outputs, seed=0, checks=("memory",), **scalars):
+    defines = [f"MIPNERF_WIDTH={shape.width}", f"MIPNERF_TYPE={shape.type}"]
+    return run(
+        PROGRAM,
+        arrays,
+        outputs,
+        {**shape.scalars(what), "fault": FAULT, **scalars},
+        seed,
+        checks=checks,
+        defines=defines,
+    )
+
+
+def narrow(shape, x):
+    return to_bfloat16(x) if shape.type == "Bfloat16" else np.asarray(x, np.float16)
+
+
+def widen(shape, x):
+    return (from_bfloat16(x) if shape.type == "Bfloat16" else x).astype(np.float64)
+
+
+def stored(shape):
+    return np.uint16 if shape.type == "Bfloat16" else np.float16
+
+
+@functools.cache
+def sizes(shape):
+    names = ("packed", "activations", "masks", "deltas", "workspace", "elements", "biases")
+    y = emulate(shape, "sizes", {}, {"sizes": ((7,), np.int64)}, samples=shape.samples)["sizes"]
+    return dict(zip(names, (int(n) for n in y), strict=True))
+
+
+class Network:
+    """Random parameters of a shape, laid out as the gradients are, and random inputs."""
+
+    def __init__(self, shape: Shape, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.shape = shape
+        self.weights: list[np.ndarray] = []
+        self.biases: list[np.ndarray] = []
+        parts: list[np.ndarray] = []
+        for layer in shape.layers():
+            k = layer.input_columns + layer.feature_columns
+            weight = rng.normal(size=(layer.outputs, k)).astype(np.float32) * np.float32(math.sqrt(2 / k))
+            bias = rng.normal(size=layer.outputs).astype(np.float32) * np.float32(0.3)
+            self.weights.append(weight)
+            self.biases.append(bias)
+            for part in (weight.reshape(-1), bias):
+                parts += [part, np.zeros(-part.size % 4, np.float32)]
+        self.parameters = np.concatenate(parts)
+        self.features = narrow(shape, rng.normal(size=(shape.samples, shape.features)).astype(np.float32))
+        self.ray_bias = rng.normal(size=(shape.rays, shape.view_width)).astype(np.float32)
+        self.grad_rgb = rng.normal(size=(shape.samples, 3)).astype(np.float32)
+        self.grad_density = rng.normal(size=shape.samples).astype(np.float32)
+
+    def operand(self, number: int) -> np.ndarray:
+        """The weight of a layer, rounded, in float64."""
+        return widen(self.shape, narrow(self.shape, self.weights[number]))
+
+    def in_features(self) -> np.ndarray:
+        rows = np.zeros((self.shape.blocks * ROWS, self.shape.features))
+        rows[: self.shape.samples] = widen(self.shape, self.features)
+        return rows
+
+
+def read_stash(array, blocks, before, columns):
+    """[blocks * 64, columns] of a stash: octets of columns, octets of rows, 8 rows of 8."""
+    start = blocks * before * ROWS
+    block = array[start : start + blocks * ROWS * columns].reshape(blocks, columns // 8, 8, 8, 8)
+    return block.transpose(0, 2, 3, 1, 4).reshape(blocks * ROWS, columns)
+
+
+def read_mask(words, shape, hidden, columns):
+    """[blocks * 64, columns] of booleans; thread 32 w + 4 g + q: rows 16 w + g (+ 8), columns 8 j + 2 q (+ 1)."""
+    words = words.reshape(shape.blocks, len(shape.hidden), 128, shape.width // 64)[:, hidden]
+    mask = np.zeros((shape.blocks, ROWS, columns), bool)
+    thread = np.arange(128)
+    for i in range(columns // 2):
+        bit = 16 * (i % 32 // 16) + 8 * (i % 2) + 7 - i % 16 // 2
+        row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (i // 2 % 2)
+        column = 8 * (i // 4) + 2 * (thread % 4) + i % 2
+        mask[:, row, column] = words[:, :, i // 32] >> np.uint32(bit) & 1
+    return mask.reshape(-1, columns)
+
+
+def forward(network, keeps=True, seed=0, checks=("memory",)):
+    shape = network.shape
+    of = sizes(shape)
+    outputs = {
+        "packed": ((of["packed"],), np.uint8),
+        "rgb": ((shape.samples, 3), np.float32),
+        "density": ((shape.samples,), np.float32),
+    }
+    if keeps:
+        outputs["activations"] = ((of["activations"] // 2,), stored(shape))
+        outputs["masks"] = ((of["masks"] // 4,), np.uint32)
+    arrays = {
+        "parameters": network.parameters,
+        "x": network.features,
+        "ray_bias": network.ray_bias if shape.view_depth else None,
+    }
+    return emulate(shape, "forward", arrays, outputs, seed, checks)
+
+
+def forward_encoding(network, encoding, **scalars):
+    """The forward that computes the features itself, and what they are."""
+    shape = network.shape
+    outputs = {
+        "packed": ((sizes(shape)["packed"],), np.uint8),
+        "rgb": ((shape.samples, 3), np.float32),
+        "density": ((shape.samples,), np.float32),
+        "encoded": (network.features.shape, stored(shape)),
+    }
+    arrays = {"parameters": network.parameters, "ray_bias": network.ray_bias if shape.view_depth else None}
+    return emulate(shape, "forward", {**arrays, **encoding}, outputs, checks=CHECKS, **scalars)
+
+
+def kept_layers(network, y) -> Iterator[tuple[int, Layer, np.ndarray, np.ndarray]]:
+    """Each layer with its number, what it read and the bound of a float32 sum's error for each of its outputs."""
+    shape = network.shape
+    features_k = -(-shape.features // 32) * 32
+    features = widen(shape, read_stash(y["activations"], shape.blocks, 0, features_k))
+    np.testing.assert_array_equal(features[:, : shape.features], network.in_features())
+    assert not features[:, shape.features :].any()
+    kept, before = {}, features_k
+    for layer in shape.hidden:
+        kept[layer.hidden] = widen(shape, read_stash(y["activations"], shape.blocks, before, layer.outputs))
+        before += layer.outputs
+    for number, layer in enumerate(shape.layers()):
+        parts = [kept[layer.input]] if layer.input >= 0 else []
+        if layer.feature_columns:
+            parts.append(features[:, : shape.features])
+        yield number, layer, np.concatenate(parts, 1), kept.get(layer.hidden)
+
+
+def sums_and_bound(x, weight, bias):
+    """x weight^T + bias, and how far a sum of the same float32 terms in any order may be from it."""
+    terms = np.abs(x) @ np.abs(weight).T + np.abs(bias)
+    return x @ weight.T + bias, (x.shape[1] + 1) * 2.0**-23 * terms
+
+
+def check_forward(network, y):
+    shape = network.shape
+    relative, absolute = ROUNDING[shape.type]
+    ray = np.minimum(np.arange(shape.blocks * ROWS), shape.samples - 1) // shape.samples_per_ray
+    for number, layer, x, kept in kept_layers(network, y):
+        bias = network.ray_bias[ray] if layer.kind == "view" and layer.input == shape.depth - 1 else None
+        bias = network.biases[number] if bias is None else bias
+        wanted, bound = sums_and_bound(x, network.operand(number), bias.astype(np.float64))
+        if kept is None:
+            got = y["density"][:, None] if layer.kind == "density" else y["rgb"]
+            assert (np.abs(got - wanted[: shape.samples]) <= bound[: shape.samples]).all(), layer
+            continue
+        after = np.maximum(wanted, 0)
+        assert (np.abs(kept - after) <= bound + (after + bound) * relative + absolute).all(), layer
+        mask = read_mask(y["masks"], shape, layer.hidden, layer.outputs)
+        assert ((mask == (wanted > 0)) | (np.abs(wanted) <= bound)).all(), layer
+
+
+def dgrad(network, kept, wants_features=True, seed=0, checks=("memory",)):
+    shape = network.shape
+    outputs = {"deltas": ((sizes(shape)["deltas"] // 2,), stored(shape))}
+    if wants_features:
+        outputs["grad_features"] = ((shape.samples, shape.features), np.float32)
+    arrays = {"packed": kept["packed"], "masks": kept["masks"]}
+    arrays |= {"grad_rgb": network.grad_rgb, "grad_density": network.grad_density}
+    return emulate(shape, "dgrad", arrays, outputs, seed, checks, samples=shape.samples)
+
+
+def read_deltas(network, y):
+    """Of the channels, and of each hidden layer."""
+    shape, before, parts = network.shape, 0, []
+    for columns in (8, *(layer.outputs for layer in shape.hidden)):
+        parts.append(widen(shape, read_stash(y["deltas"], shape.blocks, before, columns)))
+        before += columns
+    return parts[0], parts[1:]
+
+
+def check_dgrad(network, kept, y):
+    shape = network.shape
+    relative, absolute = ROUNDING[shape.type]
+    channels, deltas = read_deltas(network, y)
+    wanted = np.zeros_like(channels)
+    wanted[: shape.samples, :3] = widen(shape, narrow(shape, network.grad_rgb))
+    wanted[: shape.samples, 3] = widen(shape, narrow(shape, network.grad_density))
+    np.testing.assert_array_equal(channels, wanted)
+    layers = shape.layers()
+
+    def delta_of(number):
+        layer = layers[number]
+        if layer.hidden >= 0:
+            return deltas[layer.hidden]
+        return channels[:, 3:4] if layer.kind == "density" else channels[:, :3]
+
+    def gradient(columns_of, readers):
+        """The sum over the layers that read something of their deltas times its columns, and its error's bound."""
+        total, size, terms = 0.0, 0.0, 0
+        for number in readers:
+            weight = network.operand(number)[:, columns_of(layers[number])]
+            total = total + delta_of(number) @ weight
+            size = size + np.abs(delta_of(number)) @ np.abs(weight)
+            terms += weight.shape[0]
+        return total, (terms + len(readers)) * 2.0**-23 * size
+
+    for hidden, layer in enumerate(shape.hidden):
+        readers = [i for i, other in enumerate(layers) if other.input == hidden]
+        wanted, bound = gradient(lambda reader: slice(0, reader.input_columns), readers)
+        wanted = wanted * read_mask(kept["masks"], shape, hidden, layer.outputs)
+        error = np.abs(deltas[hidden] - wanted)
+        assert (error <= bound + (np.abs(wanted) + bound) * relative + absolute).all(), layer
+        assert not deltas[hidden][shape.samples :].any()
+    if "grad_features" in y:
+        readers = [i for i, layer in enumerate(layers) if layer.feature_columns]
+        wanted, bound = gradient(lambda reader: slice(reader.input_columns, None), readers)
+        assert (np.abs(y["grad_features"] - wanted[: shape.samples]) <= bound[: shape.samples]).all()
+
+
+def wgrad(network, kept, deltas, is_deterministic, seed=0, checks=("memory",)):
+    shape = network.shape
+    outputs = {"gradients": (network.parameters.shape, np.float32)}
+    if shape.view_depth:
+        outputs["ray_sums"] = (network.ray_bias.shape, np.float32)
+    if is_deterministic:
+        outputs["workspace"] = ((sizes(shape)["workspace"] // 4,), np.float32)
+    arrays = {"activations": kept["activations"], "deltas": deltas["deltas"]}
+    return emulate(shape, "wgrad", arrays, outputs, seed, checks, samples=shape.samples)
+
+
+def check_wgrad(network, kept, deltas, y):
+    shape = network.shape
+    channels, hidden = read_deltas(network, deltas)
+    at, terms = 0, shape.blocks * ROWS + 1
+    for _, layer, x, _ in kept_layers(network, kept):
+        of_head = channels[:, 3:4] if layer.kind == "density" else channels[:, :3]
+        delta = hidden[layer.hidden] if layer.hidden >= 0 else of_head
+        products = (delta.T @ x, np.abs(delta).T @ np.abs(x)), (delta.sum(0), np.abs(delta).sum(0))
+        for wanted, size in products:
+            got = y["gradients"][at : at + wanted.size].reshape(wanted.shape)
+            assert (np.abs(got - wanted) <= terms * 2.0**-23 * size).all(), (layer, wanted.shape)
+            at += -(-wanted.size // 4) * 4
+    if shape.view_depth:
+        of_rays = hidden[shape.depth][: shape.samples].reshape(shape.rays, shape.samples_per_ray, -1)
+        bound = shape.samples_per_ray * 2.0**-23 * np.abs(of_rays).sum(1)
+        assert (np.abs(y["ray_sums"] - of_rays.sum(1)) <= bound).all()
+
+
+# Three programs, each a width and a type: compiling is what costs.
+SHAPES = [
+    Shape(),
+    Shape(features=60, rays=1, samples_per_ray=1),
+    Shape(depth=1, view_depth=0, view_width=0, features=30),
+    Shape(depth=5, skip_layer=2, view_width=48, view_depth=3, features=128),
+    Shape(
+        width=128, depth=4, skip_layer=3, view_width=64, features=36, rays=5, samples_per_ray=64, type="Half"
+    ),
+    Shape(width=128, depth=2, view_width=112, view_depth=2, type="Half", rays=2),
+    Shape(width=128, depth=3, skip_layer=2, view_width=0, view_depth=0, type="Half"),
+    Shape(width=256, rays=1, view_width=128, samples_per_ray=128),
+    Shape(width=256, depth=3, skip_layer=1, view_width=256, rays=2, samples_per_ray=33),
+]
+names = [f"{s.width}-{s.type}-{s.depth}-{s.view_width}x{s.view_depth}-{s.samples}" for s in SHAPES]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=names)
+def test_forward(shape):
+    network = Network(shape)
+    checks = CHECKS if shape.width == 64 else ("memory",)
+    kept = forward(network, checks=checks)
+    check_forward(network, kept)
+    plain = forward(network, keeps=False, seed=1)
+    for name in ("rgb", "density"):
+        np.testing.assert_array_equal(plain[name], kept[name])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=names)
+def test_backward(shape):
+    network = Network(shape)
+    checks = CHECKS if shape.width == 64 else ("memory",)
+    kept = forward(network)
+    deltas = dgrad(network, kept, checks=checks)
+    check_dgrad(network, kept, deltas)
+    without = dgrad(network, kept, wants_features=False, seed=1)
+    np.testing.assert_array_equal(without["deltas"], deltas["deltas"])
+    for is_deterministic in (True, False):
+        gradients = wgrad(network, kept, deltas, is_deterministic, checks=checks)
+        check_wgrad(network, kept, deltas, gradients)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=names)
+def test_every_packed_element_has_one_place(shape):
+    elements = sizes(shape)["elements"]
+    found = emulate(shape, "places", {}, {"found": np.zeros(elements, np.int32)})["found"]
+    np.testing.assert_array_equal(found, 1)
+
+
+SEEDS = range(20)
+SMALL = Shape(
+    features=32, depth=2, skip_layer=1, view_width=32, rays=3, samples_per_ray=90, multiprocessors=2
+)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_order(seed):
+    network = Network(SMALL, seed)
+    kept = forward(network, seed=seed)
+    check_forward(network, kept)
+    deltas = dgrad(network, kept, seed=seed)
+    check_dgrad(network, kept, deltas)
+    check_wgrad(network, kept, deltas, wgrad(network, kept, deltas, True, seed))
+
+
+@pytest.mark.parametrize(("degrees", "cylinder", "integrated"), [(16, 0, 1), (5, 1, 1), (10, 0, 0)])
+def test_encoding_inside(degrees, cylinder, integrated):
+    """Bit for bit as with the features that frustum_ipe_math.h gives outside."""
+    shape = Shape(features=6 * degrees, depth=3, skip_layer=2, rays=7, samples_per_ray=19)
+    network = Network(shape)
+    rng = np.random.default_rng(3)
+    encoding = {
+        "t_vals": np.sort(rng.uniform(2, 6, (shape.rays, shape.samples_per_ray + 1)), 1),
+        "origins": rng.normal(size=(shape.rays, 3)),
+        "directions": rng.normal(size=(shape.rays, 3)),
+        "radii": rng.uniform(1e-3, 1e-2, (shape.rays, 1)),
+    }
+    encoding = {name: array.astype(np.float32) for name, array in encoding.items()}
+    inside = forward_encoding(network, encoding, min_deg=0, cylinder=cylinder, integrated=integrated)
+    network.features = inside["encoded"]
+    assert np.abs(widen(shape, network.features)).max() > 0.5
+    outside = forward(network)
+    check_forward(network, outside)
+    for name in ("rgb", "density"):
+        np.testing.assert_array_equal(inside[name], outside[name])
+
+
+# ---- broken kernels -----------------------------------------------------------------------------
+
+# Faults built into a copy of the sources, each chosen at run time: where, what stands there, what stands there when
+# broken, the launch that must fail, the check, and what it says ("wrong" where the numbers are found wrong).
+FORWARD, BACKWARD = "mlp_hopper_kernels.cuh", "mlp_hopper_backward_kernels.cuh"
+FAULTS = {
+    "no wait for the last products": (
+        FORWARD,
+        "    wgmma_wait<0>();\n    wgmma_hold(d);\n    ring.release(held);\n}",
+        "    if (!fault) wgmma_wait<0>();\n    wgmma_hold(d);\n    ring.release(held);\n}",
+        ("forward", "memory", "wrong|wrote to|shapes|a bulk copy replaces|touched since"),
+    ),
+    "a stage let go while it is read": (
+        FORWARD,
+        "        wgmma_wait<1>();\n        if (held >= 0) ring.release(held);\n        held = ring.stage;",
+        "        if (fault) ring.release(ring.stage);\n        wgmma_wait<1>();\n"
+        "        if (!fault && held >= 0) ring.release(held);\n        held = ring.stage;",
+        ("forward", "memory", "a bulk copy replaces|may be under way|more arrivals|divergence"),
+    ),
+    "the wrong parity for a full stage": (
+        FORWARD,
+        "void wait() const { barrier_wait(full + stage, parity); }",
+        "void wait() const { barrier_wait(full + stage, parity ^ unsigned(fault)); }",
+        ("forward", "memory", "may be under way|divergence: no thread|a bulk copy replaces|more arrivals"),
+    ),
+    "no wait for an empty stage": (
+        FORWARD,
+        "barrier_wait(empty + stage, parity ^ 1u);",
+        "if (!fault) barrier_wait(empty + stage, parity ^ 1u);",
+        ("forward", "memory", "a bulk copy replaces|more arrivals"),
+    ),
+    "the wrong stride of an operand": (
+        FORWARD,
+        "return operand_descriptor(ring.here(), kOctet, 128);",
+        "return operand_descriptor(ring.here(), fault ? 128 : kOctet, 128);",
+        ("forward", "memory", "wrong"),
+    ),
+    "a stale stage": (
+        FORWARD,
+        "return stages + static_cast<unsigned>(stage) * stage_bytes;",
+        "return stages + static_cast<unsigned>(threadIdx.x < 256 && fault ? (stage + count - 1) % count : stage) "
+        "* stage_bytes;",
+        ("forward", "memory", "wrong|a bulk copy|may be under way"),
+    ),
+    "half of a chunk twice": (
+        FORWARD,
+        "mine = static_cast<unsigned>(cluster_rank()) * part;",
+        "mine = static_cast<unsigned>(fault ? 0 : cluster_rank()) * part;",
+        ("forward", "memory", "a bulk copy replaces"),
+    ),
+    "only the own block's stages let go": (
+        FORWARD,
+        "barrier_arrive_at(empty + of_stage, t / kWarpSize);",
+        "barrier_arrive_at(empty + of_stage, fault ? cluster_rank() : t / kWarpSize);",
+        ("forward", "memory", "a bulk copy replaces|more arrivals|divergence: no thread"),
+    ),
+    "features without a proxy fence": (
+        FORWARD,
+        "                    proxy_fence();\n",
+        "                    if (!fault) proxy_fence();\n",
+        ("forward", "races", "without a proxy_fence"),
+    ),
+    "features replaced too early": (
+        FORWARD,
+        "barrier_wait(tile_empty + w, (static_cast<unsigned>(round) & 1u) ^ 1u);",
+        "if (!fault) barrier_wait(tile_empty + w, (static_cast<unsigned>(round) & 1u) ^ 1u);",
+        ("forward", "races", "race: |more arrivals|divergence: no thread"),
+    ),
+    "gone before the neighbour has finished": (
+        FORWARD,
+        "cluster_sync();  // nobody leaves",
+        "if (!fault) cluster_sync();  // nobody leaves",
+        ("forward", "memory", "may end before|has ended|ends while"),
+    ),
+    "the neighbour's mask": (
+        BACKWARD,
+        "mask.value[i / 16] << (i % 8);",
+        "mask.value[i / 16] << ((i + int(fault)) % 8);",
+        ("dgrad", "memory", "wrong"),
+    ),
+    "a block of samples left out": (
+        BACKWARD,
+        "return unit <= g.first_unit ? 0 : (block < blocks ? block : blocks);",
+        "return unit <= g.first_unit ? 0 : (block < blocks ? block : blocks - std::int64_t(fault));",
+        ("wgrad", "memory", "wrong"),
+    ),
+    "the strides of an operand exchanged": (
+        BACKWARD,
+        "const std::uint64_t b = operand_descriptor(stage + my_columns, 128, kOctet);",
+        "const std::uint64_t b =\n"
+        "                        operand_descriptor(stage + my_columns, fault ? kOctet : 128, fault ? 128 : kOctet);",
+        ("wgrad", "memory", "wrong"),
+    ),
+    "a partial sum of another block": (
+        BACKWARD,
+        "const float* partial = workspace + partial_place<W>(g, pair, rank);",
+        "const float* partial = workspace + partial_place<W>(g, pair + int(fault), rank);",
+        ("wgrad", "memory", "wrong"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def broken() -> Path:
+    """emulate_mlp_hopper.cpp over a copy of the sources with every fault built in, behind its number."""
+    folder = harness.CACHE / "broken_mlp_hopper"
+    sources = {path.name: path.read_text() for path in (harness.ROOT / "csrc" / "mlp").glob("mlp_*.*h")}
+    for number, (file, sound, faulty, _) in enumerate(FAULTS.values(), 1):
+        assert sources[file].count(sound) == 1, (
+            f"{sound!r} stands {sources[file].count(sound)} times in {file}"
+        )
+        sources[file] = sources[file].replace(sound, faulty.replace("fault", f"(mlp_fault == {number})"))
+    sources["mlp_plan.h"] = sources["mlp_plan.h"].replace(
+        "namespace mipnerf {", "namespace mipnerf {\ninline int mlp_fault = 0;", 1
+    )
+    program = (harness.HERE / "emulate_mlp_hopper.cpp").read_text()
+    program = program.replace(
+        "const MlpPlan plan = plan_of(program);",
+        'mlp_fault = static_cast<int>(program.integer("fault"));\n    const MlpPlan plan = plan_of(program);',
+        1,
+    )
+    (folder / "mlp").mkdir(parents=True, exist_ok=True)
+    for name in ("common", "frustum_ipe"):
+        link = folder / name
+        if not link.is_symlink():
+            link.symlink_to(harness.ROOT / "csrc" / name)
+    for name, text in sources.items():
+        (folder / "mlp" / name).write_text(text)
+    path = folder / "emulate_broken_mlp_hopper.cpp"
+    path.write_text(program)
+    return path
+
+
+@functools.cache
+def sound_launches(program, seed):
+    """A network, what its forward keeps and its deltas, from the copy without a fault."""
+    network = Network(SMALL, seed)
+    kept = forward(network, seed=seed)
+    return network, kept, dgrad(network, kept, seed=seed)
+
+
+def run_broken(monkeypatch, program, launch, fault, seed, check):
+    """The launches before `launch` sound, that one with the fault; raises where anything is found wrong."""
+    monkeypatch.setattr(f"{__name__}.PROGRAM", program)
+    network, kept, deltas = (
+        sound_launches(program, seed) if launch != "forward" else (Network(SMALL, seed), None, None)
+    )
+    monkeypatch.setattr(f"{__name__}.FAULT", fault)
+    try:
+        if launch == "forward":
+            expect("wrong numbers", check_forward, network, forward(network, seed=seed, checks=[check]))
+        elif launch == "dgrad":
+            deltas = dgrad(network, kept, seed=seed, checks=[check])
+            expect("wrong numbers", check_dgrad, network, kept, deltas)
+        else:
+            gradients = wgrad(network, kept, deltas, True, seed, [check])
+            expect("wrong numbers", check_wgrad, network, kept, deltas, gradients)
+    finally:
+        monkeypatch.setattr(f"{__name__}.FAULT", 0)
+
+
+def expect(sentence, check, *arguments):
+    try:
+        check(*arguments)
+    except AssertionError as error:
+        raise AssertionError(f"{sentence}: {error}") from error
+
+
+def test_the_copy_without_a_fault_is_sound(broken, monkeypatch):
+    for seed in SEEDS[:3]:
+        run_broken(monkeypatch, broken, "wgrad", 0, seed, "memory")
+        run_broken(monkeypatch, broken, "forward", 0, seed, "races")
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_broken_kernel_is_caught_for_every_seed(broken, monkeypatch, name):
+    launch, check, sentence = FAULTS[name][-1]
+    for seed in SEEDS:
+        with pytest.raises(AssertionError, match=sentence):
+            run_broken(monkeypatch, broken, launch, list(FAULTS).index(name) + 1, seed, check)
