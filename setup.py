@@ -52,7 +52,11 @@ DEFAULT_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]
 # Operations that need a newer GPU than the oldest in that list: csrc/<operation>/ and its lowest capability.
 LOWEST_CAPABILITY = {"mlp": (8, 0)}
 # Sources whose instructions exist on these architectures alone.
-ONLY_ARCHITECTURES = {"mlp_hopper_launch.cu": ("9.0a",), "mlp_hopper_backward_launch.cu": ("9.0a",)}
+ONLY_ARCHITECTURES = {
+    "mlp_hopper_launch.cu": ("9.0a",),
+    "mlp_hopper_backward_launch.cu": ("9.0a",),
+    "mlp_hopper_wgrad_launch.cu": ("9.0a",),
+}
 # Not the temporary folder that pip gives: objects are kept, so that every build compiles only what changed.
 OBJECTS = Path("build") / f"native-{sys.implementation.cache_tag}"
 

@@ -135,7 +135,7 @@ _ENGINES = {
     "emulated": ("executed", "-"),
     "cublaslt": (
         "not run; its algebra and arithmetic are those of `emulated`",
-        "C++ alone: compiled where there is cuBLASLt, by `make cuda-build`",
+        "C++ alone: compiled and linked against cuBLASLt 13.1, in `make cuda-build`",
     ),
     "fused": ("not run", "emulated (`tests/test_mlp_kernels.py`)"),
     "tcnn, another architecture": ("not run; its adapter against a stand-in (`tests/test_tcnn.py`)", "-"),

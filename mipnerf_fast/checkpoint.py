@@ -44,6 +44,8 @@ class CheckpointInfo:
     chunk_rays: rays per pass that the run settled on.
     test_psnr: over the fixed sample of test pixels (see `training`), dB, or None where there is no test split.
     package, revision, torch: versions it was written with.
+    skips, failures: steps skipped because of values that are not finite, and those among them that no loss scale
+        explains. loss_scale, good_steps: of float16, and steps since the scale changed.
     """
 
     step: int
@@ -54,6 +56,10 @@ class CheckpointInfo:
     package: str
     revision: str
     torch: str
+    skips: int = 0
+    failures: int = 0
+    loss_scale: float = 1.0
+    good_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,10 @@ def save_checkpoint(
         "package": info.package,
         "revision": info.revision,
         "torch": info.torch,
+        "skips": info.skips,
+        "failures": info.failures,
+        "loss_scale": info.loss_scale,
+        "good_steps": info.good_steps,
         "crc32": checksum(tensors),
     }
     write_durably(path, to_safetensors(tensors, {_KEY: json.dumps(header)}))
@@ -183,6 +193,8 @@ def _parse_info(path: Path, header: dict[str, Any]) -> CheckpointInfo:
             raise InputError(f"{path}: header field {name!r}: expected {wanted}, found {value!r}")
         return value
 
+    # Checkpoints from before these fields have none to tell.
+    header = {"skips": 0, "failures": 0, "loss_scale": 1.0, "good_steps": 0} | header
     return CheckpointInfo(
         step=take("step", int),
         seconds=float(take("seconds", float, int)),
@@ -192,6 +204,10 @@ def _parse_info(path: Path, header: dict[str, Any]) -> CheckpointInfo:
         package=take("package", str),
         revision=take("revision", str),
         torch=take("torch", str),
+        skips=take("skips", int),
+        failures=take("failures", int),
+        loss_scale=take("loss_scale", float),
+        good_steps=take("good_steps", int),
     )
 
 

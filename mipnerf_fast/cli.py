@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import platform
 import re
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from .config import PRESET_NOTES, PRESETS, TrainConfig, preset
-from .errors import InputError
+from .errors import AgreedError, InputError, PeerLostError
 
 if TYPE_CHECKING:
     import torch
@@ -200,7 +201,7 @@ def _scene(run: dict[str, Any], verb: Eval | Render | Export) -> Dataset:
 
 
 def _load(
-    verb: Eval | Render | Export, out: Path
+    verb: Eval | Render | Export, out: Path, device: torch.device | None = None
 ) -> tuple[Model, dict[str, Any], CheckpointInfo, torch.device]:
     from .backend import configure_backend
     from .checkpoint import load_model
@@ -213,7 +214,7 @@ def _load(
         raise InputError(f"--run-dir: there is no folder {verb.run_dir}")
     check_writable(out)
     configure_backend(verb.backend)
-    device = choose_device(verb.device)
+    device = device or choose_device(verb.device)
     model, run, checkpoint = load_model(verb.run_dir, device, verb.checkpoint)
     return model.eval(), run, checkpoint, device
 
@@ -250,23 +251,33 @@ def run_train(verb: Train) -> int:
 
 def run_eval(verb: Eval) -> int:
     """`mipnerf-fast eval`."""
+    from .environment import choose_device
     from .evaluation import evaluate, terminal_table, write_reports
+    from .ranks import join_ranks
 
     folder = verb.run_dir / "eval"
-    model, run, checkpoint, _ = _load(verb, folder)
-    data = _scene(run, verb)
-    if verb.images and (folder / "images").exists():
-        shutil.rmtree(folder / "images")
-    evaluation = evaluate(
-        model,
-        data,
-        steps=checkpoint.step,
-        seconds=checkpoint.seconds,
-        chunk_rays=verb.chunk_rays,
-        pictures=folder / "images" if verb.images else None,
-    )
-    print(terminal_table(evaluation))
-    print(f"\nwritten: {', '.join(map(str, write_reports(evaluation, folder)))}")
+    pictures = folder / "images" if verb.images else None
+
+    def clear() -> None:
+        if pictures is not None and pictures.exists():
+            shutil.rmtree(pictures)
+
+    with join_ranks(choose_device(verb.device)) as (ranks, device):
+        model, run, checkpoint, _ = ranks.together(lambda: _load(verb, folder, device))
+        data = ranks.together(lambda: _scene(run, verb))
+        ranks.from_first(clear)
+        evaluation = evaluate(
+            model,
+            data,
+            steps=checkpoint.step,
+            seconds=checkpoint.seconds,
+            chunk_rays=verb.chunk_rays,
+            pictures=pictures,
+            ranks=ranks,
+        )
+    if ranks.is_writer:
+        print(terminal_table(evaluation))
+        print(f"\nwritten: {', '.join(map(str, write_reports(evaluation, folder)))}")
     return DONE
 
 
@@ -552,7 +563,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: without the program's name; None: sys.argv.
 
     Returns:
-        The exit status: 0 done, 2 bad input or usage (one sentence on standard error), 130 interrupted.
+        The exit status: 0 done, 1 failed, 2 bad input or usage (one sentence on standard error), 130 interrupted.
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
@@ -560,8 +571,19 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             return _run(verb)
+    except AgreedError as error:
+        # All processes of a job know; one says it.
+        return _complain(str(error)) if os.environ.get("RANK", "0") == "0" else BAD_INPUT
     except InputError as error:
         return _complain(str(error))
+    except PeerLostError as error:
+        from .ranks import left_in_disorder
+
+        _complain(str(error))
+        if left_in_disorder():
+            sys.stderr.flush()
+            os._exit(FAILED)
+        return FAILED
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
         return _complain(f"{where}{error.strerror or error}")

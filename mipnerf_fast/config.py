@@ -292,9 +292,18 @@ class TrainConfig:
     """Steps between rows of metrics.csv; checkpoints and test renders have rows too."""
     chunk_rays: int = 0
     """Rays per forward and backward pass; 0: chosen from free memory. Only rounding depends on it."""
+    capture: bool = True
+    """On a GPU, record the step as a CUDA graph and replay it; without, every operation is launched: for debugging."""
+    deterministic: bool = False
+    """On a GPU, the same bits in every run: no atomics, a fixed workspace for cuBLAS. A CPU's are the same anyway."""
+    max_skips_in_row: int = 20
+    """The run ends, saved, when so many steps in a row were skipped because loss or gradient was not finite."""
+    max_skips: int = 200
+    """The same for all steps of the run."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "batch_size", "max_steps", "save_every", "keep_checkpoints", "print_every")
+        _at_least(self, 1, "max_skips_in_row", "max_skips")
         _at_least(
             self, 0, "lr_delay_steps", "grad_max_value", "grad_max_norm", "weight_decay_mult", "test_every"
         )
@@ -427,7 +436,14 @@ def from_dict(values: dict[str, Any], where: str = "config") -> TrainConfig:
 
 
 # Fields that files from before them lack; their defaults mean what the package did then.
-_ADDED_LATER = {"mlp_backend", "mlp_dtype"}
+_ADDED_LATER = {
+    "mlp_backend",
+    "mlp_dtype",
+    "capture",
+    "deterministic",
+    "max_skips_in_row",
+    "max_skips",
+}
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:

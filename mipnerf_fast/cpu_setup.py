@@ -72,9 +72,13 @@ def usable_cores() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a computation on the device may take now, as the driver or the system reports them."""
+    """Bytes that a computation on the device may take now, as the driver or the system reports them.
+
+    On a GPU, what torch's allocator has taken but does not use is free too.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

@@ -21,6 +21,7 @@ from .fast_model import FastModel
 from .model import Model
 from .pictures import to_uint8, write_png
 from .progress import Progress
+from .ranks import ALONE, Ranks
 from .rendering import render_image
 
 if TYPE_CHECKING:
@@ -195,6 +196,7 @@ def evaluate(
     seconds: float | None = None,
     chunk_rays: int | None = None,
     pictures: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Render every view of a data set and compare it with the truth.
 
@@ -204,28 +206,30 @@ def evaluate(
         steps, seconds: of the training, for the record.
         chunk_rays: see `render_image`.
         pictures: a folder to write the predictions to as PNG, or None.
+        ranks: this process among those that share the images.
 
     Returns:
-        Evaluation.
+        Evaluation, the same in every process.
     """
     parameter = next(model.parameters())
     lpips, note = find_lpips(parameter.device)
-    views = []
-    with Progress("evaluating", sum(image.shape[0] * image.shape[1] for image in data.images), "rays") as bar:
-        for i, name in enumerate(data.names):
+    mine = range(ranks.rank, len(data), ranks.size)
+    views = {}
+    count = sum(data.images[i].shape[0] * data.images[i].shape[1] for i in mine)
+    with Progress("evaluating", count, "rays", is_silent=not ranks.is_writer) as bar:
+        for i in mine:
             target = data.target(i, parameter.device)
             prediction = render_image(model, data.rays(i), data.white_background, chunk_rays, bar).rgb
-            views.append(
-                ViewScores(
-                    name,
-                    int(data.scale[i]),
-                    int(data.height[i]),
-                    int(data.width[i]),
-                    score(prediction.to(target), target, lpips),
-                )
+            views[i] = ViewScores(
+                data.names[i],
+                int(data.scale[i]),
+                int(data.height[i]),
+                int(data.width[i]),
+                score(prediction.to(target), target, lpips),
             )
             if pictures is not None:
                 write_png(pictures / f"{i:04d}.png", to_uint8(prediction))
+    views = {i: view for part in ranks.gather(views) for i, view in part.items()}
     operations = ops.FAST_OPERATIONS if isinstance(model, FastModel) else ops.OPERATIONS
     run = {
         "device": device_name(parameter.device),
@@ -236,7 +240,7 @@ def evaluate(
         "steps": steps,
         "seconds": seconds,
     }
-    return Evaluation(data.split, data.background, views, run, note)
+    return Evaluation(data.split, data.background, [views[i] for i in range(len(data))], run, note)
 
 
 def _network(model: Model) -> str:

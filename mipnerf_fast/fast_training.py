@@ -164,13 +164,13 @@ class FastTrainer(TrainerBase):
             self.source, config.seed, step, count, self.random_background, self.background
         )
         found = self._add_gradients(rays, target)
-        self.last_rate = self.learning_rate()
+        rate = self.learning_rate()
         self.samples += found.samples
         self.step += 1
         model.samples_per_ray.fill_(0.8 * samples_per_ray + 0.2 * max(0.5, found.samples / count))
         if found.is_finite:
             self._failures = 0
-            self._update(self.last_rate)
+            self._update(rate)
         else:
             self._failures += 1
             model.skipped_steps += 1
@@ -179,7 +179,16 @@ class FastTrainer(TrainerBase):
             raise DivergedError(
                 f"step {self.step}: {MAX_FAILURES} steps in a row had a gradient that is not finite"
             )
-        return StepResult(found.loss, found.squared_error, count)
+        return StepResult(
+            found.loss,
+            found.squared_error,
+            count,
+            self.step,
+            rate,
+            is_skipped=not found.is_finite,
+            skips=int(model.skipped_steps),
+            failures_in_row=self._failures,
+        )
 
     def _captured_step(self, captured: CapturedStep) -> StepResult:
         start = time.perf_counter()

@@ -19,6 +19,7 @@ class Progress:
         title: what is being done.
         total: how many units of work there are.
         unit: their name, plural.
+        is_silent: in all processes but the one that speaks.
 
     Example:
         >>> with Progress("rendering", total=3, unit="frames") as progress:
@@ -26,12 +27,13 @@ class Progress:
         ...         progress(1)
     """
 
-    def __init__(self, title: str, total: int, unit: str = "") -> None:
+    def __init__(self, title: str, total: int, unit: str = "", is_silent: bool = False) -> None:
+        self._is_silent = is_silent
         self._title, self._total, self._unit = title, total, unit
         self._done = 0
         self._start = self._last_line = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not is_silent:
             self._bar = tqdm(
                 total=total, desc=title, unit=f" {unit}", unit_scale=True, dynamic_ncols=True, smoothing=0.1
             )
@@ -43,6 +45,8 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
+            return
+        if self._is_silent:
             return
         now = time.monotonic()
         if now - self._last_line >= _SECONDS_BETWEEN_LINES and self._done < self._total:
@@ -67,7 +71,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif kind is None:
+        elif kind is None and not self._is_silent:
             seconds = time.monotonic() - self._start
             print(
                 f"{self._title}: {self._done:,} {self._unit} in {seconds:.1f} s", file=sys.stderr, flush=True

@@ -33,7 +33,18 @@ COLUMNS = (
     "test_view_psnr",
 )
 # What a resumed run may change: how long it goes on, where it runs, and how often it reports.
-_MAY_CHANGE = ("max_steps", "save_every", "keep_checkpoints", "test_every", "print_every", "chunk_rays")
+_MAY_CHANGE = (
+    "max_steps",
+    "save_every",
+    "keep_checkpoints",
+    "test_every",
+    "print_every",
+    "chunk_rays",
+    "capture",
+    "deterministic",
+    "max_skips_in_row",
+    "max_skips",
+)
 
 
 @dataclass(frozen=True)

@@ -1,82 +1,34 @@
-"""The trainer: one optimisation step, and the state that a checkpoint holds."""
+"""The trainer: a model, its batches and its step, launched ahead of what is known of it."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .cameras import Rays
-from .checkpoint import MOMENTS, Checkpoint
-from .config import MipNerfConfig, NerfConfig, TrainConfig
-from .counter_rng import CounterRandom
-from .cpu_setup import free_memory
+from .captured_step import Captured
+from .checkpoint import MOMENTS, Checkpoint, CheckpointInfo
+from .config import TrainConfig
 from .data import Dataset, RayBatches
-from .losses import weighted_loss
+from .errors import PeerLostError
+from .memory import bytes_per_ray, choose_chunk, measured_bytes_per_ray
 from .model import build_model
-from .schedules import log_lerp, warm_up
+from .ops.finite import NonFiniteError, check_finite, checking
+from .ranks import ALONE, Ranks
+from .readback import Readback
 from .trainer_base import DivergedError, StepResult, TrainerBase
+from .training_step import WORDS, TrainingStep
 
-_BETAS = (0.9, 0.999)
-# Share of the free memory that one pass may take.
-_MEMORY_SHARE = 0.5
-
-
-def bytes_per_ray(config: TrainConfig) -> int:
-    """About what the graph of one ray takes in a training pass of the plain-PyTorch model, an upper estimate.
-
-    Per sample in float32: the encoding with its temporaries (4 times the features), every layer's output before and
-    after its ReLU, the concatenated inputs, and as much as the largest of these again for the backward pass.
-    """
-    model = config.model
-    if isinstance(model, MipNerfConfig):
-        samples = model.num_samples * model.num_levels
-        features = 6 * (model.max_deg_point - model.min_deg_point)
-        view_layers = model.net_depth_condition
-    elif isinstance(model, NerfConfig):
-        samples = 2 * model.num_coarse + model.num_fine
-        features = 3 + 6 * model.max_deg_point
-        view_layers = 1
-    else:
-        raise TypeError("bytes_per_ray: the fast model keeps no graph")
-    skips = (model.net_depth - 1) // model.skip_layer
-    layers = 2 * model.net_depth * model.net_width + 2 * view_layers * model.net_width_condition
-    inputs = skips * (model.net_width + features) + 2 * model.net_width + 3 + 6 * model.deg_view
-    backward = 2 * (model.net_width + features)
-    return 4 * samples * (4 * features + layers + inputs + backward + 32)
-
-
-def choose_chunk(config: TrainConfig, device: torch.device) -> int:
-    """Rays per pass: as configured, or as many of the batch as half of the free memory holds.
-
-    Where the batch does not fit it is cut into equal parts.
-    """
-    if config.chunk_rays:
-        return min(config.chunk_rays, config.batch_size)
-    fitting = max(1, int(_MEMORY_SHARE * free_memory(device) / bytes_per_ray(config)))
-    parts = math.ceil(config.batch_size / fitting)
-    return math.ceil(config.batch_size / parts)
-
-
-def clip_gradients(gradients: list[Tensor], max_value: float, max_norm: float) -> Tensor:
-    """Clip gradients in place, by value and then by norm; return the norm in between.
-
-    g <- clip(g, -max_value, max_value), then g <- g min(1, max_norm / (1e-7 + ||g||)) with the norm over all of
-    them. A limit of 0 does nothing.
-
-    Source: algorithm 1.8.
-    """
-    if max_value > 0:
-        for gradient in gradients:
-            gradient.clamp_(-max_value, max_value)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
-    if max_norm > 0:
-        factor = torch.clamp(max_norm / (1e-7 + norm), max=1.0)
-        for gradient in gradients:
-            gradient.mul_(factor)
-    return norm
+# Steps that the host may be ahead of a GPU; a CPU does a step when it is launched.
+_STEPS_AHEAD = 4
+# Seconds that a process that was asked to stop waits for a step that does not come.
+_PATIENCE = 15.0
 
 
 class Trainer(TrainerBase):
@@ -86,12 +38,18 @@ class Trainer(TrainerBase):
     that wrote it would have, bit by bit on the CPU with as many threads (and without a time limit: that makes the
     learning rate depend on the clock).
 
+    On a GPU the step is captured as a CUDA graph (two where several processes sum their gradients in between), unless
+    config.capture is false, and the host only replays it; numbers come back some steps later.
+
+    A step whose loss or gradient is not finite changes nothing but the counts.
+
     Args:
         config: of the run.
         dataset: training views.
         device: to train on.
         max_seconds: of training; the learning rate follows max(step / max_steps, seconds / max_seconds).
         checkpoint: to go on from, or None. Its configuration must describe the same model.
+        ranks: this process among those that share every batch; the clock and the weights are the first one's.
     """
 
     def __init__(
@@ -101,11 +59,12 @@ class Trainer(TrainerBase):
         device: torch.device | str = "cpu",
         max_seconds: float = math.inf,
         checkpoint: Checkpoint | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__(config, device, max_seconds, checkpoint)
+        self.ranks = ranks
         self.white_background = dataset.white_background
         self.batches = RayBatches(dataset, self.device, config.batching)
-        self.rows = torch.arange(config.batch_size, device=self.device)
         # The same weights on every device, and the caller's global random numbers left alone.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -113,106 +72,231 @@ class Trainer(TrainerBase):
         if checkpoint is not None:
             model.load_state_dict(checkpoint.weights())
         self.model = model.to(self.device)
-        remembered = checkpoint.info.chunk_rays if checkpoint and not config.chunk_rays else 0
-        self.chunk_rays = remembered or choose_chunk(config, self.device)
-        self.names = [name for name, _ in self.model.named_parameters()]
+        share = ranks.part(config.batch_size)
+        self.work = TrainingStep(config, self.model, self.batches, share.stop - share.start, ranks)
+        if checkpoint is not None:
+            info = checkpoint.info
+            self.work.go_on_from(info.step, info.skips, info.failures, info.loss_scale, info.good_steps)
+            for moment in MOMENTS:
+                for name, view in self.work.moments(moment).items():
+                    view.copy_(checkpoint.moments(moment)[name])
+        ranks.broadcast_(self.work.flat.values.detach())
         self.parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.Adam(
-            self.parameters, config.lr_init, betas=_BETAS, eps=config.adam_eps, fused=True
-        )
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            moments = {
-                moment: torch.zeros_like(parameter)
-                if checkpoint is None
-                else checkpoint.moments(moment)[name].to(self.device)
-                for moment in MOMENTS
-            }
-            steps_done = torch.tensor(float(self.step), device=self.device)
-            self.optimizer.state[parameter] = {"step": steps_done, **moments}
+        on_cuda = self.device.type == "cuda"
+        self._readback = Readback(self.work.words, _STEPS_AHEAD if on_cuda else 1)
+        self._has_inputs = math.isfinite(max_seconds) or ranks.size > 1
+        self._inputs = [torch.zeros(2, pin_memory=on_cuda) for _ in range(self._readback.depth)]
+        self._stream = torch.cuda.Stream(self.device) if on_cuda else None
+        self._halves: tuple[Callable[[], None], ...] = (self.work.gradients, self.work.update)
+        if ranks.size == 1:
+            self._halves = (self._whole,)
+        if self._stream is not None and config.capture:
+            self._halves = tuple(Captured(half, self._stream) for half in self._halves)
+        self.chunk_rays = self.work.chunk_rays = self._choose_chunk(checkpoint, share.stop - share.start)
+        # Steps after which all processes know that it is over: the last one that any may have launched by then.
+        self._stops_at = self._time_ends_at = math.inf
+        if self.seconds >= max_seconds:
+            self._time_ends_at = self.step
+        self._failure: tuple[float, str] | None = None
 
-    def learning_rate(self) -> float:
-        """Of the next step; steps count from 1."""
-        config, step = self.config, self.step + 1
-        rate = log_lerp(self.progress, config.lr_init, config.lr_final)
-        return float(rate * warm_up(step, config.lr_delay_steps, config.lr_delay_mult))
+    def _choose_chunk(self, checkpoint: Checkpoint | None, rays: int) -> int:
+        """As configured, as the run began, or as memory allows; never more than this process's rays."""
+        config = self.config
+        chosen = config.chunk_rays or (checkpoint.info.chunk_rays if checkpoint else 0)
+        if chosen:
+            return min(chosen, rays)
+        if self.device.type == "cuda":
+            return choose_chunk(rays, measured_bytes_per_ray(self._probe, self.device), self.device)
+        return choose_chunk(rays, bytes_per_ray(config), self.device)
 
-    def train_step(self) -> StepResult:
-        """Do one step; it is timed.
+    def _probe(self, count: int) -> None:
+        """A pass of so many rays, for its memory."""
+        rays, target = self.batches.draw(self.config.seed, 0, count)
+        rows = torch.arange(count, device=self.device)
+        self.work.accumulate_gradients(0, rays, target, rays.lossmult.sum(), rows)
 
-        Errors: DivergedError where the loss or the gradient is not finite; nothing has changed then.
+    def _whole(self) -> None:
+        self.work.gradients()
+        self.work.update()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the steps or the time are used up; the same in all processes."""
+        if self.ranks.size == 1:
+            return super().is_done
+        return self.step >= min(self.config.max_steps, self._time_ends_at)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the run ends here because that was requested, of any process; the same in all of them."""
+        return self.stop_requested() if self.ranks.size == 1 else self.step >= self._stops_at
+
+    def launch_step(self) -> None:
+        """Begin a step; its result comes from `results`, maybe some steps later; it is timed.
+
+        Errors: PeerLostError where another process has ended.
         """
         start = time.perf_counter()
-        step = self.step + 1
-        rays, target = self.batches.draw(self.config.seed, step, self.config.batch_size)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, mse = self.accumulate_gradients(step, rays, target)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = clip_gradients(gradients, self.config.grad_max_value, self.config.grad_max_norm)
-        # One transfer for all three: on a GPU every one waits for the device.
-        loss_value, mse_value, norm_value = torch.stack([loss, mse, norm]).tolist()
-        if not math.isfinite(loss_value + norm_value):
-            raise DivergedError(
-                f"step {step}: the loss is {loss_value}, the norm of its gradient {norm_value}"
-            )
-        self.last_rate = self.learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.last_rate
-        self.optimizer.step()
-        self.step = step
+        if self._readback.is_full:
+            # Only where nobody asks for results.
+            self._receive(wait=True)
+        if self._stream is None:
+            self._launch()
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                self._launch()
+        self.step += 1
         self.seconds += time.perf_counter() - start
-        return StepResult(loss_value, mse_value, self.config.batch_size)
 
-    def accumulate_gradients(self, step: int, rays: Rays, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the gradient of a batch's loss to the parameters' .grad, chunk by chunk.
+    def _launch(self) -> None:
+        if self._has_inputs:
+            # Its earlier contents have been read: the result of that step has been received.
+            host = self._inputs[self.step % self._readback.depth]
+            host[0] = self.time_share if self.ranks.is_writer else 0.0
+            host[1] = float(self.stop_requested())
+            self.work.inputs.copy_(host, non_blocking=True)
+        for k, half in enumerate(self._halves):
+            if k:
+                self.ranks.sum_(self.work.flat.sums)
+            half()
+        self._readback.send()
 
-        loss = coarse_loss_mult * (levels but the last) + last level + weight_decay_mult * mean(parameter^2), every
-        level normalised by the lossmult of the whole batch.
+    def results(self, wait: bool = False) -> list[StepResult]:
+        """The results, in order, of the steps that have finished since the last call; it is timed.
 
         Args:
-            step: of the optimiser, for the random numbers.
-            rays, target: a batch, [B, .] and [B, 3].
+            wait: for all steps that have been launched.
 
-        Returns:
-            The loss and the mean squared error of the finest level, without gradient.
-
-        Source: algorithm 1.8.
+        Errors: DivergedError after config.max_skips_in_row or config.max_skips skipped steps; PeerLostError.
         """
-        config, count = self.config, target.shape[0]
-        lossmult = torch.ones_like(rays.lossmult) if config.disable_multiscale_loss else rays.lossmult
-        total = lossmult.sum()
-        loss_sum, squares = torch.zeros_like(total), torch.zeros_like(total)
-        for start in range(0, count, self.chunk_rays):
-            part = slice(start, min(start + self.chunk_rays, count))
-            levels = self.model(
-                Rays(*(field[part] for field in rays)),
-                randomized=True,
-                white_background=self.white_background,
-                generator=CounterRandom(config.seed, step, self.rows[part]),
+        start = time.perf_counter()
+        # Room for the next one: so every process knows of a step by the time it has launched so many more.
+        while self._receive(wait or self._readback.is_full):
+            pass
+        self.seconds += time.perf_counter() - start
+        if self._failure and self.step >= self._failure[0]:
+            self._wait()
+            raise DivergedError(self._failure[1])
+        return super().results()
+
+    def train_step(self) -> StepResult:
+        """Do one step and wait for its result; it is timed.
+
+        Errors: as of `results`.
+        """
+        self.launch_step()
+        return self.results(wait=True)[-1]
+
+    def _receive(self, wait: bool) -> bool:
+        """Take one result, if it is there."""
+        numbers = self._readback.receive(wait, self._be_patient)
+        if not numbers:
+            return False
+        found = dict(zip(WORDS, numbers, strict=True))
+        step, config = int(found["step"]), self.config
+        # Until this result is received, that many steps may be launched after it; from then on everybody knows.
+        last_launched = step + self._readback.depth - 1
+        if found["time_share"] >= 1:
+            self._time_ends_at = min(self._time_ends_at, last_launched)
+        if found["stop"] > 0:
+            self._stops_at = min(self._stops_at, last_launched)
+        if self._failure is None:
+            in_row, failures = int(found["failures_in_row"]), int(found["failures"])
+            if in_row >= config.max_skips_in_row or failures >= config.max_skips:
+                message = (
+                    f"step {step}: the loss is {found['loss']}, the norm of its gradient {found['norm']}; "
+                    f"{in_row} steps in a row and {failures} in all were skipped because of such values"
+                )
+                self._failure = (last_launched, message)
+        self._results.append(
+            StepResult(
+                found["loss"],
+                found["mse"],
+                config.batch_size,
+                step,
+                found["rate"],
+                found["norm"],
+                bool(found["skipped"]),
+                int(found["skips"]),
+                int(found["failures_in_row"]),
             )
-            losses = [
-                weighted_loss(level.rgb, target[part], lossmult[part], config.loss, config.loss_beta, total)
-                for level in levels
-            ]
-            loss = config.coarse_loss_mult * sum(losses[:-1]) + losses[-1]
-            loss.backward()
-            loss_sum += loss.detach()
-            squares += ((levels[-1].rgb.detach() - target[part]) ** 2).sum()
-        if config.weight_decay_mult > 0:
-            size = sum(parameter.numel() for parameter in self.parameters)
-            decay = config.weight_decay_mult / size * sum((p * p).sum() for p in self.parameters)
-            assert isinstance(decay, Tensor)
-            decay.backward()
-            loss_sum += decay.detach()
-        return loss_sum, squares / (3 * count)
+        )
+        return True
+
+    def _be_patient(self, waited: float) -> None:
+        """A process that is told to end, and whose step does not, has lost the others: NCCL does not say so itself."""
+        if self.ranks.size > 1 and waited > _PATIENCE and self.stop_requested():
+            raise PeerLostError(
+                f"rank {self.ranks.rank} of {self.ranks.size}: no step has finished for {waited:.0f} s; another "
+                "process of the job has ended or cannot be reached"
+            )
+
+    def explain_skip(self, step: int) -> str:
+        """Where the first value that is not finite arises in the batch of a skipped step, in words.
+
+        The whole batch is done again under the finite check, with the weights of now: skipping has not changed them,
+        but on a GPU some later steps may have.
+        """
+        self._wait()
+        config, work = self.config, self.work
+        work.flat.sums.zero_()
+        rays, target = self.batches.draw(config.seed, step, config.batch_size)
+        rows, total = torch.arange(config.batch_size, device=self.device), work.total_lossmult(rays)
+        first = 0
+        try:
+            with checking():
+                for name, field in zip(Rays._fields, rays, strict=True):
+                    check_finite("batch", name, field)
+                check_finite("batch", "target", target)
+                for first in range(0, config.batch_size, self.chunk_rays):
+                    part = slice(first, first + self.chunk_rays)
+                    chunk = Rays(*(field[part] for field in rays))
+                    work.accumulate_gradients(step, chunk, target[part], total, rows[part])
+                for name, parameter in self.model.named_parameters():
+                    if parameter.grad is not None:
+                        check_finite("backward", f"the gradient of {name}", parameter.grad, has_rays=False)
+        except NonFiniteError as error:
+            if error.ray is None:
+                return str(error)
+            ray = first + error.ray
+            where = self.batches.describe(config.seed, step, config.batch_size, ray)
+            sample = "" if error.sample is None else f", sample {error.sample}"
+            return f"{error.operator}: {error.output} is {error.found} at ray {ray}{sample} of the batch, {where}"
+        finally:
+            work.flat.sums.zero_()
+        return f"done again with the weights of step {self.step}, every operation is finite"
+
+    def _wait(self) -> None:
+        while self._receive(wait=True):
+            pass
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """Of Adam: {"exp_avg": {parameter name: tensor}, "exp_avg_sq": ...}."""
-        states = [self.optimizer.state[parameter] for parameter in self.parameters]
-        return {
-            moment: {name: state[moment] for name, state in zip(self.names, states, strict=True)}
-            for moment in MOMENTS
-        }
+        return {moment: self.work.moments(moment) for moment in MOMENTS}
+
+    def save(self, path: Path, test_psnr: float | None) -> None:
+        """Write a checkpoint of the last step that was launched."""
+        self._wait()
+        super().save(path, test_psnr)
+
+    def checkpoint_info(self, test_psnr: float | None) -> CheckpointInfo:
+        """What the checkpoint of now says about itself."""
+        known = dict(zip(WORDS, self.work.words.tolist(), strict=True))
+        return dataclasses.replace(
+            super().checkpoint_info(test_psnr),
+            skips=int(known["skips"]),
+            failures=int(known["failures"]),
+            loss_scale=known["scale"],
+            good_steps=int(known["good"]),
+        )
 
     def describe_batch(self) -> str:
         """What a step takes, in words."""
-        return f"{self.config.batch_size:,} rays a step in chunks of {self.chunk_rays:,}"
+        share = self.ranks.part(self.config.batch_size)
+        mine, chunk = share.stop - share.start, self.chunk_rays
+        of_all = f", {mine:,} for each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
+        passes = math.ceil(mine / chunk)
+        cut = "one pass" if passes == 1 else f"{passes} passes of {chunk:,}"
+        graph = ", captured" if isinstance(self._halves[0], Captured) else ""
+        return f"{self.config.batch_size:,} rays a step{of_all} in {cut}{graph}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,28 +20,39 @@ from .model import Model
 
 
 class DivergedError(InputError):
-    """The loss or the gradient of a step is not finite; the weights are those from before it."""
+    """Too many steps had a loss or a gradient that is not finite; none of them has changed the weights."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimiser step: the loss, the mean squared error of the finest level, the number of rays."""
+    """Of one optimiser step.
+
+    loss, mse: of the batch and of its finest level. rays: in the batch. step: its number, from 1. rate: the learning
+    rate. norm: of the gradient before it was scaled down. is_skipped: whether loss or gradient was not finite, and
+    the step changed nothing. skips: steps of the run skipped so far. failures_in_row: skipped steps up to this one that
+    no loss scale explains.
+    """
 
     loss: float
     mse: float
     rays: int
+    step: int
+    rate: float
+    norm: float = math.nan
+    is_skipped: bool = False
+    skips: int = 0
+    failures_in_row: int = 0
 
 
 class TrainerBase(ABC):
     """A model at some step of its training.
 
-    config: of the run. device: to train on. step, seconds: done so far. max_seconds: of training. chunk_rays: rays
-    per pass, or 0. model: what is trained. last_rate: learning rate of the last step.
+    config: of the run. device: to train on. step: the last one launched. seconds: of training so far. max_seconds: of
+    training. chunk_rays: rays per pass, or 0. model: what is trained. stop_requested: asked between steps.
     """
 
     model: Model
     chunk_rays: int = 0
-    last_rate: float = 0.0
 
     def __init__(
         self,
@@ -52,6 +64,8 @@ class TrainerBase(ABC):
         self.config, self.device, self.max_seconds = config, torch.device(device), max_seconds
         self.step = checkpoint.info.step if checkpoint else 0
         self.seconds = checkpoint.info.seconds if checkpoint else 0.0
+        self.stop_requested: Callable[[], bool] = lambda: False
+        self._results: list[StepResult] = []
 
     @property
     def is_done(self) -> bool:
@@ -59,14 +73,42 @@ class TrainerBase(ABC):
         return self.step >= self.config.max_steps or self.seconds >= self.max_seconds
 
     @property
+    def is_stopped(self) -> bool:
+        """Whether the run ends here because that was requested."""
+        return self.stop_requested()
+
+    @property
+    def time_share(self) -> float:
+        """Of the time that is over; 0 without a limit."""
+        return self.seconds / self.max_seconds if math.isfinite(self.max_seconds) else 0.0
+
+    @property
     def progress(self) -> float:
         """Of the next step: the share of the steps or of the time, whichever is larger."""
-        share = self.seconds / self.max_seconds if math.isfinite(self.max_seconds) else 0.0
-        return max((self.step + 1) / self.config.max_steps, share)
+        return max((self.step + 1) / self.config.max_steps, self.time_share)
 
     @abstractmethod
     def train_step(self) -> StepResult:
-        """Do one step; it is timed."""
+        """Do one step and wait for its result; it is timed."""
+
+    def launch_step(self) -> None:
+        """Begin a step; its result comes from `results`, maybe some steps later; it is timed."""
+        self._results.append(self.train_step())
+
+    def results(self, wait: bool = False) -> list[StepResult]:
+        """The results, in order, of the steps that have finished since the last call.
+
+        Args:
+            wait: for all steps that have been launched.
+
+        Errors: DivergedError.
+        """
+        return self.unread_results()
+
+    def unread_results(self) -> list[StepResult]:
+        """Those that have arrived and nobody has taken, whatever came after them."""
+        unread, self._results = self._results, []
+        return unread
 
     @abstractmethod
     def moments(self) -> dict[str, dict[str, Tensor]]:
@@ -76,9 +118,17 @@ class TrainerBase(ABC):
     def describe_batch(self) -> str:
         """What a step takes, in words."""
 
+    def explain_skip(self, step: int) -> str:
+        """Where the first value that is not finite arises in the batch of a skipped step, in words."""
+        return f"the gradient of step {step} is not finite"
+
     def save(self, path: Path, test_psnr: float | None) -> None:
         """Write a checkpoint."""
-        info = CheckpointInfo(
+        save_checkpoint(path, self.checkpoint_info(test_psnr), self.model, self.moments())
+
+    def checkpoint_info(self, test_psnr: float | None) -> CheckpointInfo:
+        """What the checkpoint of now says about itself."""
+        return CheckpointInfo(
             step=self.step,
             seconds=self.seconds,
             config=self.config,
@@ -88,4 +138,3 @@ class TrainerBase(ABC):
             revision=revision(),
             torch=torch.__version__,
         )
-        save_checkpoint(path, info, self.model, self.moments())

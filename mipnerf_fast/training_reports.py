@@ -31,16 +31,20 @@ class ProgressLine:
     Args:
         step, max_steps: done and wanted.
         seconds, max_seconds: of training, done and allowed (infinite: no limit).
+        is_silent: in all processes but the one that speaks.
     """
 
-    def __init__(self, step: int, max_steps: int, seconds: float, max_seconds: float) -> None:
+    def __init__(
+        self, step: int, max_steps: int, seconds: float, max_seconds: float, is_silent: bool = False
+    ) -> None:
+        self._is_silent = is_silent
         self._max_steps, self._max_seconds = max_steps, max_seconds
         self._first = (step, seconds)
         self._shown_at = time.monotonic()
         self._note = ""
         self._fraction = 0.0
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not is_silent:
             self._bar = tqdm(
                 total=1.0, bar_format="train {percentage:3.0f}%|{bar}| {desc}", dynamic_ncols=True
             )
@@ -59,6 +63,8 @@ class ProgressLine:
             self._show()
 
     def _show(self) -> None:
+        if self._is_silent:
+            return
         if self._bar is None:
             print(f"train: {self._note}", file=sys.stderr, flush=True)
         else:
@@ -72,6 +78,8 @@ class ProgressLine:
 
     def say(self, message: str) -> None:
         """Print a line without tearing the bar."""
+        if self._is_silent:
+            return
         if self._bar is None:
             print(message, file=sys.stderr, flush=True)
         else:

@@ -259,6 +259,19 @@ def test_on_a_gpu_the_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_mlp(SMALL, gpu, master, "cublaslt")
 
 
+def test_on_ampere_and_ada_cublaslt_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp_backends, "_HAS_CUBLASLT", True)
+    monkeypatch.setitem(mlp_backends._WHY_NOT, "fused", lambda *_: "")
+    for capability, engine in (
+        ((8, 0), "cublaslt"),
+        ((8, 9), "cublaslt"),
+        ((9, 0), "fused"),
+        ((12, 0), "fused"),
+    ):
+        monkeypatch.setattr(mlp_backends, "_capability", lambda _, found=capability: found)
+        assert choose_mlp(SMALL, torch.device("cuda"), torch.float32).engine == engine
+
+
 def test_info_names_the_engine() -> None:
     entry = next(e for e in ops.implementations("cpu") if e.operation == "mlp")
     assert entry.used == "native" and entry.why.startswith("folded, ")

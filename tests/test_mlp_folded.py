@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mipnerf_fast.ops import MipMLP, MlpShape, mlp_folded
+from mipnerf_fast.ops import MipMLP, MlpShape, mlp_folded_passes
 from mipnerf_fast.ops.gemm import CublasLtTwin, TorchGemm
 from mipnerf_fast.ops.mlp_folded import TORCH, TWIN, folded_mlp
 from mipnerf_fast.ops.mlp_fused import Architecture
@@ -31,10 +31,10 @@ def run_folded(
 @pytest.fixture
 def use_gemm(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts other products, or other sizes of chunks, under the folded network."""
-    monkeypatch.setattr(mlp_folded, "_gemms", {})
+    monkeypatch.setattr(mlp_folded_passes, "_gemms", {})
 
     def use(products: int, engine: Any) -> Any:
-        mlp_folded._gemms[products, engine.dtype, torch.device("cpu")] = engine
+        mlp_folded_passes._gemms[products, engine.dtype, torch.device("cpu")] = engine
         return engine
 
     return use

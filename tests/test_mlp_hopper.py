@@ -398,6 +398,15 @@ def test_every_order(seed):
     check_wgrad(network, kept, deltas, wgrad(network, kept, deltas, True, seed))
 
 
+def test_no_samples():
+    network = Network(Shape(rays=0))
+    kept = forward(network)
+    deltas = dgrad(network, kept)
+    for is_deterministic in (True, False):
+        gradients = wgrad(network, kept, deltas, is_deterministic)["gradients"]
+        assert not gradients[: network.weights[0].size].any()
+
+
 @pytest.mark.parametrize(("degrees", "cylinder", "integrated"), [(16, 0, 1), (5, 1, 1), (10, 0, 0)])
 def test_encoding_inside(degrees, cylinder, integrated):
     """Bit for bit as with the features that frustum_ipe_math.h gives outside."""
@@ -424,54 +433,55 @@ def test_encoding_inside(degrees, cylinder, integrated):
 
 # Faults built into a copy of the sources, each chosen at run time: where, what stands there, what stands there when
 # broken, the launch that must fail, the check, and what it says ("wrong" where the numbers are found wrong).
-FORWARD, BACKWARD = "mlp_hopper_kernels.cuh", "mlp_hopper_backward_kernels.cuh"
+CHAIN, FORWARD = "mlp_hopper_chain.cuh", "mlp_hopper_kernels.cuh"
+DGRAD, WGRAD = "mlp_hopper_backward_kernels.cuh", "mlp_hopper_wgrad_kernels.cuh"
 FAULTS = {
     "no wait for the last products": (
-        FORWARD,
+        CHAIN,
         "    wgmma_wait<0>();\n    wgmma_hold(d);\n    ring.release(held);\n}",
         "    if (!fault) wgmma_wait<0>();\n    wgmma_hold(d);\n    ring.release(held);\n}",
         ("forward", "memory", "wrong|wrote to|shapes|a bulk copy replaces|touched since"),
     ),
     "a stage let go while it is read": (
-        FORWARD,
+        CHAIN,
         "        wgmma_wait<1>();\n        if (held >= 0) ring.release(held);\n        held = ring.stage;",
         "        if (fault) ring.release(ring.stage);\n        wgmma_wait<1>();\n"
         "        if (!fault && held >= 0) ring.release(held);\n        held = ring.stage;",
         ("forward", "memory", "a bulk copy replaces|may be under way|more arrivals|divergence"),
     ),
     "the wrong parity for a full stage": (
-        FORWARD,
+        CHAIN,
         "void wait() const { barrier_wait(full + stage, parity); }",
         "void wait() const { barrier_wait(full + stage, parity ^ unsigned(fault)); }",
         ("forward", "memory", "may be under way|divergence: no thread|a bulk copy replaces|more arrivals"),
     ),
     "no wait for an empty stage": (
-        FORWARD,
+        CHAIN,
         "barrier_wait(empty + stage, parity ^ 1u);",
         "if (!fault) barrier_wait(empty + stage, parity ^ 1u);",
         ("forward", "memory", "a bulk copy replaces|more arrivals"),
     ),
     "the wrong stride of an operand": (
-        FORWARD,
+        CHAIN,
         "return operand_descriptor(ring.here(), kOctet, 128);",
         "return operand_descriptor(ring.here(), fault ? 128 : kOctet, 128);",
         ("forward", "memory", "wrong"),
     ),
     "a stale stage": (
-        FORWARD,
+        CHAIN,
         "return stages + static_cast<unsigned>(stage) * stage_bytes;",
         "return stages + static_cast<unsigned>(threadIdx.x < 256 && fault ? (stage + count - 1) % count : stage) "
         "* stage_bytes;",
         ("forward", "memory", "wrong|a bulk copy|may be under way"),
     ),
     "half of a chunk twice": (
-        FORWARD,
+        CHAIN,
         "mine = static_cast<unsigned>(cluster_rank()) * part;",
         "mine = static_cast<unsigned>(fault ? 0 : cluster_rank()) * part;",
         ("forward", "memory", "a bulk copy replaces"),
     ),
     "only the own block's stages let go": (
-        FORWARD,
+        CHAIN,
         "barrier_arrive_at(empty + of_stage, t / kWarpSize);",
         "barrier_arrive_at(empty + of_stage, fault ? cluster_rank() : t / kWarpSize);",
         ("forward", "memory", "a bulk copy replaces|more arrivals|divergence: no thread"),
@@ -495,26 +505,26 @@ FAULTS = {
         ("forward", "memory", "may end before|has ended|ends while"),
     ),
     "the neighbour's mask": (
-        BACKWARD,
+        DGRAD,
         "mask.value[i / 16] << (i % 8);",
         "mask.value[i / 16] << ((i + int(fault)) % 8);",
         ("dgrad", "memory", "wrong"),
     ),
     "a block of samples left out": (
-        BACKWARD,
+        WGRAD,
         "return unit <= g.first_unit ? 0 : (block < blocks ? block : blocks);",
         "return unit <= g.first_unit ? 0 : (block < blocks ? block : blocks - std::int64_t(fault));",
         ("wgrad", "memory", "wrong"),
     ),
     "the strides of an operand exchanged": (
-        BACKWARD,
+        WGRAD,
         "const std::uint64_t b = operand_descriptor(stage + my_columns, 128, kOctet);",
         "const std::uint64_t b =\n"
         "                        operand_descriptor(stage + my_columns, fault ? kOctet : 128, fault ? 128 : kOctet);",
         ("wgrad", "memory", "wrong"),
     ),
     "a partial sum of another block": (
-        BACKWARD,
+        WGRAD,
         "const float* partial = workspace + partial_place<W>(g, pair, rank);",
         "const float* partial = workspace + partial_place<W>(g, pair + int(fault), rank);",
         ("wgrad", "memory", "wrong"),

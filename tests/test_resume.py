@@ -23,7 +23,6 @@ from tiny_runs import TINY, same_tensors, tiny, write_scene
 from mipnerf_fast import InputError, MipNerfConfig, TrainConfig, durable_files, training_reports
 from mipnerf_fast.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
 from mipnerf_fast.trainer import Trainer
-from mipnerf_fast.trainer_base import StepResult
 from mipnerf_fast.training import run_training
 
 # The run of these tests: density noise, so that every stream of random numbers is in use, and clipping.
@@ -155,16 +154,15 @@ def assert_same_run(run_dir: Path, straight: Path) -> None:
 def test_two_halves_equal_the_whole(scene: Path, straight: Path, tmp_path: Path, half: int) -> None:
     # The schedule is that of all steps in both halves, so the first is ended by a signal and not by max_steps.
     run_dir = tmp_path / "run"
-    steps_of = Trainer.train_step
+    launch = Trainer.launch_step
 
-    def interrupted(self: Trainer) -> StepResult:
-        result = steps_of(self)
+    def interrupted(self: Trainer) -> None:
+        launch(self)
         if self.step == half:
             os.kill(os.getpid(), signal.SIGINT)
-        return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train_step", interrupted)
+        patch.setattr(Trainer, "launch_step", interrupted)
         result = run_training(str(scene), CONFIG, "tiny", run_dir, device="cpu")
     assert (result.step, result.interrupted) == (half, True)
     assert result.checkpoint == checkpoint_path(run_dir, half)

@@ -29,7 +29,7 @@ class RayBatches:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"RayBatches: mode is {mode!r}; expected one of {', '.join(MODES)}")
-        self.mode, self.white_background = mode, dataset.white_background
+        self.mode, self.white_background, self.names = mode, dataset.white_background, dataset.names
         self.device = torch.device(device)
         self.pixels = dataset.pixels.to(device)
         self.c2w, self.focal = dataset.c2w.to(device), dataset.focal.to(device, torch.float32)
@@ -51,6 +51,10 @@ class RayBatches:
         Returns:
             Rays [B, .] and colours over the background, float32 [B, 3].
         """
+        return self.gather(*self.choose(seed, step, num_rays))
+
+    def choose(self, seed: int, step: int | Tensor, num_rays: int) -> tuple[Tensor, Tensor]:
+        """The images and the row-major pixels within them of the batch of a step, int64 [B] each; as `draw`."""
         rows = torch.arange(num_rays, device=self.device)
         if self.mode == "single_image":
             image = counter_index(seed, step, IMAGES, torch.zeros_like(rows[:1]), self.count)
@@ -63,7 +67,7 @@ class RayBatches:
             else:
                 image = torch.searchsorted(self.offsets, index, right=True) - 1
             pixel = index - self.offsets[image]
-        return self.gather(image, pixel)
+        return image, pixel
 
     def _pixel_within(self, seed: int, step: int | Tensor, rows: Tensor, image: Tensor) -> Tensor:
         """A pixel of each row's image; a device-side size needs no transfer to the host."""
@@ -72,6 +76,12 @@ class RayBatches:
         # 40 random bits modulo the image's size: biased by less than size / 2^40
         bits = counter_index(seed, step, PIXELS, rows, 2**40 - 1)
         return bits % (self.height * self.width)[image]
+
+    def describe(self, seed: int, step: int, num_rays: int, ray: int) -> str:
+        """Which pixel a ray of a step's batch goes through, in words."""
+        image, pixel = (int(chosen[ray]) for chosen in self.choose(seed, step, num_rays))
+        y, x = divmod(pixel, int(self.width[image]))
+        return f"pixel ({x}, {y}) of image {self.names[image]}"
 
     def gather(self, image: Tensor, pixel: Tensor) -> tuple[Rays, Tensor]:
         """Rays and colours of given pixels.

@@ -33,7 +33,8 @@ class MipMLP(nn.Module):
             "cublaslt": the same with cuBLASLt's epilogues, bfloat16 or float16 operands, float32 sums. "fused": one
             kernel, likewise. "emulated": the arithmetic of cublaslt on the CPU, slow, for checks. "tcnn": networks of
             tiny-cuda-nn, ANOTHER ARCHITECTURE with other parameters: see `ops.mlp_tcnn`. "auto": the fastest of
-            fused, cublaslt, folded that serves; `implementation` says which and why.
+            fused, cublaslt and folded that serves (on GPUs of capability 8.x cublaslt goes first); `implementation`
+            says which and why.
         compute_dtype: of the operands, "bf16", "fp16", "fp32"; "auto": float32 on a CPU, bfloat16 on a GPU.
 
     Errors: ValueError for an unknown backend or compute_dtype, and for a network that tcnn cannot express;

@@ -1,6 +1,8 @@
 // The fused network of compute capability 9.0a; driven by tests/test_mlp_hopper.py. `what` says which
 // launches. One width and one number type a program (macros MIPNERF_WIDTH, MIPNERF_TYPE).
 #include "mlp/mlp_hopper_backward_kernels.cuh"
+#include "mlp/mlp_hopper_kernels.cuh"
+#include "mlp/mlp_hopper_wgrad_kernels.cuh"
 #include "program.h"
 
 using namespace mipnerf;
