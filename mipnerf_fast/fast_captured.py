@@ -20,6 +20,8 @@ from .ops.fast_captured import (
 from .ops.fast_step import FastFields, FastGradients, PixelSource
 
 _GROUP_RAYS = 64
+# Steps whose statistics are kept on the device until they are read: reading waits for it.
+READ_EVERY = 16
 # Room for so many times the samples that a step shall have; rays beyond it wait for another step.
 _ROOM = 2
 
@@ -37,7 +39,7 @@ class CapturedStep:
     """The training step of a fast model on its GPU; the second step is captured and later ones replay it.
 
     Its tables are read in float16, from a copy that Adam writes beside the float32 values. The host waits for nothing;
-    `statistics` and the buffers of the model are read when somebody wants them.
+    `history` and the buffers of the model are read when somebody wants them.
 
     Args:
         config: of the run. model: on the GPU; its buffers samples_per_ray and skipped_steps are kept up to date.
@@ -45,8 +47,6 @@ class CapturedStep:
         parameters, gradients, moments: by name, as the trainer keeps them.
         adam: settings. step: done so far. least, most: rays of a step.
     """
-
-    statistics: Tensor
 
     def __init__(
         self,
@@ -84,8 +84,8 @@ class CapturedStep:
         self._buffers = FastGradients(
             *(gradients.get(name) for name in FastGradients._fields)  # type: ignore[arg-type]
         )
-        self.failures = torch.zeros(1, dtype=torch.int64, device=device)  # in a row
-        self.samples = torch.zeros(1, dtype=torch.float64, device=device)  # marched so far
+        # Row step % READ_EVERY: the statistics of the step after so many.
+        self.history = torch.zeros(READ_EVERY, 6, dtype=torch.float64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_warm = False
 
@@ -122,7 +122,7 @@ class CapturedStep:
         rays, target = draw_rays_captured(
             self._source, config.seed, clock, self._most, self._random_background, self._background
         )
-        self.statistics = fast_train_step_captured(
+        statistics = fast_train_step_captured(
             rays, target, clock, self._capacity, config.loss_beta, self.fields, self._buffers
         )
         for name, values in self._parameters.items():
@@ -139,9 +139,7 @@ class CapturedStep:
                 adam.beta2,
                 adam.eps,
             )
-        fast_pace_captured(self.statistics, clock, config.batch_size, self._least, self._most)
-        is_bad = (self.statistics[4:5] == 0).to(torch.int64)
-        self.samples.add_(self.statistics[2:3])
-        self.failures.add_(1).mul_(is_bad)
-        self._model.skipped_steps.add_(is_bad)
+        self.history.index_copy_(0, clock.step % READ_EVERY, statistics[None])
+        fast_pace_captured(statistics, clock, config.batch_size, self._least, self._most)
+        self._model.skipped_steps.add_((statistics[4:5] == 0).to(torch.int64))
         self._model.samples_per_ray.copy_(clock.samples_per_ray)

@@ -13,7 +13,7 @@ from .backend import current_backend
 from .checkpoint import MOMENTS, Checkpoint
 from .config import FastConfig, TrainConfig
 from .data import Dataset
-from .fast_captured import AdamSettings, CapturedStep
+from .fast_captured import READ_EVERY, AdamSettings, CapturedStep
 from .fast_model import FastModel
 from .ops.fast_captured import kernels_for
 from .ops.fast_step import FastGradients, MarchRays, PixelSource, StepStatistics
@@ -24,10 +24,8 @@ BETA1, BETA2 = 0.9, 0.99
 # Rays per step stay in this range, whatever the number of samples a ray takes.
 MIN_RAYS, MAX_RAYS = 192, 8192
 _GROUP_RAYS = 64
-# On a GPU as many rays as make a batch of so few samples each, and what happened is read every so many steps: reading
-# waits for the device.
+# On a GPU at most as many rays as make a batch of so few samples each.
 _FEWEST_SAMPLES = 4
-READ_EVERY = 16
 # Steps in a row without a finite gradient after which nothing will come of it.
 MAX_FAILURES = 100
 # Steps between updates of the occupancy grid; until _EARLY_STEPS one cell in 16 is visited each time and what was
@@ -112,6 +110,8 @@ class FastTrainer(TrainerBase):
         }
         self._failures = 0
         self.samples = 0  # marched by this trainer
+        self._skips = int(self.model.skipped_steps)
+        self._pending: list[tuple[int, float]] = []  # steps launched and not read, and their rates
         self._captured: CapturedStep | None = None
         if on_gpu:
             self._captured = CapturedStep(
@@ -128,7 +128,6 @@ class FastTrainer(TrainerBase):
                 MIN_RAYS,
                 max(MAX_RAYS, config.batch_size // _FEWEST_SAMPLES // _GROUP_RAYS * _GROUP_RAYS),
             )
-            self._latest = StepResult(math.nan, math.nan, 0)
 
     def _build_model(self, config: FastConfig) -> FastModel:
         return FastModel(config)
@@ -153,7 +152,8 @@ class FastTrainer(TrainerBase):
         Errors: DivergedError after MAX_FAILURES steps in a row whose gradient was not finite.
         """
         if self._captured is not None:
-            return self._captured_step(self._captured)
+            self.launch_step()
+            return self.results(wait=True)[-1]
         start = time.perf_counter()
         config, model, step = self.config, self.model, self.step
         if step % UPDATE_EVERY == 0:
@@ -190,25 +190,55 @@ class FastTrainer(TrainerBase):
             failures_in_row=self._failures,
         )
 
-    def _captured_step(self, captured: CapturedStep) -> StepResult:
+    def launch_step(self) -> None:
+        """Begin a step: on a GPU its result comes with those of READ_EVERY steps."""
+        if self._captured is None:
+            super().launch_step()
+            return
         start = time.perf_counter()
         if self.step % UPDATE_EVERY == 0:
             self._renew_occupancy()
-        self.last_rate = self.learning_rate()
-        captured(self.last_rate)
+        rate = self.learning_rate()
+        self._captured(rate)
         self.step += 1
-        is_last = self.step >= self.config.max_steps
-        if is_last or self.step % READ_EVERY == 0 or self._latest.rays == 0:
-            loss, squared_error, *_, rays = captured.statistics.tolist()
-            self._latest = StepResult(loss, squared_error, int(rays))
-            self._failures = int(captured.failures.item())
-            self.samples = int(captured.samples.item())
+        self._pending.append((self.step, rate))
+        self.seconds += time.perf_counter() - start
+        if self.step % READ_EVERY == 0:
+            self._read(self._captured)
+
+    def results(self, wait: bool = False) -> list[StepResult]:
+        """The results, in order, of the steps that have been read since the last call; see `TrainerBase`."""
+        if wait and self._captured is not None:
+            self._read(self._captured)
+        return super().results(wait)
+
+    def _read(self, captured: CapturedStep) -> None:
+        start = time.perf_counter()
+        history = captured.history.tolist() if self._pending else []
+        for step, rate in self._pending:
+            loss, squared_error, samples, _, finite, rays = history[(step - 1) % READ_EVERY]
+            is_skipped = finite != 1.0
+            self.samples += int(samples)
+            self._failures = self._failures + 1 if is_skipped else 0
+            self._skips += is_skipped
+            self._results.append(
+                StepResult(
+                    loss,
+                    squared_error,
+                    int(rays),
+                    step,
+                    rate,
+                    is_skipped=is_skipped,
+                    skips=self._skips,
+                    failures_in_row=self._failures,
+                )
+            )
+        self._pending.clear()
         self.seconds += time.perf_counter() - start
         if self._failures >= MAX_FAILURES:
             raise DivergedError(
                 f"step {self.step}: {self._failures} steps in a row had a gradient that is not finite"
             )
-        return self._latest
 
     def _scale_range(self, dataset: Dataset) -> tuple[float, float]:
         """The least and the largest width that a sample can have, in units of the box's side."""

@@ -16,8 +16,9 @@ from test_fast_training import _config, _psnr, _spheres
 from torch import Tensor
 
 from mipnerf_fast import ops, reference, use_backend
+from mipnerf_fast.fast_captured import READ_EVERY
 from mipnerf_fast.fast_model import FastModel
-from mipnerf_fast.fast_training import READ_EVERY, FastTrainer
+from mipnerf_fast.fast_training import FastTrainer
 from mipnerf_fast.ops.fast_step import FastFields, FastGradients, MarchRays, PixelSource
 
 FLOOR = 16 * 2.0**-23
@@ -183,9 +184,13 @@ def test_training(device: torch.device) -> None:
     scene = _spheres(12, 20)
     trainer = FastTrainer(dataclasses.replace(_config(8 * READ_EVERY)), scene, device)
     before = _psnr_on(trainer.model, scene, device)
+    results = []
     while not trainer.is_done:
-        result = trainer.train_step()
-        assert math.isfinite(result.loss) and result.rays > 0
+        trainer.launch_step()
+        results += trainer.results()
+    results += trainer.results(wait=True)
+    assert [result.step for result in results] == list(range(1, 8 * READ_EVERY + 1))
+    assert all(math.isfinite(result.loss) and result.rays > 0 for result in results)
     assert trainer.step == 8 * READ_EVERY and int(trainer.model.skipped_steps) == 0
     assert 0.5 <= float(trainer.model.samples_per_ray) < 750
     assert _psnr_on(trainer.model, scene, device) > before + 3
@@ -197,3 +202,37 @@ def _psnr_on(model: FastModel, scene: object, device: torch.device) -> float:
     copy = FastModel(model.config)
     copy.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
     return _psnr(copy, scene, 0)  # type: ignore[arg-type]
+
+
+class StandIn:
+    """In place of the captured graph: steps whose statistics say their number; the 20th is not finite."""
+
+    def __init__(self) -> None:
+        self.history = torch.full((READ_EVERY, 6), math.nan, dtype=torch.float64)
+        self.done, self.renewed = 0, 0
+
+    def __call__(self, rate: float) -> None:
+        self.done += 1
+        row = [self.done, rate, 10.0, 5.0, float(self.done != 20), 64.0]
+        self.history[(self.done - 1) % READ_EVERY] = torch.tensor(row, dtype=torch.float64)
+
+    def update_occupancy(self, *settings: float) -> None:
+        self.renewed += 1
+
+
+def test_results_of_captured_steps_come_in_their_order() -> None:
+    trainer, captured = FastTrainer(_config(100), _spheres(8, 4)), StandIn()
+    trainer._captured = captured  # type: ignore[assignment]
+    results = []
+    for step in range(1, 41):
+        trainer.launch_step()
+        arrived = trainer.results()
+        assert len(arrived) == (READ_EVERY if step % READ_EVERY == 0 else 0)
+        results += arrived
+    results += trainer.results(wait=True)
+    assert [(r.step, r.loss, r.rays) for r in results] == [(k, k, 64) for k in range(1, 41)]
+    assert [r.rate == r.mse for r in results] == [True] * 40 and results[0].rate < results[30].rate
+    assert [r.step for r in results if r.is_skipped] == [20]
+    assert [r.skips for r in results] == [0] * 19 + [1] * 21 and results[19].failures_in_row == 1
+    assert trainer.samples == 400 and captured.renewed == 3
+    assert trainer.train_step().step == 41
