@@ -4,6 +4,7 @@
 
 #include "common/for_rays.h"
 #include "mipnerf_fast_build_info.h"  // written by setup.py
+#include "mlp/mlp_hopper_plan.h"
 #include "mlp/mlp_schedule.h"
 
 namespace py = pybind11;
@@ -23,11 +24,13 @@ static const char* vector_unit_name() {
     }
 }
 
-static py::dict mlp_sizes(int features, int width, int depth, int skip_layer, int view_width,
-                          int view_depth) {
+static py::dict mlp_sizes(int features, int width, int depth, int skip_layer, int view_width, int view_depth,
+                          bool hopper) {
     const mipnerf::MlpPlan plan =
         mipnerf::make_mlp_plan({features, width, depth, skip_layer, view_depth > 0, view_width, view_depth});
-    const mipnerf::MlpSizes sizes = mipnerf::mlp_mma::mlp_sizes(plan, mipnerf::mlp_mma::kTileRows);
+    constexpr int kSamples = mipnerf::mlp_mma::kTileRows;
+    const mipnerf::MlpSizes sizes =
+        hopper ? mipnerf::mlp_hopper::sizes_of(plan, kSamples) : mipnerf::mlp_mma::mlp_sizes(plan, kSamples);
     py::dict result;
     result["gradients"] = plan.gradients;
     result["packed"] = sizes.packed;
@@ -43,7 +46,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("vector_unit", &vector_unit_name,
           "Whose copies of the loops run here: avx512, avx2 or baseline; ATEN_CPU_CAPABILITY limits it.");
     m.def("mlp_sizes", &mlp_sizes, py::arg("features"), py::arg("width"), py::arg("depth"),
-          py::arg("skip_layer"), py::arg("view_width"), py::arg("view_depth"),
+          py::arg("skip_layer"), py::arg("view_width"), py::arg("view_depth"), py::arg("hopper") = false,
           "The floats of the fused network's parameters, and the bytes of its packed weights, and of the "
           "activations and masks of every 128 samples.");
 }

@@ -520,7 +520,7 @@ FAULTS: list[tuple[str, str, str, str, str, str]] = [
         "async_wait<kWgradStages - 2>();",
         "if (fault) async_wait<kWgradStages - 1>(); else async_wait<kWgradStages - 2>();",
         "races",
-        "may still be writing",
+        "may still be writing|race: .* of shared memory",
     ),
     # Wrong numbers, without a word from the checks.
     (

@@ -232,6 +232,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     // The biases of a block of rows are summed by one of the warps that have it.
     const int bias_block =
         matrix.bias >= 0 && first_column == 0 ? warp_index() % G::kWarpsAcross : G::kRowBlocks;
+    const bool has_work = first_row + warp_row < matrix.delta_pitch &&
+                          (first_column + warp_column < matrix.columns || bias_block < G::kRowBlocks);
     const unsigned ones = detail::bit_copy<unsigned>(pack_from_float<T>(Floats<2>{{1.0f, 1.0f}}));
     float result[G::kRowBlocks][2 * G::kPairs][4] = {}, bias[4] = {};
 
@@ -245,6 +247,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         issue(stage + kWgradStages - 1, place == 0 ? kWgradStages - 1 : place - 1);
         T* half = shared + place * 2 * G::kHalfStage;
         place = place + 1 == kWgradStages ? 0 : place + 1;
+        if (!has_work) continue;
 #pragma unroll
         for (int step = 0; step < kWgradSamples / 16; ++step) {
             unsigned a[G::kRowBlocks][4];

@@ -81,7 +81,11 @@ class WeightStream {
             const int steps = left_ < G::kStageSteps ? left_ : G::kStageSteps;
             const int bytes = steps * step_bytes_;
             unsigned char* to = stages() + stage * kStageBytes;
-            for (int i = 16 * thread_rank(); i < bytes; i += 16 * kThreads) async_copy16(to + i, from_ + i);
+#pragma unroll
+            for (int round = 0; round < kStageBytes / (16 * kThreads); ++round) {
+                const int i = 16 * (round * kThreads + thread_rank());
+                if (i < bytes) async_copy16(to + i, from_ + i);
+            }
             from_ += bytes;
             left_ -= steps;
             if (left_ == 0) advance();
@@ -155,20 +159,35 @@ MIPNERF_DEVICE void load_operand(Operand<W>& operand, T* tile, const WarpPart<W>
         load_fragment<W>(operand.value[r], tile, part.row + 16 * r, step);
 }
 
+template <int W, typename T>
+MIPNERF_DEVICE void multiply_pair(Result<W>& result, const Operand<W>& operand, const Pack<unsigned, 4>& b,
+                                  int pair) {
+#pragma unroll
+    for (int r = 0; r < Geometry<W>::kRowBlocks; ++r) {
+        mma_m16n8k16<T>(result.value[r][2 * pair], operand.value[r], b.value[0], b.value[1]);
+        mma_m16n8k16<T>(result.value[r][2 * pair + 1], operand.value[r], b.value[2], b.value[3]);
+    }
+}
+
 // One step of the contraction; `weights`: the step's blocks, columns / 16 of them.
 template <int W, typename T>
 MIPNERF_DEVICE void multiply(Result<W>& result, const Operand<W>& operand, const unsigned char* weights,
                              const WarpPart<W>& part, int columns) {
+    using G = Geometry<W>;
+    const auto* mine =
+        reinterpret_cast<const unsigned*>(weights) + 4 * (part.block * kUnitsPerBlock + lane_index());
+    constexpr int kToNext = 4 * G::kWarpsAcross * kUnitsPerBlock;
+    if (columns == W) {  // the usual case: all loads before the first product waits for one
+        Pack<unsigned, 4> b[G::kPairs];
 #pragma unroll
-    for (int pair = 0; pair < Geometry<W>::kPairs; ++pair) {
-        const int block = part.block_of(pair);
-        if (16 * block >= columns) break;
-        const auto b = load_pack_shared<4>(
-            reinterpret_cast<const unsigned*>(weights + (block * kUnitsPerBlock + lane_index()) * 16));
+        for (int pair = 0; pair < G::kPairs; ++pair) b[pair] = load_pack_shared<4>(mine + pair * kToNext);
 #pragma unroll
-        for (int r = 0; r < Geometry<W>::kRowBlocks; ++r) {
-            mma_m16n8k16<T>(result.value[r][2 * pair], operand.value[r], b.value[0], b.value[1]);
-            mma_m16n8k16<T>(result.value[r][2 * pair + 1], operand.value[r], b.value[2], b.value[3]);
+        for (int pair = 0; pair < G::kPairs; ++pair) multiply_pair<W, T>(result, operand, b[pair], pair);
+    } else {
+#pragma unroll
+        for (int pair = 0; pair < G::kPairs; ++pair) {
+            if (16 * part.block_of(pair) >= columns) break;
+            multiply_pair<W, T>(result, operand, load_pack_shared<4>(mine + pair * kToNext), pair);
         }
     }
 }

@@ -17,9 +17,9 @@ from .. import _native
 
 _HALVES = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 128
-_OPERATORS = ("mlp_pack", "mlp_forward", "mlp_encoded_forward", "mlp_backward")
 # With float16 the largest gradient that comes in is scaled to about 2^3; deltas may grow 2^12 times on their way down.
 _FP16_EXPONENT = 3
+_OPERATORS = ("mlp_pack", "mlp_forward", "mlp_encoded_forward", "mlp_backward")
 
 
 class Architecture(NamedTuple):
@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """The raw operators, or twins of them."""
+    """What packs, and goes forward and back: the raw operators."""
 
     pack: Callable[..., Tensor]
     forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -56,7 +56,6 @@ def fused_mlp(
     dtype: torch.dtype,
     *,
     deterministic: bool = True,
-    kernels: Kernels | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.mip_mlp` in the fused kernels.
 
@@ -72,7 +71,6 @@ def fused_mlp(
         architecture: of the network.
         dtype: of the operands: activations, weights, deltas; bfloat16 or float16 (scaled, and scaled back).
         deterministic: whether the gradients are the same in every run; without, their sums are a little faster.
-        kernels: twins of the operators, for checks.
 
     Returns:
         raw rgb [B, N, 3] and raw density [B, N, 1], float32. Differentiable once in everything; the gradient to the
@@ -82,12 +80,18 @@ def fused_mlp(
 
     Source: `performance` 1.2 and 3.3; the bottleneck is Barron et al. 2021, section 4 (the official code, models.py).
     """
-    call = _Call(architecture, dtype, deterministic, kernels or _operators())
     inputs = (features, viewdirs_enc, *parameters)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        rgb, density = _Fused.apply(call, *inputs)
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    options = (*architecture, dtype, deterministic)
+    if torch.compiler.is_compiling():
+        rgb, density, _ = torch.ops.mipnerf_fast.mlp_fused_forward(
+            features, viewdirs_enc, list(parameters), *options, training
+        )
         return rgb, density
-    rgb, density, *_ = _forward(call, features, viewdirs_enc, parameters, False)
+    if training:
+        rgb, density = _Fused.apply(options, *inputs)
+        return rgb, density
+    rgb, density, _ = _forward(features, viewdirs_enc, parameters, options, False)
     return rgb, density
 
 
@@ -143,10 +147,10 @@ def why_not_fused(
     """Why the fused kernels cannot serve this network, these float parameters or this device; empty where they can."""
     if device.type != "cuda":
         return f"it runs on a GPU, and the parameters are on {device.type}"
-    if not _registered():
-        return _native.why_missing() or "the native library was built without its CUDA kernels"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(device)} is older"
+    if not _HAS_KERNELS:
+        return _WHY_NO_KERNELS
+    if (gpu := torch.cuda.get_device_properties(device)).major < 8:
+        return f"it needs compute capability 8.0, and {gpu.name} has {gpu.major}.{gpu.minor}"
     if operands not in _HALVES:
         return f"its operands are bfloat16 or float16, not {str(operands).removeprefix('torch.')}"
     if dtype != torch.float32:
@@ -165,13 +169,6 @@ def why_not_fused(
 
 
 # ------------------------------------------------------------------------------------------------- folding
-
-
-class _Call(NamedTuple):
-    architecture: Architecture
-    dtype: torch.dtype
-    deterministic: bool
-    kernels: Kernels
 
 
 class _Folded:
@@ -214,11 +211,11 @@ class _Folded:
         torch._foreach_copy_(self._parts(flat), tensors)
         return flat
 
-    def unfold(self, gradients: Tensor, ray_sums: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Gradients of the parameters in their order, and of the encoded directions."""
+    def unfold(self, gradients: Tensor, ray_sums: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Gradients of the parameters in their order, and of the encoded directions (empty without)."""
         parts = self._parts(gradients)
         if self.viewdirs_enc is None:
-            return parts, None
+            return parts, gradients.new_empty(0)
         bottleneck_weight, bottleneck_bias = self.layers[self.depth + 1]
         weight, _ = self.layers[self.depth + 2]
         from_bottleneck, from_views = weight[:, : self.width], weight[:, self.width :]
@@ -234,114 +231,222 @@ class _Folded:
 
 
 def _forward(
-    call: _Call,
     features: Tensor,
     viewdirs_enc: Tensor | None,
     parameters: Sequence[Tensor],
+    options: tuple[Any, ...],
     training: bool,
-) -> tuple[Tensor, ...]:
-    """raw rgb, raw density; then what the backward pass needs: features, packed weights, activations, masks."""
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """raw rgb, raw density, and with `training` what the backward pass needs: packed weights, activations, masks."""
+    *architecture, dtype, _ = options
     rays, samples, columns = features.shape
+    kernels = operators()
     with torch.autocast(features.device.type, enabled=False):
-        network = _Folded(viewdirs_enc, parameters, call.architecture)
-        packed = call.kernels.pack(network.flat(), columns, *network.sizes, call.dtype)
-        x = features.detach().reshape(rays * samples, columns).to(call.dtype)
-        rgb, density, activations, masks = call.kernels.forward(
-            x, network.ray_bias, packed, max(samples, 1), *network.sizes, training
+        network = _Folded(viewdirs_enc, parameters, Architecture(*architecture))
+        packed = kernels.pack(network.flat(), columns, *network.sizes, dtype)
+        rgb, density, *stash = kernels.forward(
+            _rows(features, dtype), network.ray_bias, packed, max(samples, 1), *network.sizes, training
         )
-    return rgb.view(rays, samples, 3), density.view(rays, samples, 1), x, packed, activations, masks
+    return rgb.view(rays, samples, 3), density.view(rays, samples, 1), [packed, *stash] if training else []
+
+
+def _rows(features: Tensor, dtype: torch.dtype) -> Tensor:
+    return features.detach().flatten(0, 1).to(dtype)
 
 
 def _backward(
-    call: _Call,
     grad_rgb: Tensor | None,
     grad_density: Tensor | None,
+    features: Tensor,
     viewdirs_enc: Tensor | None,
     parameters: Sequence[Tensor],
     stash: Sequence[Tensor],
-    samples: int,
+    options: tuple[Any, ...],
     to_features: bool,
-) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-    """Gradients of features, viewdirs_enc and the parameters."""
-    x, packed, activations, masks = stash
-    with torch.autocast(x.device.type, enabled=False):
-        network = _Folded(viewdirs_enc, parameters, call.architecture)
-        given = [grad for grad in (grad_rgb, grad_density) if grad is not None and grad.numel()]
-        scale: Tensor | None = None
-        if call.dtype == torch.float16 and given:
-            # A power of two that keeps the deltas in float16's range, found without waiting for the GPU.
-            largest = torch.stack([grad.abs().amax() for grad in given]).amax()
-            scale = torch.exp2(torch.floor(_FP16_EXPONENT - torch.log2(largest)).clamp(-100, 100))
+) -> list[Tensor]:
+    """Gradients of features (empty unless wanted), viewdirs_enc (empty without) and the parameters."""
+    *architecture, dtype, deterministic = options
+    rays, samples, columns = features.shape
+    with torch.autocast(features.device.type, enabled=False):
+        network = _Folded(viewdirs_enc, parameters, Architecture(*architecture))
+        scale = _loss_scale([grad for grad in (grad_rgb, grad_density) if grad is not None], dtype)
 
         def rows(grad: Tensor | None, *shape: int) -> Tensor | None:
             if grad is None:
                 return None
             return grad.reshape(shape) if scale is None else grad.reshape(shape) * scale
 
-        gradients, ray_sums, grad_features = call.kernels.backward(
-            rows(grad_rgb, len(x), 3),
-            rows(grad_density, len(x)),
-            x,
-            packed,
-            activations,
-            masks,
+        gradients, ray_sums, grad_features = operators().backward(
+            rows(grad_rgb, rays * samples, 3),
+            rows(grad_density, rays * samples),
+            _rows(features, dtype),
+            *stash,
             max(samples, 1),
             *network.sizes,
-            call.deterministic,
+            deterministic,
             to_features,
         )
         if scale is not None:
             gradients, ray_sums, grad_features = gradients / scale, ray_sums / scale, grad_features / scale
-        of_parameters, of_viewdirs = network.unfold(gradients, ray_sums)
-    return (grad_features if to_features else None), of_viewdirs, of_parameters
+        grads, grad_viewdirs = network.unfold(gradients, ray_sums)
+    shape = (rays if to_features else 0, samples, columns)
+    return [grad_features.view(shape), grad_viewdirs, *grads]
+
+
+def _loss_scale(grads: list[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """With float16 a power of two that keeps the deltas in its range, found without waiting for the GPU."""
+    grads = [grad for grad in grads if grad.numel()]
+    if dtype != torch.float16 or not grads:
+        return None
+    largest = torch.stack([grad.detach().abs().amax() for grad in grads]).amax()
+    return torch.exp2(torch.floor(_FP16_EXPONENT - torch.log2(largest)).clamp(-100, 100))
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that remembers what it depends on, only to refuse a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *tracked: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        _no_second_derivative()
+
+
+def _no_second_derivative(*_: Any) -> None:
+    raise RuntimeError("mlp: the second derivative is not implemented; use_backend('reference') has it")
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, features: Tensor, viewdirs_enc: Tensor | None, *parameters: Tensor
+        ctx: Any, options: tuple[Any, ...], features: Tensor, viewdirs_enc: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        rgb, density, *stash = _forward(call, features, viewdirs_enc, parameters, True)
-        # An output that took no part in the loss has no gradient, instead of a tensor of zeros.
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(viewdirs_enc, *stash, *parameters)
-        ctx.call, ctx.shape, ctx.feature_dtype = call, features.shape, features.dtype
+        rgb, density, stash = _forward(features, viewdirs_enc, parameters, options, True)
+        _save(ctx, options, features, viewdirs_enc, parameters, stash)
         return rgb, density
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rgb: Tensor | None, grad_density: Tensor | None) -> tuple[Tensor | None, ...]:
-        viewdirs_enc, x, packed, activations, masks, *parameters = ctx.saved_tensors
+        features, viewdirs_enc, parameters, stash = _saved(ctx)
         to_features, to_viewdirs = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        of_features, of_viewdirs, of_parameters = _backward(
-            ctx.call,
-            grad_rgb,
-            grad_density,
-            viewdirs_enc,
-            parameters,
-            (x, packed, activations, masks),
-            ctx.shape[1],
-            to_features,
+        inputs = (grad_rgb, grad_density, features, viewdirs_enc, parameters, stash, ctx.options, to_features)
+        second = torch.is_grad_enabled()
+        with torch.no_grad():
+            of_features, of_viewdirs, *of_parameters = _backward(*inputs)
+        wanted = [*_of_inputs(of_features, of_viewdirs, features, viewdirs_enc, to_features, to_viewdirs)]
+        wanted += of_parameters
+        if second:
+            tracked = [
+                x for x in (grad_rgb, grad_density, features, viewdirs_enc, *parameters) if x is not None
+            ]
+            wanted = [grad if grad is None else _Once.apply(grad, *tracked) for grad in wanted]
+        return (None, *wanted)
+
+
+def _of_inputs(
+    of_features: Tensor,
+    of_viewdirs: Tensor,
+    features: Tensor,
+    viewdirs_enc: Tensor | None,
+    to_features: bool,
+    to_viewdirs: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that are wanted, in the dtypes of what they are of."""
+    return (
+        of_features.to(features.dtype) if to_features else None,
+        of_viewdirs.to(viewdirs_enc.dtype) if to_viewdirs and viewdirs_enc is not None else None,
+    )
+
+
+def _save(
+    ctx: Any,
+    options: tuple[Any, ...],
+    features: Tensor,
+    viewdirs_enc: Tensor | None,
+    parameters: Sequence[Tensor],
+    stash: Sequence[Tensor],
+) -> None:
+    # An output that took no part in the loss has no gradient, instead of a tensor of zeros.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(features, viewdirs_enc, *parameters, *stash)
+    ctx.options, ctx.num_parameters = options, len(parameters)
+
+
+def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Sequence[Tensor], Sequence[Tensor]]:
+    features, viewdirs_enc, *rest = ctx.saved_tensors
+    return features, viewdirs_enc, rest[: ctx.num_parameters], rest[ctx.num_parameters :]
+
+
+def _define() -> None:
+    """The same as operators, which torch.compile takes as they are."""
+    options = "int net_depth, int net_depth_condition, int skip_layer, ScalarType dtype, bool deterministic"
+    forward_schema = f"(Tensor features, Tensor? viewdirs_enc, Tensor[] parameters, {options}, bool training)"
+    backward_schema = (
+        "(Tensor? grad_rgb, Tensor? grad_density, Tensor features, Tensor? viewdirs_enc, Tensor[] parameters, "
+        f"Tensor[] stash, {options}, bool to_features)"
+    )
+
+    def forward(
+        features: Tensor, viewdirs_enc: Tensor | None, parameters: list[Tensor], *options: Any
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        return _forward(features, viewdirs_enc, parameters, tuple(options[:-1]), options[-1])
+
+    def backward(
+        grad_rgb: Tensor | None,
+        grad_density: Tensor | None,
+        features: Tensor,
+        viewdirs_enc: Tensor | None,
+        parameters: list[Tensor],
+        stash: list[Tensor],
+        *options: Any,
+    ) -> list[Tensor]:
+        inputs = (grad_rgb, grad_density, features, viewdirs_enc, parameters, stash)
+        grads = _backward(*inputs, tuple(options[:-1]), options[-1])
+        # An operator's outputs are tensors of their own, and those of the parameters are parts of one.
+        return [*grads[:2], *[grad.clone() for grad in grads[2:]]]
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        features, viewdirs_enc, parameters, *options, _ = inputs
+        _save(ctx, tuple(options), features, viewdirs_enc, parameters, output[2])
+
+    def gradients(ctx: Any, grad_rgb: Tensor | None, grad_density: Tensor | None, _: Any) -> tuple[Any, ...]:
+        features, viewdirs_enc, parameters, stash = _saved(ctx)
+        to_features, to_viewdirs = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        of_features, of_viewdirs, *of_parameters = torch.ops.mipnerf_fast.mlp_fused_backward(
+            grad_rgb, grad_density, features, viewdirs_enc, parameters, stash, *ctx.options, to_features
         )
-        if of_features is not None:
-            of_features = of_features.view(ctx.shape).to(ctx.feature_dtype)
-        if viewdirs_enc is not None and of_viewdirs is not None:
-            of_viewdirs = of_viewdirs.to(viewdirs_enc.dtype)
-        return (None, of_features, of_viewdirs if to_viewdirs else None, *of_parameters)
+        wanted = _of_inputs(of_features, of_viewdirs, features, viewdirs_enc, to_features, to_viewdirs)
+        return (*wanted, of_parameters, *[None] * 6)
+
+    library = torch.library
+    name = "mipnerf_fast::mlp_fused_forward"
+    schema = f"{forward_schema} -> (Tensor, Tensor, Tensor[])"
+    operator = library.custom_op(name, forward, mutates_args=(), schema=schema)
+    operator.register_fake(forward)  # the raw operators know the shapes of their results, so the whole does
+    operator.register_autograd(gradients, setup_context=setup)
+    name = "mipnerf_fast::mlp_fused_backward"
+    operator = library.custom_op(name, backward, mutates_args=(), schema=f"{backward_schema} -> Tensor[]")
+    operator.register_fake(backward)
+    operator.register_autograd(_no_second_derivative)
 
 
 # ------------------------------------------------------------------------------------------------- operators
 
 
-def _registered() -> bool:
-    return _native.available() and all(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"mipnerf_fast::{name}", "CUDA") for name in _OPERATORS
-    )
+# Decided when the package is imported: torch.compile can read module globals, but not ask for them.
+_HAS_KERNELS = _native.available() and all(
+    torch._C._dispatch_has_kernel_for_dispatch_key(f"mipnerf_fast::{name}", "CUDA") for name in _OPERATORS
+)
+_HAS_HOPPER = "9.0a" in _native.build_info().get("architectures", [])
+_WHY_NO_KERNELS = _native.why_missing() or "the native library was built without its CUDA kernels"
 
 
-def _operators() -> Kernels:
-    operators = torch.ops.mipnerf_fast
-    return Kernels(operators.mlp_pack, operators.mlp_forward, operators.mlp_backward)
+def operators() -> Kernels:
+    """The raw operators; tests put twins in this function's place."""
+    library = torch.ops.mipnerf_fast
+    return Kernels(library.mlp_pack, library.mlp_forward, library.mlp_backward)
 
 
 def _no_derivative(*_: Any) -> None:
@@ -351,13 +456,16 @@ def _no_derivative(*_: Any) -> None:
 def _register() -> None:
     """What the raw operators need beside their kernels: shapes for the compiler, and derivatives."""
 
-    def bytes_of(features: int, sizes: tuple[Any, ...]) -> dict[str, int]:
+    def bytes_of(features: int, sizes: tuple[Any, ...], device: torch.device) -> dict[str, int]:
         module = _native.load()
         assert module is not None
-        return dict(module.mlp_sizes(features, *sizes))
+        hopper = _HAS_HOPPER and device.type == "cuda" and torch.cuda.get_device_properties(device).major == 9
+        return dict(module.mlp_sizes(features, *sizes, hopper))
 
     def fake_pack(parameters: Tensor, features: int, *options: Any) -> Tensor:
-        return parameters.new_empty(bytes_of(features, options[:5])["packed"], dtype=torch.uint8)
+        return parameters.new_empty(
+            bytes_of(features, options[:5], parameters.device)["packed"], dtype=torch.uint8
+        )
 
     def fake_forward(
         features: Tensor, ray_bias: Tensor | None, packed: Tensor, samples_per_ray: int, *options: Any
@@ -365,7 +473,7 @@ def _register() -> None:
         *sizes, training = options
         count, columns = features.shape
         tiles = (count + _TILE_ROWS - 1) // _TILE_ROWS if training else 0
-        per_tile = bytes_of(columns, tuple(sizes))
+        per_tile = bytes_of(columns, tuple(sizes), features.device)
         rgb, density = (features.new_empty(shape, dtype=torch.float32) for shape in ((count, 3), (count,)))
         activations, masks = (
             features.new_empty(tiles * per_tile[name], dtype=torch.uint8) for name in ("activations", "masks")
@@ -381,7 +489,7 @@ def _register() -> None:
     ) -> tuple[Tensor, Tensor, Tensor]:
         samples_per_ray, *sizes, _, to_features = rest[3:]
         count, columns = features.shape
-        floats = bytes_of(columns, tuple(sizes))["gradients"]
+        floats = bytes_of(columns, tuple(sizes), features.device)["gradients"]
         shapes = ((floats,), (count // samples_per_ray, sizes[3]), (count if to_features else 0, columns))
         gradients, ray_sums, grad_features = (
             features.new_empty(shape, dtype=torch.float32) for shape in shapes
@@ -394,5 +502,6 @@ def _register() -> None:
         torch.library.register_autograd(f"mipnerf_fast::{name}", _no_derivative)
 
 
+_define()
 if _native.available():
     _register()
