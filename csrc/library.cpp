@@ -67,6 +67,9 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "Tensor masks, int samples_per_ray, int width, int depth, int skip_layer, int view_width, int "
         "view_depth, "
         "bool deterministic, bool to_features) -> (Tensor, Tensor, Tensor)");
+    // Random 32-bit words [R, columns] of the rows' numbers, by Philox 4x32-10; step is one number on their
+    // device.
+    m.def("counter_words(int seed, Tensor step, int stream, Tensor rows, int columns) -> Tensor");
     // ---- the fast model
     // Pixels of a step drawn by counter-based random numbers: origins, directions [B, 3], radii, near, far,
     // phase [B, 1], background and target colours [B, 3]. Of the images in `order`, sorted by scale, group g
@@ -155,4 +158,32 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
     m.def(
         "sparse_adam(Tensor(a!) values, Tensor(b!) gradient, Tensor(c!) moment1, Tensor(d!) moment2, "
         "float learning_rate, float beta1, float beta2, float eps, int step) -> ()");
+    // ---- the fast model's training step on CUDA, to be captured in a graph: what changes from step to step
+    // lies on the device. draw_rays, of which active_rays [1] are drawn by the number in step [1].
+    m.def(
+        "draw_rays_captured(Tensor pixels, Tensor offsets, Tensor heights, Tensor widths, Tensor c2w, Tensor "
+        "focals, Tensor nears, Tensor fars, Tensor order, Tensor group_ends, Tensor group_shares, int seed, "
+        "Tensor step, Tensor active_rays, int count, bool random_background, float background) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    // fast_train_step of the first active_rays [1] rays, as far as there is room for their samples; the
+    // statistics have a sixth number, the rays that took part.
+    m.def(
+        "fast_train_step_captured(Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far, "
+        "Tensor? phase, Tensor background, Tensor target, Tensor active_rays, int capacity, float loss_beta, "
+        "Tensor tables, Tensor density_in, Tensor density_out, Tensor colour_in, Tensor? colour_hidden, "
+        "Tensor colour_out, Tensor masks, int[] resolutions, int table_size, int attenuation, float cutoff, "
+        "bool scale_input, float scale_low, float scale_high, int occupancy_resolution, float box_half, "
+        "float step_scale, float min_step, float max_step, "
+        "Tensor(a!) grad_tables, Tensor(b!) grad_density_in, Tensor(c!) grad_density_out, "
+        "Tensor(d!) grad_colour_in, Tensor(e!)? grad_colour_hidden, Tensor(f!) grad_colour_out) -> Tensor");
+    // sparse_adam at learning_rate [1] times rate_ratio, after step [1] steps; also writes a float16 copy.
+    m.def(
+        "sparse_adam_captured(Tensor(a!) values, Tensor(b!) gradient, Tensor(c!) moment1, Tensor(d!) "
+        "moment2, "
+        "Tensor(e!)? copy, Tensor learning_rate, float rate_ratio, float beta1, float beta2, float eps, "
+        "Tensor step) -> ()");
+    // From a step's statistics to the next one's number of rays and number.
+    m.def(
+        "fast_pace_captured(Tensor statistics, Tensor(a!) samples_per_ray, Tensor(b!) active_rays, "
+        "Tensor(c!) step, float batch, int least, int most) -> ()");
 }

@@ -436,13 +436,10 @@ def from_dict(values: dict[str, Any], where: str = "config") -> TrainConfig:
 
 
 # Fields that files from before them lack; their defaults mean what the package did then.
-_ADDED_LATER = {
-    "mlp_backend",
-    "mlp_dtype",
-    "capture",
-    "deterministic",
-    "max_skips_in_row",
-    "max_skips",
+_ADDED_LATER: dict[type[Any], set[str]] = {
+    MipNerfConfig: {"mlp_backend", "mlp_dtype"},
+    FastConfig: {"sampling", "proposal_samples", "num_samples", "lindisp"},
+    TrainConfig: {"capture", "deterministic", "max_skips_in_row", "max_skips"},
 }
 
 
@@ -461,7 +458,7 @@ def _build(cls: type[Any], values: dict[str, Any], where: str, **built: Any) -> 
         is_number = wanted is float and isinstance(value, int) and not isinstance(value, bool)
         if type(value) is not wanted and not is_number:
             raise InputError(f"{where}: {name}: expected {wanted.__name__}, found {value!r}")
-    missing = defaults.keys() - values.keys() - _ADDED_LATER
+    missing = defaults.keys() - values.keys() - _ADDED_LATER.get(cls, set())
     if missing:
         raise InputError(f"{where}: missing field {sorted(missing)[0]!r}")
     return cls(**values, **built)

@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _native
+from .backend import current_backend
+
 # Streams: one per use within a step. Level k of a model adds k.
 PIXELS, IMAGES, FENCEPOSTS, NOISE, FAST_RAYS, OCCUPANCY = 0, 1, 16, 32, 48, 49
 
@@ -18,6 +21,11 @@ _ROUNDS = 10
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
+
+# The devices whose words a kernel computes; elsewhere they take some hundred small operations. A library that was built
+# before there was this operator has none.
+_HAS_KERNEL = _native.available() and hasattr(torch.ops.mipnerf_fast, "counter_words")
+_KERNELS = (("cpu", "cuda") if _native.build_info().get("cuda") else ("cpu",)) if _HAS_KERNEL else ()
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -58,14 +66,19 @@ def counter_uint32(seed: int, step: int | Tensor, stream: int, rows: Tensor, col
         columns: how many words each row needs.
 
     Returns:
-        int64 [R, columns] with values in [0, 2^32), on rows' device.
+        int64 [R, columns] with values in [0, 2^32), on rows' device; the same from the kernel (csrc/counter_words) and
+        from the lines below it.
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"counter_uint32: seed must be in [0, 2^64), got {seed}")
     blocks = (columns + 3) // 4
     device = rows.device
-    block = torch.arange(blocks, device=device)[None, :]
     step_word = torch.as_tensor(step, dtype=torch.int64, device=device)
+    if device.type in _KERNELS and current_backend() != "reference":
+        signed = seed - 2**64 if seed >= 2**63 else seed
+        found: Tensor = torch.ops.mipnerf_fast.counter_words.default(signed, step_word, stream, rows, columns)
+        return found
+    block = torch.arange(blocks, device=device)[None, :]
     counter = (
         block,
         rows[:, None],
@@ -132,6 +145,14 @@ class CounterRandom:
 
 
 Generator = torch.Generator | CounterRandom | None
+
+
+def _fake_words(seed: int, step: Tensor, stream: int, rows: Tensor, columns: int) -> Tensor:
+    return rows.new_empty(rows.shape[0], columns)
+
+
+if _HAS_KERNEL:
+    torch.library.register_fake("mipnerf_fast::counter_words", _fake_words)
 
 
 def draw_uniform(generator: Generator, stream: int, columns: int, like: Tensor) -> Tensor:

@@ -137,7 +137,10 @@ class FastModel(nn.Module):
         marched = MarchRays(flat.origins, flat.directions, flat.radii, flat.near, flat.far, None, background)
         with torch.no_grad():
             render = fast_reference.fast_render if current_backend() == "reference" else ops.fast_render
-            rendered = render(marched, self.fields())
+            fields = self.fields()
+            if fields.tables.is_cuda and render is ops.fast_render:
+                fields = fields._replace(tables=fields.tables.half())  # as they are trained; see CapturedStep
+            rendered = render(marched, fields)
         weights = background.new_zeros(background.shape[0], 0)
         return Composite(*rendered, weights).unflatten(rays.batch_shape)
 

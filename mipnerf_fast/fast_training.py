@@ -13,7 +13,9 @@ from .backend import current_backend
 from .checkpoint import MOMENTS, Checkpoint
 from .config import FastConfig, TrainConfig
 from .data import Dataset
+from .fast_captured import READ_EVERY, AdamSettings, CapturedStep
 from .fast_model import FastModel
+from .ops.fast_captured import kernels_for
 from .ops.fast_step import FastGradients, MarchRays, PixelSource, StepStatistics
 from .schedules import log_lerp, warm_up
 from .trainer_base import DivergedError, StepResult, TrainerBase
@@ -22,6 +24,8 @@ BETA1, BETA2 = 0.9, 0.99
 # Rays per step stay in this range, whatever the number of samples a ray takes.
 MIN_RAYS, MAX_RAYS = 192, 8192
 _GROUP_RAYS = 64
+# On a GPU at most as many rays as make a batch of so few samples each.
+_FEWEST_SAMPLES = 4
 # Steps in a row without a finite gradient after which nothing will come of it.
 MAX_FAILURES = 100
 # Steps between updates of the occupancy grid; until _EARLY_STEPS one cell in 16 is visited each time and what was
@@ -37,18 +41,22 @@ DEVIATION_PER_PIXEL = 0.5 / math.sqrt(3.0)
 
 
 class FastTrainer(TrainerBase):
-    """Trains a `FastModel` on a dataset; nothing but its checkpoint decides how it goes on, bit by bit.
+    """Trains a `FastModel` on a dataset; on the CPU nothing but its checkpoint decides how it goes on, bit by bit.
 
     A step draws pixels by counter-based random numbers, runs `ops.fast_train_step` (on the backend "reference" the
     same by autograd: `fast_reference`) and Adam on the entries that were touched, and every UPDATE_EVERY steps renews
-    the occupancy grid. The number of rays follows the number of samples
-    that a ray takes, so that a step has `config.batch_size` samples. A step whose gradient is not finite changes
-    nothing and is counted in `model.skipped_steps`; many in a row end the run.
+    the occupancy grid. The number of rays follows the number of samples that a ray takes, so that a step
+    has `config.batch_size` samples. A step whose gradient is not finite changes nothing and is counted in
+    `model.skipped_steps`; many in a row end the run.
+
+    On a GPU a step is one CUDA graph (`CapturedStep`): tables are read in float16, and what a step found is read back
+    every READ_EVERY steps. There, the gradients of the tables are sums in no particular order, so that two runs
+    differ in their last bits; everything else is summed in a fixed order.
 
     Args:
         config: of the run; its model is a `FastConfig` for the images (see `FastConfig.for_images`).
         dataset: training views; scales are told apart by `Dataset.scale`.
-        device: the CPU.
+        device: the CPU, or a GPU that the native library has kernels for.
         max_seconds: of training; the learning rate follows max(step / max_steps, seconds / max_seconds).
         checkpoint: to go on from, or None.
     """
@@ -62,17 +70,22 @@ class FastTrainer(TrainerBase):
         checkpoint: Checkpoint | None = None,
     ) -> None:
         super().__init__(config, device, max_seconds, checkpoint)
-        if not isinstance(config.model, FastConfig) or self.device.type != "cpu":
-            raise ValueError(
-                f"FastTrainer: takes a FastConfig on the CPU, not {type(config.model).__name__} on {device}"
-            )
+        if not isinstance(config.model, FastConfig):
+            raise ValueError(f"FastTrainer: takes a FastConfig, not {type(config.model).__name__}")
+        on_gpu = self.device.type != "cpu"
+        missing = "the backend is set to reference" if current_backend() == "reference" else ""
+        if config.model.sampling == "proposal":
+            missing = "with a proposal it trains on the CPU"
+        if on_gpu and (missing := missing or kernels_for(self.device)):
+            raise ValueError(f"FastTrainer: cannot train on {device}: {missing}")
         self.settings = config.model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model: FastModel = self._build_model(config.model)
+            self.model: FastModel = self._build_model(config.model).to(self.device)
         # Both have the same functions; what is chosen now stays for the whole run.
         self._engine = fast_reference if current_backend() == "reference" else ops
-        self.source = pixel_source(dataset, self.settings.scale_ratio)
+        source = pixel_source(dataset, self.settings.scale_ratio)
+        self.source = PixelSource(*(tensor.to(self.device) for tensor in source))
         self.random_background = self.settings.random_background and dataset.pixels.shape[1] == 4
         self.background = 1.0 if dataset.white_background else 0.0
         side = 2 * self.settings.box_half
@@ -90,13 +103,31 @@ class FastTrainer(TrainerBase):
             moment: {
                 name: torch.zeros_like(tensor)
                 if checkpoint is None
-                else checkpoint.moments(moment)[name].clone()
+                else checkpoint.moments(moment)[name].clone().to(self.device)
                 for name, tensor in self._parameters.items()
             }
             for moment in MOMENTS
         }
         self._failures = 0
         self.samples = 0  # marched by this trainer
+        self._skips = int(self.model.skipped_steps)
+        self._pending: list[tuple[int, float]] = []  # steps launched and not read, and their rates
+        self._captured: CapturedStep | None = None
+        if on_gpu:
+            self._captured = CapturedStep(
+                config,
+                self.model,
+                self.source,
+                self.random_background,
+                self.background,
+                self._parameters,
+                self._gradients,
+                self._moments,
+                AdamSettings(self.settings.network_lr_ratio, BETA1, BETA2, config.adam_eps),
+                self.step,
+                MIN_RAYS,
+                max(MAX_RAYS, config.batch_size // _FEWEST_SAMPLES // _GROUP_RAYS * _GROUP_RAYS),
+            )
 
     def _build_model(self, config: FastConfig) -> FastModel:
         return FastModel(config)
@@ -120,6 +151,9 @@ class FastTrainer(TrainerBase):
 
         Errors: DivergedError after MAX_FAILURES steps in a row whose gradient was not finite.
         """
+        if self._captured is not None:
+            self.launch_step()
+            return self.results(wait=True)[-1]
         start = time.perf_counter()
         config, model, step = self.config, self.model, self.step
         if step % UPDATE_EVERY == 0:
@@ -156,6 +190,56 @@ class FastTrainer(TrainerBase):
             failures_in_row=self._failures,
         )
 
+    def launch_step(self) -> None:
+        """Begin a step: on a GPU its result comes with those of READ_EVERY steps."""
+        if self._captured is None:
+            super().launch_step()
+            return
+        start = time.perf_counter()
+        if self.step % UPDATE_EVERY == 0:
+            self._renew_occupancy()
+        rate = self.learning_rate()
+        self._captured(rate)
+        self.step += 1
+        self._pending.append((self.step, rate))
+        self.seconds += time.perf_counter() - start
+        if self.step % READ_EVERY == 0:
+            self._read(self._captured)
+
+    def results(self, wait: bool = False) -> list[StepResult]:
+        """The results, in order, of the steps that have been read since the last call; see `TrainerBase`."""
+        if wait and self._captured is not None:
+            self._read(self._captured)
+        return super().results(wait)
+
+    def _read(self, captured: CapturedStep) -> None:
+        start = time.perf_counter()
+        history = captured.history.tolist() if self._pending else []
+        for step, rate in self._pending:
+            loss, squared_error, samples, _, finite, rays = history[(step - 1) % READ_EVERY]
+            is_skipped = finite != 1.0
+            self.samples += int(samples)
+            self._failures = self._failures + 1 if is_skipped else 0
+            self._skips += is_skipped
+            self._results.append(
+                StepResult(
+                    loss,
+                    squared_error,
+                    int(rays),
+                    step,
+                    rate,
+                    is_skipped=is_skipped,
+                    skips=self._skips,
+                    failures_in_row=self._failures,
+                )
+            )
+        self._pending.clear()
+        self.seconds += time.perf_counter() - start
+        if self._failures >= MAX_FAILURES:
+            raise DivergedError(
+                f"step {self.step}: {self._failures} steps in a row had a gradient that is not finite"
+            )
+
     def _scale_range(self, dataset: Dataset) -> tuple[float, float]:
         """The least and the largest width that a sample can have, in units of the box's side."""
         side = 2 * self.settings.box_half
@@ -170,13 +254,17 @@ class FastTrainer(TrainerBase):
 
     def _renew_occupancy(self) -> None:
         is_early = self.step < _EARLY_STEPS
+        stride, decay = (_EARLY_STRIDE, _EARLY_DECAY) if is_early else (_LATE_STRIDE, _LATE_DECAY)
+        if self._captured is not None:
+            self._captured.update_occupancy(self._cell_scale, self.step, stride, decay, self._max_threshold)
+            return
         self._engine.occupancy_update(
             self.model.densities,
             self._cell_scale,
             self.config.seed,
             self.step,
-            _EARLY_STRIDE if is_early else _LATE_STRIDE,
-            _EARLY_DECAY if is_early else _LATE_DECAY,
+            stride,
+            decay,
             self._max_threshold,
             self.model.fields(),
         )

@@ -39,6 +39,7 @@ from .environment import choose_device, device_name, revision
 from .errors import InputError, PeerLostError
 from .fast_training import FastTrainer
 from .metrics import mse_to_psnr
+from .ops.fast_captured import kernels_for
 from .proposal_training import ProposalTrainer
 from .ranks import ALONE, Ranks, join_ranks
 from .rendering import render_image
@@ -392,7 +393,7 @@ def run_training(
     if max_minutes is not None and not 0 < max_minutes < math.inf:
         raise InputError(f"--max-minutes: must be positive, got {max_minutes}")
     if isinstance(config.model, FastConfig):
-        device = _device_of_fast_model(device, backend)
+        device = _device_of_fast_model(device, backend, config.model)
     place = choose_device(device)
     _check_backend(backend)
     with deterministic(config.deterministic), join_ranks(place) as (ranks, place):
@@ -542,16 +543,20 @@ def _check_backend(name: str) -> None:
         raise InputError(f"--backend: native was asked for, but {_native.why_missing()}")
 
 
-def _device_of_fast_model(device: str, backend: str) -> str:
-    """The CPU, for which its training kernels are."""
-    if device == "cuda":
-        raise InputError("--device: the fast model trains on the CPU; leave it at auto, or say cpu")
-    if "reference" not in (backend, current_backend()) and not _native.available():
+def _device_of_fast_model(device: str, backend: str, model: FastConfig) -> str:
+    """A GPU where the native library has kernels for it, else the CPU."""
+    by_reference = "reference" in (backend, current_backend())
+    if not by_reference and not _native.available():
         raise InputError(
             f"--preset: the fast model needs the native library, but {_native.why_missing()}; "
             "--backend reference trains it without, many times slower"
         )
-    return "cpu"
+    missing = "the reference trains it on the CPU" if by_reference else kernels_for(torch.device("cuda"))
+    if model.sampling == "proposal":
+        missing = "with a proposal it trains on the CPU"
+    if device == "cuda" and missing:
+        raise InputError(f"--device: the fast model cannot train on cuda: {missing}")
+    return "cpu" if missing else device
 
 
 def _has_test_split(data: str) -> bool:

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from mipnerf_fast import InputError, MipNerfConfig, NerfConfig, TrainConfig, preset
-from mipnerf_fast.config import PRESET_NOTES, PRESETS, from_dict, to_dict
+from mipnerf_fast.config import PRESET_NOTES, PRESETS, FastConfig, from_dict, to_dict
 
 
 def test_defaults_are_the_papers() -> None:
@@ -97,3 +97,20 @@ def test_bad_dictionaries_are_named() -> None:
         from_dict({**good, "model": {"kind": "gaussians"}})
     with pytest.raises(InputError, match="model: expected an object, found NoneType"):
         from_dict({k: v for k, v in good.items() if k != "model"})
+
+
+@pytest.mark.parametrize("model", [MipNerfConfig(), FastConfig()])
+def test_files_from_before_a_field_still_load(model: MipNerfConfig | FastConfig) -> None:
+    config = TrainConfig(model=model)
+    values = to_dict(config)
+    for name in ("capture", "deterministic", "max_skips_in_row", "max_skips"):
+        del values[name]
+    added = ("mlp_backend", "mlp_dtype", "sampling", "proposal_samples")
+    values["model"] = {name: value for name, value in values["model"].items() if name not in added}
+    if isinstance(model, FastConfig):
+        del values["model"]["num_samples"], values["model"]["lindisp"]
+    assert from_dict(values) == config
+    # What was there from the beginning has to be there.
+    values["model"].pop("ray_shape" if isinstance(model, MipNerfConfig) else "levels")
+    with pytest.raises(InputError, match="missing field"):
+        from_dict(values)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from cuda_emulation.harness import run
 
+from mipnerf_fast import use_backend
 from mipnerf_fast.counter_rng import (
     counter_index,
     counter_normal,
@@ -76,6 +79,52 @@ def test_index_reaches_every_value_equally() -> None:
     assert chi2 < 36 + 6 * (2 * 36) ** 0.5
     big = counter_index(9, 4, 1, torch.arange(1000), 2**39)
     assert big.max() > 2**38 and big.min() >= 0
+
+
+SEEDS = (0, 20200823, 2**63, 2**64 - 1)
+STEPS = (0, 1_000_000, 2**32 + 5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("rows", "columns"), [(0, 3), (1, 1), (7, 4), (300, 129)])
+def test_the_kernel_gives_the_same_words(
+    device: torch.device, seed: int, step: int, rows: int, columns: int
+) -> None:
+    numbers = 2**32 - 1 - 5 * torch.arange(rows, device=device)
+    with use_backend("reference"):
+        expected = counter_uint32(seed, step, 17, numbers, columns)
+    assert torch.equal(counter_uint32(seed, step, 17, numbers, columns), expected)
+    assert torch.equal(
+        counter_uint32(seed, torch.tensor(step, device=device), 17, numbers, columns), expected
+    )
+    strided = torch.stack([numbers, numbers], 1)[:, 0]
+    assert torch.equal(counter_uint32(seed, step, 17, strided, columns), expected)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (70, 5)])
+def test_the_cuda_kernel_gives_the_same_words(rows: int, columns: int) -> None:
+    numbers = np.arange(rows, dtype=np.int64) + 2**31
+    step = np.array([2**32 + 3], dtype=np.int64)
+    arrays, outputs = {"step": step, "rows": numbers}, {"words": ((rows, columns), np.int64)}
+    for seed in range(2):
+        found = run("counter_words", arrays, outputs, {"seed": 20200823, "stream": 16}, seed)["words"]
+        expected = counter_uint32(20200823, int(step[0]), 16, torch.from_numpy(numbers), columns)
+        np.testing.assert_array_equal(found, expected.numpy())
+
+
+def test_wrong_arguments_of_the_operator_are_named() -> None:
+    words = torch.ops.mipnerf_fast.counter_words.default
+    rows, step = torch.arange(3), torch.tensor(1)
+    with pytest.raises(RuntimeError, match=r"counter_words: rows must be of shape \[R\]"):
+        words(0, step, 0, rows[None], 1)
+    with pytest.raises(RuntimeError, match=r"counter_words: rows must be .*got float32"):
+        words(0, step, 0, rows.float(), 1)
+    with pytest.raises(RuntimeError, match=r"counter_words: step must be of shape \[\]"):
+        words(0, rows, 0, rows, 1)
+    with pytest.raises(RuntimeError, match="counter_words: columns must be 0 or more, got -1"):
+        words(0, step, 0, rows, -1)
+    torch.library.opcheck(words, (0, step, 0, rows, 5))
 
 
 def test_bad_arguments_are_named() -> None:

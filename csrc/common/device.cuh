@@ -23,6 +23,8 @@
 // Contents (namespace mipnerf; W is a power of two up to 32, normally 32: lanes talk within segments of W)
 //
 //   MIPNERF_DEVICE, MIPNERF_HOST_DEVICE  function prefixes (inlined)
+//   MIPNERF_DEVICE_LARGE                 of a function template that many kernels use: inlined on the device only,
+//                                        since every copy costs g++ seconds under the sanitizers
 //   MIPNERF_LAUNCH(kernel, grid, block, shared_bytes, stream, args...)
 //                                        launches, checks, throws; an empty grid is no launch. A kernel with
 //                                        commas in its template arguments goes in parentheses
@@ -50,6 +52,8 @@
 //   warp_reverse_inclusive_sum, warp_reverse_exclusive_sum, warp_reverse_inclusive_max,
 //   warp_reverse_exclusive_max           the same over the lanes from this one to the last
 //   atomic_add(p, v)                     float, double, int, unsigned; global or shared memory; orders nothing
+//   atomic_add_pack(p, pack)             2 or 4 floats of global memory, each atomically, in one instruction
+//                                        from 9.0 on; aligned like the pack, nothing returned
 //   shared_memory<T>(byte_offset = 0)    the block's dynamic shared memory, uninitialised
 //   exp2_approx, log2_approx, reciprocal_approx, rsqrt_approx, sin_approx, cos_approx
 //                                        float, one special-function instruction each; sine and cosine for
@@ -73,6 +77,7 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 #define MIPNERF_DEVICE __device__ __forceinline__
+#define MIPNERF_DEVICE_LARGE __device__ __forceinline__
 #ifndef MIPNERF_HOST_DEVICE
 #define MIPNERF_HOST_DEVICE __host__ __device__ __forceinline__
 #endif
@@ -81,6 +86,7 @@
 #define MIPNERF_PASS_SITE
 #elif defined(MIPNERF_CUDA_EMULATION)
 #define MIPNERF_DEVICE inline __attribute__((always_inline))
+#define MIPNERF_DEVICE_LARGE __attribute__((noinline))
 #ifndef MIPNERF_HOST_DEVICE
 #define MIPNERF_HOST_DEVICE inline __attribute__((always_inline))
 #endif
@@ -235,6 +241,28 @@ MIPNERF_DEVICE T atomic_add(T* address, T value) {
     return atomicAdd(address, value);
 }
 
+MIPNERF_DEVICE void atomic_add_pack(float* address, const Pack<float, 2>& pack) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};"
+                 :
+                 : "l"(__cvta_generic_to_global(address)), "f"(pack.value[0]), "f"(pack.value[1])
+                 : "memory");
+#else
+    for (int i = 0; i < 2; ++i) atomicAdd(address + i, pack.value[i]);
+#endif
+}
+MIPNERF_DEVICE void atomic_add_pack(float* address, const Pack<float, 4>& pack) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(__cvta_generic_to_global(address)), "f"(pack.value[0]), "f"(pack.value[1]),
+                   "f"(pack.value[2]), "f"(pack.value[3])
+                 : "memory");
+#else
+    for (int i = 0; i < 4; ++i) atomicAdd(address + i, pack.value[i]);
+#endif
+}
+
 // -------------------------------------------------------------------------------------------------------------
 // memory
 
@@ -280,7 +308,9 @@ MIPNERF_DEVICE Pack<T, N> load_pack(const T* address) {
 }
 template <int N, typename T>
 MIPNERF_DEVICE Pack<T, N> load_pack_shared(const T* address) {
-    return detail::bit_copy<Pack<T, N>>(*reinterpret_cast<const detail::PackWord<T, N>*>(address));
+    // By value: a copy through a reference to global memory becomes one of single bytes.
+    const detail::PackWord<T, N> word = *reinterpret_cast<const detail::PackWord<T, N>*>(address);
+    return detail::bit_copy<Pack<T, N>>(word);
 }
 template <typename T, int N>
 MIPNERF_DEVICE void store_pack(T* address, const Pack<T, N>& pack) {

@@ -21,6 +21,13 @@ namespace mipnerf {
 // By the numbers that the operators take.
 enum class Attenuation : int32_t { kNone = 0, kGaussian = 1, kErf = 2 };
 
+struct EncodeOptions {
+    Attenuation attenuation;
+    float cutoff;
+    bool scale_input;
+    float scale_low, scale_high;
+};
+
 constexpr int kMaxLevels = 16;
 
 struct HashLevel {

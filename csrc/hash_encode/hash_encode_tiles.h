@@ -10,13 +10,6 @@
 
 namespace mipnerf {
 
-struct EncodeOptions {
-    Attenuation attenuation;
-    float cutoff;
-    bool scale_input;
-    float scale_low, scale_high;
-};
-
 struct CornerTile {
     alignas(64) uint32_t index[8][kTile];
     alignas(64) float weight[8][kTile];

@@ -21,6 +21,19 @@ inline AdamOptions adam_options(double learning_rate, double beta1, double beta2
             static_cast<float>(beta2), static_cast<float>(eps)};
 }
 
+// The same for a step known only on the device: beta^step = exp(-step decay), decay = -log(beta).
+struct AdamDecays {
+    float decay1, decay2;
+};
+inline AdamDecays adam_decays(double beta1, double beta2) {
+    return {static_cast<float>(-log(beta1)), static_cast<float>(-log(beta2))};
+}
+MIPNERF_HOST_DEVICE AdamOptions adam_options_at(float learning_rate, float beta1, float beta2, float eps,
+                                                const AdamDecays& decays, float step) {
+    return {learning_rate / one_minus_exp_negative(step * decays.decay1),
+            1.0f / one_minus_exp_negative(step * decays.decay2), beta1, beta2, eps};
+}
+
 template <typename T>
 struct AdamEntry {
     T value, moment1, moment2;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "tiny_mlp_math.h"
+#include "tiny_mlp_sizes.h"
 #include "tiny_mlp_tiles.h"
 
 namespace mipnerf {
@@ -28,27 +29,6 @@ class RowBuffer {
     };
     static size_t bytes(int rows) { return static_cast<size_t>(rows) * kTile * sizeof(float); }
     std::unique_ptr<float[], Free> data_;
-};
-
-struct FastSizes {
-    int encoded;        // levels x features
-    int inputs;         // of the density network: encoded + 4
-    int hidden;         // a multiple of 8
-    int colour_layers;  // hidden ones: 1 or 2
-
-    int colour_inputs() const { return kGeometryFeatures + kHarmonics; }
-    // The weights one after the other: density_in, density_out, colour_in, (colour_hidden), colour_out.
-    int64_t density_out_at() const { return static_cast<int64_t>(hidden) * inputs; }
-    int64_t colour_in_at() const {
-        return density_out_at() + static_cast<int64_t>(kGeometryFeatures) * hidden;
-    }
-    int64_t colour_hidden_at() const {
-        return colour_in_at() + static_cast<int64_t>(hidden) * colour_inputs();
-    }
-    int64_t colour_out_at() const {
-        return colour_hidden_at() + (colour_layers == 2 ? static_cast<int64_t>(hidden) * hidden : 0);
-    }
-    int64_t weights() const { return colour_out_at() + 3 * static_cast<int64_t>(hidden); }
 };
 
 // The networks' weights in the order in which the dense kernels read them, forward and transposed.

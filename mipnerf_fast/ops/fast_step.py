@@ -69,13 +69,14 @@ class StepStatistics(NamedTuple):
     is_finite: bool
 
 
-def _operators() -> Any:
+def native_operators() -> Any:
+    """The raw operators, or the sentence that says why there are none."""
     if not _native.available():
         raise RuntimeError(f"the fast model's fused step needs the native library: {_native.why_missing()}")
     return torch.ops.mipnerf_fast
 
 
-def _flat(operator: str, fields: FastFields) -> tuple[Any, ...]:
+def flat_fields(operator: str, fields: FastFields) -> tuple[Any, ...]:
     """The model in the order of the operators' schemas, the attenuation by its number."""
     kind = fields.attenuation
     require(kind in ATTENUATION_CODES, operator, "attenuation", '"gaussian", "erf" or "none"', repr(kind))
@@ -102,14 +103,14 @@ def fast_train_step(
     Errors: RuntimeError naming the argument that is wrong, or why there is no native library; ValueError for an unknown
     attenuation.
     """
-    flat = _flat("fast_train_step", fields)
-    values = _operators().fast_train_step(*rays, target, loss_beta, *flat, *gradients).tolist()
+    flat = flat_fields("fast_train_step", fields)
+    values = native_operators().fast_train_step(*rays, target, loss_beta, *flat, *gradients).tolist()
     return StepStatistics(values[0], values[1], int(values[2]), int(values[3]), values[4] == 1.0)
 
 
 def fast_render(rays: MarchRays, fields: FastFields) -> tuple[Tensor, Tensor, Tensor]:
     """Colour [B, 3], expected distance [B] (near where the ray is empty) and opacity [B] of rays."""
-    rgb, distance, acc = _operators().fast_render(*rays, *_flat("fast_render", fields))
+    rgb, distance, acc = native_operators().fast_render(*rays, *flat_fields("fast_render", fields))
     return rgb, distance, acc
 
 
@@ -136,9 +137,9 @@ def occupancy_update(
     Returns:
         The share of occupied cells and the threshold.
     """
-    flat = _flat("occupancy_update", fields)
+    flat = flat_fields("occupancy_update", fields)
     share, threshold = (
-        _operators()
+        native_operators()
         .occupancy_update(densities, cell_scale, seed, step, stride, decay, max_threshold, *flat)
         .tolist()
     )
@@ -147,7 +148,7 @@ def occupancy_update(
 
 def occupancy_masks(densities: Tensor, max_threshold: float, masks: Tensor) -> tuple[float, float]:
     """Write the masks of a grid of densities [R, R, R] into `masks`; see `occupancy_update` for the result."""
-    share, threshold = _operators().occupancy_masks(densities, max_threshold, masks).tolist()
+    share, threshold = native_operators().occupancy_masks(densities, max_threshold, masks).tolist()
     return share, threshold
 
 
@@ -166,7 +167,7 @@ def sparse_adam(
 
     Source: Kingma and Ba 2015; entries without a gradient are left alone, as in Mueller et al. 2022.
     """
-    _operators().sparse_adam(values, gradient, moment1, moment2, learning_rate, beta1, beta2, eps, step)
+    native_operators().sparse_adam(values, gradient, moment1, moment2, learning_rate, beta1, beta2, eps, step)
 
 
 class PixelSource(NamedTuple):
@@ -193,5 +194,5 @@ def draw_rays(
     A scale is drawn by its share, then one of its images, then a pixel; where the images have alpha and
     random_background is set, every ray gets a background of its own.
     """
-    *fields, target = _operators().draw_rays(*source, seed, step, count, random_background, background)
+    *fields, target = native_operators().draw_rays(*source, seed, step, count, random_background, background)
     return MarchRays(*fields), target

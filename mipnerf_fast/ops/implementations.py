@@ -32,14 +32,14 @@ _KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "frustum_ipe": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
     "composite": {"cpu": (*_FLOATS, torch.float64), "cuda": _FLOATS},
     "resample": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
-    "hash_encode": {"cpu": (torch.float32, torch.float64)},
-    "march": {"cpu": (torch.float32, torch.float64)},
-    "tiny_mlp": {"cpu": (torch.float32, torch.float64)},
-    "packed_composite": {"cpu": (torch.float32, torch.float64)},
-    "draw_rays": {"cpu": (torch.float32,)},
-    "fast_step": {"cpu": (torch.float32,)},
-    "occupancy": {"cpu": (torch.float32,)},
-    "sparse_adam": {"cpu": (torch.float32,)},
+    "hash_encode": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
+    "march": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
+    "tiny_mlp": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
+    "packed_composite": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
+    "draw_rays": {"cpu": (torch.float32,), "cuda": (torch.float32,)},
+    "fast_step": {"cpu": (torch.float32,), "cuda": (torch.float32,)},
+    "occupancy": {"cpu": (torch.float32,), "cuda": (torch.float32,)},
+    "sparse_adam": {"cpu": (torch.float32,), "cuda": (torch.float32,)},
 }
 
 # Decided when the package is imported: torch.compile can read module globals but not look for a library.
@@ -87,13 +87,14 @@ def takes_kernel(operation: str, tensor: Tensor, unsupported: str = "") -> bool:
     backend = current_backend()
     if backend == "reference":
         return False
-    missing = unsupported or _why_no_kernel(operation, tensor.device.type, tensor.dtype)
+    missing = unsupported or why_no_kernel(operation, tensor.device.type, tensor.dtype)
     if missing and backend == "native":
         raise RuntimeError(f"{operation}: the backend is set to native, but {missing}")
     return not missing
 
 
-def _why_no_kernel(operation: str, device_type: str, dtype: torch.dtype) -> str:
+def why_no_kernel(operation: str, device_type: str, dtype: torch.dtype) -> str:
+    """Why an operation has no native kernel for a device and dtype; empty where it has one."""
     kernels = _KERNELS[operation]
     if device_type not in kernels:
         return f"there is no native kernel for {device_type}, only for {' and '.join(kernels)}"
@@ -108,7 +109,7 @@ def _implementation(operation: str, device_type: str, dtype: torch.dtype) -> Imp
     backend = current_backend()
     if backend == "reference":
         return Implementation(operation, "reference", "the backend is set to reference")
-    missing = _why_no_kernel(operation, device_type, dtype)
+    missing = why_no_kernel(operation, device_type, dtype)
     if not missing:
         return Implementation(operation, "native", f"kernel for {device_type}, {dtype}")
     return Implementation(operation, "unavailable" if backend == "native" else "reference", missing)

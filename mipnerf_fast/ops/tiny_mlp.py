@@ -14,7 +14,8 @@ from .finite import reports_non_finite
 from .implementations import takes_kernel
 
 _GEOMETRY, _HARMONICS = 16, 16
-_WIDEST = 256  # of the kernel, in neurons and in inputs
+# Hidden neurons and inputs that the kernels take.
+_LARGEST = {"cpu": (256, 256), "cuda": (64, 96)}
 
 
 @reports_non_finite("tiny_mlp", is_packed=True)
@@ -91,10 +92,11 @@ def tiny_mlp(
     ):
         check_like(name, argument, tensor, "features", features)
     unsupported = ""
-    if hidden % 8 or hidden > _WIDEST:
-        unsupported = f"the kernel takes multiples of 8 up to {_WIDEST} neurons, not {hidden}"
-    elif inputs % 4 or inputs > _WIDEST:
-        unsupported = f"the kernel takes multiples of 4 up to {_WIDEST} inputs, not {inputs}"
+    widest, most_inputs = _LARGEST["cuda" if features.device.type == "cuda" else "cpu"]
+    if hidden % 8 or hidden > widest:
+        unsupported = f"the kernel takes multiples of 8 up to {widest} neurons, not {hidden}"
+    elif inputs % 4 or inputs > most_inputs:
+        unsupported = f"the kernel takes multiples of 4 up to {most_inputs} inputs, not {inputs}"
     arguments = (features, harmonics, rays, density_in, density_out, colour_in, colour_hidden, colour_out)
     if not takes_kernel(name, features, unsupported):
         return reference.tiny_mlp(*arguments)

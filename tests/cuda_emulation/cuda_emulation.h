@@ -90,6 +90,7 @@ extern Indices indices;
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void set_seed(std::uint64_t seed);
 void block_barrier(Site site);
+bool atomics_are_plain();  // a fault that tests ask for
 Exchange& exchange();
 // Waits until every live thread of `mask` is here, then does the operation for all of them.
 void warp_rendezvous(WarpOperation operation, unsigned mask, Site site);
@@ -255,8 +256,19 @@ inline bool warp_all(bool predicate, unsigned mask = kFullMask MIPNERF_SITE) {
 template <typename T>
 T atomic_add(T* address, T value) {
     emulation::require_alignment<T>(address, "atomic");
+    if (emulation::atomics_are_plain()) {
+        const T old = *address;
+        *address = old + value;
+        return old;
+    }
     emulation::note_atomic(address, sizeof(T));
     return emulation::fetch_and_add(address, value);
+}
+
+template <int N>
+void atomic_add_pack(float* address, const Pack<float, N>& pack) {
+    emulation::require_alignment<Pack<float, N>>(address, "atomic");
+    for (int i = 0; i < N; ++i) atomic_add(address + i, pack.value[i]);
 }
 
 template <typename T>

@@ -1,5 +1,8 @@
 // Fibers, the scheduler of one block, barriers, warp-level operations and guarded arrays of the emulation.
 //
+// MIPNERF_EMULATION_OMIT=file:line in the environment leaves out the barriers of that place; with
+// MIPNERF_EMULATION_PLAIN_ATOMICS=1 atomic additions are plain ones.
+//
 // Compiled twice: with AddressSanitizer for the "memory" build, and with MIPNERF_EMULATION_RACES (and no
 // sanitizer: the programs are compiled with -fsanitize=thread but linked against races.cpp instead of its
 // runtime) for the "races" build.
@@ -496,7 +499,21 @@ unsigned char* shared_bytes() {
     return block_of(machine.current).shared;
 }
 
+// Whether the environment asks for this barrier to be left out ("file:line"), for tests that demand that it
+// is missed.
+static bool is_omitted(Site site) {
+    static const char* const omitted = getenv("MIPNERF_EMULATION_OMIT");
+    return omitted != nullptr &&
+           std::string(base_name(site.file)) + ":" + std::to_string(site.line) == omitted;
+}
+
+bool atomics_are_plain() {
+    static const bool plain = getenv("MIPNERF_EMULATION_PLAIN_ATOMICS") != nullptr;
+    return plain;
+}
+
 void block_barrier(Site site) {
+    if (is_omitted(site)) return;
     Thread& t = thread(machine.current);
     t.state = State::at_block_barrier;
     t.site = site;

@@ -1,0 +1,30 @@
+// What the CUDA launches of the hash encoding take. hash_encode_kernels.cuh defines them,
+// hash_encode_launch.cu instantiates them for 2 and 4 features.
+#pragma once
+
+#include "../common/device.cuh"
+#include "hash_encode_math.h"
+
+namespace mipnerf {
+
+// All arrays are contiguous; tables and what has F features a row are aligned to F floats.
+struct HashEncodeArguments {
+    std::int64_t samples;
+    HashGrid grid;
+    Attenuation attenuation;
+    float cutoff;
+    const float* points;  // [S, 3]
+    const float* scales;  // [S]
+    const float* tables;  // [entries, F]
+};
+
+template <int F>
+void launch_hash_encode_forward(const HashEncodeArguments& arguments, float* features /* [S, L F] */,
+                                Stream stream);
+
+// grad_tables [entries, F] is added to.
+template <int F>
+void launch_hash_encode_backward(const HashEncodeArguments& arguments, const float* grad_features,
+                                 float* grad_points, float* grad_scales, float* grad_tables, Stream stream);
+
+}  // namespace mipnerf

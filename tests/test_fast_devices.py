@@ -1,0 +1,238 @@
+"""The fast model's operators on every device there is: the CPU and, where torch sees one, the GPU.
+
+Bounds as in test_fast_step.py: twice the float32 reference's distance from float64, plus a few units in the last place
+of the largest value. On a GPU products are fused into sums, so positions may differ from the CPU's in their last bit:
+points keep away from the faces of cells and rays are those that the device itself marched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from test_fast_step import SMALL, _composed, _model, _rays, _source
+from test_fast_training import _config, _psnr, _spheres
+from torch import Tensor
+
+from mipnerf_fast import ops, reference, use_backend
+from mipnerf_fast.fast_captured import READ_EVERY
+from mipnerf_fast.fast_model import FastModel
+from mipnerf_fast.fast_training import FastTrainer
+from mipnerf_fast.ops.fast_step import FastFields, FastGradients, MarchRays, PixelSource
+
+FLOOR = 16 * 2.0**-23
+
+
+def bounded(found: Tensor, rounded: Tensor, truth: Tensor) -> None:
+    """The rule at the top of this file."""
+    size = truth.abs().max().item() if truth.numel() else 0.0
+    allowed = 2 * (rounded.cpu().double() - truth).abs().max().item() + FLOOR * max(size, 1e-30)
+    assert (found.detach().cpu().double() - truth).abs().max().item() <= allowed
+
+
+def moved(rays: MarchRays, device: torch.device) -> MarchRays:
+    return MarchRays(*(None if field is None else field.to(device) for field in rays))  # type: ignore[arg-type]
+
+
+def on_cpu(fields: FastFields) -> FastFields:
+    return FastFields(*(value.cpu() if isinstance(value, Tensor) else value for value in fields))  # type: ignore[arg-type]
+
+
+def test_hash_encode(device: torch.device) -> None:
+    grid = reference.hash_grid(levels=4, coarsest=4, finest=50, table_size=2**9)
+    points, scales = torch.rand(2000, 3), 0.001 + 0.02 * torch.rand(2000)
+    for n in grid.resolutions:
+        keep = ((points * n - (points * n).round()).abs() > 1e-3).all(-1)
+        points, scales = points[keep], scales[keep]
+    assert len(points) > 500
+    tables, cotangent = torch.randn(grid.entries, 4), torch.randn(len(points), 16)
+    results = []
+    for backend, place, dtype in (
+        ("native", device, torch.float32),
+        ("reference", torch.device("cpu"), torch.float32),
+        ("reference", torch.device("cpu"), torch.float64),
+    ):
+        leaves = [x.to(place, dtype, copy=True).requires_grad_() for x in (points, scales, tables)]
+        with use_backend(backend):
+            features = ops.hash_encode(*leaves, grid)
+        (features * cotangent.to(place, dtype)).sum().backward()
+        results.append([features.detach(), *(leaf.grad for leaf in leaves)])
+    for found, rounded, truth in zip(*results, strict=True):
+        assert found is not None and rounded is not None and truth is not None
+        bounded(found, rounded, truth)
+
+
+def test_march_then_composite(device: torch.device) -> None:
+    model, rays = _model(SMALL).to(device), moved(_rays(), device)
+    with use_backend("native"):
+        packed = ops.march(*rays[:6], model.masks, 32)  # type: ignore[arg-type]
+    assert packed.ray_starts[0] == 0 and packed.ray_starts[-1] == len(packed.rays) > 0
+    counts = packed.ray_starts[1:] - packed.ray_starts[:-1]
+    assert torch.equal(packed.rays, torch.repeat_interleave(torch.arange(70, device=device), counts))
+    means, scales = reference.sample_gaussians(
+        *(field.double() for field in rays[:3]),
+        packed.rays,
+        packed.t0.double(),
+        packed.t1.double(),
+        1.5,  # type: ignore[arg-type, union-attr]
+    )
+    torch.testing.assert_close(packed.means.double(), means, rtol=0, atol=1e-6)
+    torch.testing.assert_close(packed.scales.double(), scales, rtol=1e-5, atol=0)
+    # Every sample's middle lies in a set cell of some mask: what is marched is occupied.
+    assert 0 < len(packed.rays) < 70 * 750
+    lengths, middles = packed.t1 - packed.t0, 0.5 * (packed.t0 + packed.t1)
+    given = [torch.rand(len(lengths), 3, device=device), 30 * torch.rand_like(lengths), lengths, middles]
+    given += [packed.ray_starts, rays.background, rays.near]
+    results = []
+    for backend, place, dtype in (
+        ("native", device, torch.float32),
+        ("reference", torch.device("cpu"), torch.float32),
+        ("reference", torch.device("cpu"), torch.float64),
+    ):
+        arrays = [x.to(place, dtype, copy=True) if x.is_floating_point() else x.to(place) for x in given]
+        leaves = [arrays[i].requires_grad_() for i in (0, 1, 2, 5)]
+        with use_backend(backend):
+            out = ops.packed_composite(*arrays)
+        (out.rgb.square().sum() + out.distance.sum() + out.acc.sum() + out.weights.square().sum()).backward()
+        results.append([*(x.detach() for x in out), *(leaf.grad for leaf in leaves)])
+    for found, rounded, truth in zip(*results, strict=True):
+        assert found is not None and rounded is not None and truth is not None
+        bounded(found, rounded, truth)
+
+
+def test_tiny_mlp(device: torch.device) -> None:
+    shapes = {"in": (64, 36), "out": (16, 64), "colour": (64, 32), "hidden": (64, 64), "last": (3, 64)}
+    weights = [torch.randn(shape) / math.sqrt(shape[1]) for shape in shapes.values()]
+    features, harmonics, index = torch.randn(500, 35), torch.randn(20, 16), torch.randint(20, (500,))
+    results = []
+    for backend, place, dtype in (
+        ("native", device, torch.float32),
+        ("reference", torch.device("cpu"), torch.float32),
+        ("reference", torch.device("cpu"), torch.float64),
+    ):
+        leaves = [x.to(place, dtype, copy=True).requires_grad_() for x in (features, harmonics, *weights)]
+        with use_backend(backend):
+            rgb, density = ops.tiny_mlp(leaves[0], leaves[1], index.to(place), *leaves[2:])
+        (rgb.square().sum() + density.log().sum()).backward()
+        results.append([rgb.detach(), density.detach(), *(leaf.grad for leaf in leaves)])
+    for found, rounded, truth in zip(*results, strict=True):
+        assert found is not None and rounded is not None and truth is not None
+        bounded(found, rounded, truth)
+
+
+def test_step_and_render(device: torch.device) -> None:
+    model, rays = _model(SMALL), _rays()
+    target, wanted = torch.rand(70, 3), {}
+    for dtype in (torch.float32, torch.float64):
+        result, parameters = _composed(rays, model.fields(), dtype)
+        torch.nn.functional.smooth_l1_loss(result.rgb, target.to(dtype), beta=0.1).backward()
+        wanted[dtype] = result, {name: parameter.grad for name, parameter in parameters.items()}
+    fields = model.to(device).fields()
+    values = (getattr(fields, name) for name in FastGradients._fields)
+    gradients = FastGradients(*(None if v is None else torch.zeros_like(v) for v in values))  # type: ignore[arg-type]
+    found = ops.fast_train_step(moved(rays, device), target.to(device), 0.1, fields, gradients)
+    rendered = ops.fast_render(moved(rays, device), fields)
+    (rounded, rounded_grads), (truth, truth_grads) = wanted[torch.float32], wanted[torch.float64]
+    for a, b, c in zip(rendered, rounded, truth, strict=False):
+        bounded(a, b.detach(), c.detach())
+    error = truth.rgb.detach() - target
+    assert math.isclose(found.squared_error, error.square().mean().item(), rel_tol=1e-5)
+    assert found.is_finite and 0 < found.counted <= found.samples
+    for name, gradient in truth_grads.items():
+        bounded(getattr(gradients, name), rounded_grads[name], gradient)
+
+
+def test_drawing(device: torch.device) -> None:
+    source = _source()
+    placed = PixelSource(*(tensor.to(device) for tensor in source))
+    wanted, colours = ops.draw_rays(source, 11, 5, 500, True, 1.0)
+    rays, target = ops.draw_rays(placed, 11, 5, 500, True, 1.0)
+    assert rays.phase is not None and wanted.phase is not None
+    for exact in ("phase", "background", "near", "far"):  # of the counters alone
+        assert torch.equal(getattr(rays, exact).cpu(), getattr(wanted, exact))
+    for a, b in ((rays.origins, wanted.origins), (rays.directions, wanted.directions), (target, colours)):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=1e-6)
+
+
+def test_adam(device: torch.device) -> None:
+    state = [torch.randn(4100), torch.randn(4100), 0.1 * torch.randn(4100), 0.01 * torch.rand(4100)]
+    state[1][torch.rand(4100) < 0.6] = 0
+    wanted = reference.sparse_adam(*(x.double() for x in state), 1e-2, 0.9, 0.99, 1e-15, 7)
+    placed = [x.to(device) for x in state]
+    ops.sparse_adam(*placed, 1e-2, 0.9, 0.99, 1e-15, 7)
+    for found, truth in zip((placed[0], placed[2], placed[3]), wanted, strict=True):
+        torch.testing.assert_close(found.cpu().double(), truth, rtol=1e-6, atol=1e-7)
+    assert not placed[1].any()
+
+
+def test_occupancy(device: torch.device) -> None:
+    model = _model(SMALL).to(device)
+    before = model.densities.cpu().clone()
+    share, threshold = ops.occupancy_update(model.densities, 0.01, 7, 48, 16, 0.5, 0.9, model.fields())
+    cells = model.densities.cpu()
+    changed = (cells != before).sum().item()
+    assert 32**3 / 16 <= changed <= 2 * 32**3 / 16
+    assert math.isclose(threshold, reference.occupancy_threshold(cells.double(), 0.9).item(), rel_tol=1e-5)
+    masks = reference.occupancy_masks(cells, threshold)
+    assert torch.equal(model.masks.cpu(), reference.pack_masks(masks))
+    assert share == masks[0][0].double().mean().item()
+
+
+def test_training(device: torch.device) -> None:
+    """The whole step; on a GPU in a captured graph, whose pace and reading back are the trainer's business."""
+    scene = _spheres(12, 20)
+    trainer = FastTrainer(dataclasses.replace(_config(8 * READ_EVERY)), scene, device)
+    before = _psnr_on(trainer.model, scene, device)
+    results = []
+    while not trainer.is_done:
+        trainer.launch_step()
+        results += trainer.results()
+    results += trainer.results(wait=True)
+    assert [result.step for result in results] == list(range(1, 8 * READ_EVERY + 1))
+    assert all(math.isfinite(result.loss) and result.rays > 0 for result in results)
+    assert trainer.step == 8 * READ_EVERY and int(trainer.model.skipped_steps) == 0
+    assert 0.5 <= float(trainer.model.samples_per_ray) < 750
+    assert _psnr_on(trainer.model, scene, device) > before + 3
+    assert all(value.device.type == device.type for value in trainer.moments()["exp_avg"].values())
+
+
+def _psnr_on(model: FastModel, scene: object, device: torch.device) -> float:
+    """On the CPU, whatever the model was trained on."""
+    copy = FastModel(model.config)
+    copy.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
+    return _psnr(copy, scene, 0)  # type: ignore[arg-type]
+
+
+class StandIn:
+    """In place of the captured graph: steps whose statistics say their number; the 20th is not finite."""
+
+    def __init__(self) -> None:
+        self.history = torch.full((READ_EVERY, 6), math.nan, dtype=torch.float64)
+        self.done, self.renewed = 0, 0
+
+    def __call__(self, rate: float) -> None:
+        self.done += 1
+        row = [self.done, rate, 10.0, 5.0, float(self.done != 20), 64.0]
+        self.history[(self.done - 1) % READ_EVERY] = torch.tensor(row, dtype=torch.float64)
+
+    def update_occupancy(self, *settings: float) -> None:
+        self.renewed += 1
+
+
+def test_results_of_captured_steps_come_in_their_order() -> None:
+    trainer, captured = FastTrainer(_config(100), _spheres(8, 4)), StandIn()
+    trainer._captured = captured  # type: ignore[assignment]
+    results = []
+    for step in range(1, 41):
+        trainer.launch_step()
+        arrived = trainer.results()
+        assert len(arrived) == (READ_EVERY if step % READ_EVERY == 0 else 0)
+        results += arrived
+    results += trainer.results(wait=True)
+    assert [(r.step, r.loss, r.rays) for r in results] == [(k, k, 64) for k in range(1, 41)]
+    assert [r.rate == r.mse for r in results] == [True] * 40 and results[0].rate < results[30].rate
+    assert [r.step for r in results if r.is_skipped] == [20]
+    assert [r.skips for r in results] == [0] * 19 + [1] * 21 and results[19].failures_in_row == 1
+    assert trainer.samples == 400 and captured.renewed == 3
+    assert trainer.train_step().step == 41
