@@ -109,9 +109,16 @@ def draw_steps(results: Path) -> None:
         times = [1e3 * row["median"] for row in rows]
         spread = [[1e3 * abs(row["median"] - row[end]) for row in rows] for end in ("p10", "p90")]
         colours = ["#9aa0a6" if row["family"] == "PyTorch" else "#1a73e8" for row in rows]
-        axis.barh([row["name"] for row in rows], times, xerr=spread, color=colours, height=0.7)
+        axis.barh(
+            [row["name"] for row in rows],
+            times,
+            xerr=spread,
+            color=colours,
+            height=0.7,
+            error_kw={"elinewidth": 0.8},
+        )
         for y, value in enumerate(times):
-            axis.text(value, y, f"  {value:.4g} ms", va="center", fontsize=7)
+            axis.text(0, y, f"  {value:.4g} ms", va="center", fontsize=7, color="white")
         axis.set_title(f"{report['benchmark']}: {table['work']['title']}\n{_machine(report)}", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.set_xlim(0, 1.2 * max(times))
