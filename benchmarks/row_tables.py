@@ -34,6 +34,8 @@ def new_report(benchmark: str, device: torch.device, limits: Ceilings, about: st
 def put_table(report: dict[str, Any], work: Work, rows: Sequence[Row]) -> None:
     """Add a table of measured rows, or put it in the place of an earlier state of it."""
     table = {"work": asdict(work), "rows": [asdict(row) for row in rows]}
+    # Tables of one report may have been measured in parts, each beside ceilings of its own.
+    table["ceilings"] = report["ceilings"]
     others = [other for other in report["tables"] if other["work"]["title"] != work.title]
     report["tables"] = [*others, table]
 
@@ -128,7 +130,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"(library {facts['library']}). {report['about']}",
     ]
     for table in report["tables"]:
-        lines += ["", f"## {table['work']['title']}", "", *table_lines(table, report["ceilings"])]
+        lines += ["", f"## {table['work']['title']}", "", *table_lines(table, table["ceilings"])]
     return "\n".join(lines) + "\n"
 
 
