@@ -11,6 +11,7 @@ from .. import _native, reference
 from .arguments import check_float, check_like, check_shape, require
 from .finite import reports_non_finite
 from .implementations import takes_kernel
+from .registration import register_differentiable
 
 _SHAPES = ("cone", "cylinder")
 _MAX_DEGREE = 16  # of the kernel
@@ -160,20 +161,5 @@ def _differentiate(ctx: Any, grad_features: Tensor) -> tuple[Tensor | None, ...]
     return (*grads, None, None, None, None, None)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "frustum_ipe: the native kernel has no second derivative; "
-        'use_backend("reference") differentiates any number of times'
-    )
-
-
-def _register() -> None:
-    forward, backward = "mipnerf_fast::frustum_ipe_forward", "mipnerf_fast::frustum_ipe_backward"
-    torch.library.register_fake(forward, _forward_fake)
-    torch.library.register_fake(backward, _backward_fake)
-    torch.library.register_autograd(forward, _differentiate, setup_context=_save)
-    torch.library.register_autograd(backward, _no_second_derivative)
-
-
 if _native.available():
-    _register()
+    register_differentiable("frustum_ipe", _forward_fake, _backward_fake, _differentiate, _save)

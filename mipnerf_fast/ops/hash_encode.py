@@ -12,6 +12,7 @@ from ..reference import HashGrid
 from .arguments import check_float, check_like, check_shape, require
 from .finite import reports_non_finite
 from .implementations import takes_kernel
+from .registration import register_differentiable
 
 _FEATURES = (2, 4)  # of the kernel
 _MAX_LEVELS = 16
@@ -123,20 +124,5 @@ def _differentiate(ctx: Any, grad_features: Tensor) -> tuple[Tensor | None, ...]
     return (*grads, None, None, None, None)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "hash_encode: the native kernel has no second derivative; "
-        'use_backend("reference") differentiates any number of times'
-    )
-
-
-def _register() -> None:
-    forward, backward = "mipnerf_fast::hash_encode_forward", "mipnerf_fast::hash_encode_backward"
-    torch.library.register_fake(forward, _forward_fake)
-    torch.library.register_fake(backward, _backward_fake)
-    torch.library.register_autograd(forward, _differentiate, setup_context=_save)
-    torch.library.register_autograd(backward, _no_second_derivative)
-
-
 if _native.available():
-    _register()
+    register_differentiable("hash_encode", _forward_fake, _backward_fake, _differentiate, _save)

@@ -11,6 +11,7 @@ from .. import _native, reference
 from ..reference import PackedComposite
 from .arguments import check_float, check_like, check_shape, require
 from .implementations import takes_kernel
+from .registration import register_differentiable
 
 
 def packed_composite(
@@ -126,20 +127,5 @@ def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return rgb, density, lengths, None, None, background, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "packed_composite: the native kernel has no second derivative; "
-        'use_backend("reference") differentiates any number of times'
-    )
-
-
-def _register() -> None:
-    forward, backward = "mipnerf_fast::packed_composite_forward", "mipnerf_fast::packed_composite_backward"
-    torch.library.register_fake(forward, _forward_fake)
-    torch.library.register_fake(backward, _backward_fake)
-    torch.library.register_autograd(forward, _differentiate, setup_context=_save)
-    torch.library.register_autograd(backward, _no_second_derivative)
-
-
 if _native.available():
-    _register()
+    register_differentiable("packed_composite", _forward_fake, _backward_fake, _differentiate, _save)

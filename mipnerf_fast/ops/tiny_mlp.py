@@ -12,6 +12,7 @@ from ..reference import TinyMlp
 from .arguments import check_float, check_like, check_shape, require
 from .finite import reports_non_finite
 from .implementations import takes_kernel
+from .registration import register_differentiable
 
 _GEOMETRY, _HARMONICS = 16, 16
 # Hidden neurons and inputs that the kernels take.
@@ -159,20 +160,5 @@ def _differentiate(ctx: Any, grad_rgb: Tensor, grad_density: Tensor) -> tuple[Te
     )
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "tiny_mlp: the native kernel has no second derivative; "
-        'use_backend("reference") differentiates any number of times'
-    )
-
-
-def _register() -> None:
-    forward, backward = "mipnerf_fast::tiny_mlp_forward", "mipnerf_fast::tiny_mlp_backward"
-    torch.library.register_fake(forward, _forward_fake)
-    torch.library.register_fake(backward, _backward_fake)
-    torch.library.register_autograd(forward, _differentiate, setup_context=_save)
-    torch.library.register_autograd(backward, _no_second_derivative)
-
-
 if _native.available():
-    _register()
+    register_differentiable("tiny_mlp", _forward_fake, _backward_fake, _differentiate, _save)
