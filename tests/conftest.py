@@ -17,6 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from mipnerf_fast import _native  # noqa: E402
+from mipnerf_fast.backend import configure_backend  # noqa: E402
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -47,6 +48,14 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def configured_backend() -> Iterator[None]:
+    """Every test starts from the backend "auto": a training and the command line configure that of the process."""
+    configure_backend("auto")
+    yield
+    configure_backend("auto")
 
 
 @pytest.hookimpl(tryfirst=True)

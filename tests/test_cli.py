@@ -16,16 +16,9 @@ from PIL import Image
 from tiny_scenes import write_blender
 
 from mipnerf_fast import cli, ops
-from mipnerf_fast.backend import configure_backend
 from mipnerf_fast.config import PRESETS, MipNerfConfig, NerfConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def same_backend_afterwards() -> Any:
-    yield
-    configure_backend("auto")
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from analytic_models import Ball
 from tiny_scenes import write_blender
 
 from mipnerf_fast import cli
-from mipnerf_fast.backend import configure_backend
 from mipnerf_fast.plots import strip, view_strip
 
 SIZE = 24
@@ -39,13 +38,12 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(scene: Path) -> Iterator[Path]:
+def run(scene: Path) -> Path:
     """A run of some seconds."""
     folder = scene.parent / "run"
     line = f"train --data {scene} --preset small --run-dir {folder} --max-steps 300 --save-every 150 --test-every 150"
     assert cli.main([*line.split(), *NETWORK.split(), "--lr-init", "1e-2"]) == 0
-    yield folder
-    configure_backend("auto")
+    return folder
 
 
 def test_training_reaches_its_psnr(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
