@@ -39,6 +39,7 @@
 //                                        there during the launch), aligned global store
 //   store_pack_streaming(p, pack)        for results that nobody reads again soon
 //   load_pack_shared<N>(p), store_pack_shared(p, pack)   the same in shared memory
+//   load_pack_written<N>(p)              aligned load of global memory that the launch also writes
 //   ldg128(p), stg128(p, pack)           the 16-byte ones: 4 floats, 8 Bfloat16 or 8 Half
 //   pack_to_float(pack), pack_from_float<T>(floats)
 //   lane_index(), warp_index()           of a one-dimensional block
@@ -308,7 +309,12 @@ MIPNERF_DEVICE Pack<T, N> load_pack(const T* address) {
 }
 template <int N, typename T>
 MIPNERF_DEVICE Pack<T, N> load_pack_shared(const T* address) {
-    // By value: a copy through a reference to global memory becomes one of single bytes.
+    return detail::bit_copy<Pack<T, N>>(*reinterpret_cast<const detail::PackWord<T, N>*>(address));
+}
+template <int N, typename T>
+MIPNERF_DEVICE Pack<T, N> load_pack_written(const T* address) {
+    // By value: a copy through a reference to global memory becomes one of single bytes. (Loads of shared
+    // memory stay as they are: by value they make ptxas serialise the products of mlp_hopper.)
     const detail::PackWord<T, N> word = *reinterpret_cast<const detail::PackWord<T, N>*>(address);
     return detail::bit_copy<Pack<T, N>>(word);
 }

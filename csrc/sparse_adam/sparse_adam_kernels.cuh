@@ -8,17 +8,12 @@ namespace mipnerf {
 
 constexpr int kAdamThreads = 256;
 
-template <int N>
-MIPNERF_DEVICE Pack<float, N> load_plain(const float* address) {
-    return load_pack_shared<N>(address);  // not the read-only path: the launch writes there
-}
-
 // Thread i of block b owns the N numbers from N (b kAdamThreads + i) on.
 template <int N>
 __global__ void __launch_bounds__(kAdamThreads) sparse_adam_kernel(SparseAdamArguments in) {
     const std::int64_t first = (static_cast<std::int64_t>(blockIdx.x) * kAdamThreads + threadIdx.x) * N;
     if (first >= in.count) return;
-    const Pack<float, N> gradient = load_plain<N>(in.gradient + first);
+    const Pack<float, N> gradient = load_pack_written<N>(in.gradient + first);
     std::uint32_t any = 0;
 #pragma unroll
     for (int i = 0; i < N; ++i) any |= float_bits(gradient.value[i]) << 1;  // -0 is zero too
@@ -28,8 +23,9 @@ __global__ void __launch_bounds__(kAdamThreads) sparse_adam_kernel(SparseAdamArg
             ? in.options
             : adam_options_at(*in.clock.rate * in.clock.rate_ratio, in.options.beta1, in.options.beta2,
                               in.options.eps, in.clock.decays, static_cast<float>(*in.clock.step + 1));
-    Pack<float, N> value = load_plain<N>(in.values + first), moment1 = load_plain<N>(in.moment1 + first),
-                   moment2 = load_plain<N>(in.moment2 + first), zero;
+    Pack<float, N> value = load_pack_written<N>(in.values + first),
+                   moment1 = load_pack_written<N>(in.moment1 + first),
+                   moment2 = load_pack_written<N>(in.moment2 + first), zero;
     Floats<N> narrow;
 #pragma unroll
     for (int i = 0; i < N; ++i) {

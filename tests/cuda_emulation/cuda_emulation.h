@@ -286,6 +286,10 @@ Pack<T, N> load_pack_shared(const T* address) {
     return pack;
 }
 template <int N, typename T>
+Pack<T, N> load_pack_written(const T* address) {
+    return load_pack_shared<N>(address);
+}
+template <int N, typename T>
 Pack<T, N> load_pack(const T* address) {
     emulation::note_read_only_load(address, sizeof(T) * N);
     return load_pack_shared<N>(address);
