@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from mipnerf_fast.ops import MipMLP, MlpShape, mlp_folded_passes
 from mipnerf_fast.ops.gemm import CublasLtTwin, TorchGemm
+from mipnerf_fast.ops.mlp_autograd import Architecture
 from mipnerf_fast.ops.mlp_folded import TORCH, TWIN, folded_mlp
-from mipnerf_fast.ops.mlp_fused import Architecture
 
 DOUBLE = torch.float64
 

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mipnerf_fast import _native, reference
 from mipnerf_fast.ops import mlp_fused
-from mipnerf_fast.ops.mlp_fused import Architecture, Kernels, Sizes, fused_mlp, why_not_fused
+from mipnerf_fast.ops.mlp_autograd import Architecture
+from mipnerf_fast.ops.mlp_fused import Kernels, Sizes, fused_mlp, why_not_fused
 
 # features, view features (None: no views), width, depth, view width, view depth, skip
 SHAPES = [

@@ -11,9 +11,10 @@ from .. import reference
 from ..backend import current_backend
 from .arguments import check_float, require
 from .finite import reports_non_finite
+from .mlp_autograd import Architecture
 from .mlp_backends import MLP_BACKENDS, MLP_DTYPES, MlpChoice, MlpShape, choose_mlp
 from .mlp_folded import CUBLASLT, TORCH, TWIN, folded_mlp
-from .mlp_fused import Architecture, fused_mlp
+from .mlp_fused import fused_mlp
 from .mlp_tcnn import WHAT, TcnnNetworks
 
 _PRODUCTS = {"folded": TORCH, "emulated": TWIN, "cublaslt": CUBLASLT}

@@ -14,10 +14,20 @@ import torch
 from torch import Tensor
 
 from .gemm import new_bit_mask
+from .mlp_autograd import (
+    Architecture,
+    MlpFunction,
+    Passes,
+    no_second_derivative,
+    save_inputs,
+    saved_inputs,
+    wanted_of_inputs,
+)
 from .mlp_folded_passes import CUBLASLT, TORCH, TWIN, backward_pass, forward_pass
-from .mlp_fused import Architecture
 
 __all__ = ["CUBLASLT", "TORCH", "TWIN", "folded_mlp"]
+
+_PASSES = Passes(forward_pass, backward_pass)
 
 
 def folded_mlp(
@@ -61,74 +71,13 @@ def folded_mlp(
         )
         return rgb, density
     if training:
-        rgb, density = _Folded.apply(options, *inputs)
+        rgb, density = MlpFunction.apply(_PASSES, options, *inputs)
         return rgb, density
     rgb, density, _ = forward_pass(features, viewdirs_enc, parameters, options, False)
     return rgb, density
 
 
 # ------------------------------------------------------------------------------------------------- autograd
-
-
-class _Folded(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, options: tuple[Any, ...], features: Tensor, viewdirs_enc: Tensor | None, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        rgb, density, stash = forward_pass(features, viewdirs_enc, parameters, options, True)
-        _save(ctx, options, features, viewdirs_enc, parameters, stash)
-        return rgb, density
-
-    @staticmethod
-    def backward(ctx: Any, grad_rgb: Tensor | None, grad_density: Tensor | None) -> tuple[Tensor | None, ...]:
-        features, viewdirs_enc, parameters, stash = _saved(ctx)
-        to_features, to_viewdirs = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        inputs = (grad_rgb, grad_density, features, viewdirs_enc, parameters, stash, ctx.options, to_features)
-        second = torch.is_grad_enabled()
-        with torch.no_grad():
-            of_features, of_viewdirs, *of_parameters = backward_pass(*inputs)
-        wanted = [of_features if to_features else None, of_viewdirs if to_viewdirs else None, *of_parameters]
-        if second:
-            tracked = [
-                x for x in (grad_rgb, grad_density, features, viewdirs_enc, *parameters) if x is not None
-            ]
-            wanted = [grad if grad is None else _Once.apply(grad, *tracked) for grad in wanted]
-        return (None, *wanted)
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that remembers what it depends on, only to refuse a second derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *tracked: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        _no_second_derivative()
-
-
-def _no_second_derivative(*_: Any) -> None:
-    raise RuntimeError("mlp: the second derivative is not implemented; use_backend('reference') has it")
-
-
-def _save(
-    ctx: Any,
-    options: tuple[Any, ...],
-    features: Tensor,
-    viewdirs_enc: Tensor | None,
-    parameters: Sequence[Tensor],
-    stash: Sequence[Tensor],
-) -> None:
-    # An output that took no part in the loss has no gradient, instead of a tensor of zeros.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(features, viewdirs_enc, *parameters, *stash)
-    ctx.options, ctx.num_parameters = options, len(parameters)
-
-
-def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Sequence[Tensor], Sequence[Tensor]]:
-    features, viewdirs_enc, *rest = ctx.saved_tensors
-    return features, viewdirs_enc, rest[: ctx.num_parameters], rest[ctx.num_parameters :]
 
 
 def _define() -> None:
@@ -191,15 +140,15 @@ def _define() -> None:
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         features, viewdirs_enc, parameters, *options, _ = inputs
-        _save(ctx, tuple(options), features, viewdirs_enc, parameters, output[2])
+        save_inputs(ctx, tuple(options), features, viewdirs_enc, parameters, output[2])
 
     def gradients(ctx: Any, grad_rgb: Tensor | None, grad_density: Tensor | None, _: Any) -> tuple[Any, ...]:
-        features, viewdirs_enc, parameters, stash = _saved(ctx)
+        features, viewdirs_enc, parameters, stash = saved_inputs(ctx)
         to_features, to_viewdirs = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         of_features, of_viewdirs, *of_parameters = torch.ops.mipnerf_fast.mlp_folded_backward(
             grad_rgb, grad_density, features, viewdirs_enc, parameters, stash, *ctx.options, to_features
         )
-        wanted = (of_features if to_features else None, of_viewdirs if to_viewdirs else None)
+        wanted = wanted_of_inputs(of_features, of_viewdirs, features, viewdirs_enc, to_features, to_viewdirs)
         return (*wanted, of_parameters, *[None] * 6)
 
     library = torch.library
@@ -213,7 +162,7 @@ def _define() -> None:
     schema = f"({outputs}{common.format('Tensor[] stash, ', 'to_features')}) -> Tensor[]"
     operator = library.custom_op(name, backward, mutates_args=(), schema=schema)
     operator.register_fake(fake_backward)
-    operator.register_autograd(_no_second_derivative)
+    operator.register_autograd(no_second_derivative)
 
 
 _define()

@@ -9,14 +9,10 @@ import torch
 from torch import Tensor
 
 from .gemm import CublasLt, CublasLtTwin, Gemm, TorchGemm
-from .mlp_fused import Architecture
+from .mlp_autograd import Architecture, loss_scale
 
 # Which products an operator uses; operators take numbers.
 TORCH, TWIN, CUBLASLT = range(3)
-
-# fp16: the largest gradient that comes in is scaled to about this; deltas may grow 2^12 times on their way down, and
-# what is 2^-17 of the largest is still a normal number.
-_FP16_EXPONENT = 3
 
 
 class _Network:
@@ -217,7 +213,7 @@ def backward_pass(
     spans = list(_spans(rays, samples, gemm.chunk_rows))
     chunk = max((rows.stop - rows.start for _, rows in spans), default=0)
     kept = _Buffers(network, gemm, master, rays * samples, chunk, stash, True)
-    scale = _loss_scale([g for g in (grad_rgb, grad_density) if g is not None], gemm.dtype)
+    scale = loss_scale([g for g in (grad_rgb, grad_density) if g is not None], gemm.dtype)
 
     # The first products overwrite, the others add; without samples there are none.
     new = master.new_empty if spans else master.new_zeros
@@ -396,16 +392,6 @@ def _set(delta: Tensor, grad: Tensor | None, rays: slice, scale: Tensor | None) 
     else:
         rows = grad[rays].flatten(0, 1)
         delta.copy_(rows if scale is None else rows * scale)
-
-
-def _loss_scale(grads: list[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """With float16 a power of two that keeps the deltas in its range; taken back in float32. No wait for the GPU."""
-    grads = [grad for grad in grads if grad.numel()]
-    if dtype != torch.float16 or not grads:
-        return None
-    largest = torch.stack([grad.detach().abs().amax() for grad in grads]).amax()
-    exponent = torch.floor(_FP16_EXPONENT - torch.log2(largest)).clamp(-100, 100)
-    return torch.exp2(exponent)
 
 
 _gemms: dict[tuple[int, torch.dtype, torch.device], Gemm] = {}

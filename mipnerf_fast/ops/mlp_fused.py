@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .mlp_autograd import (
+    Architecture,
+    MlpFunction,
+    Passes,
+    loss_scale,
+    no_second_derivative,
+    save_inputs,
+    saved_inputs,
+    wanted_of_inputs,
+)
 
 _HALVES = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 128
-# With float16 the largest gradient that comes in is scaled to about 2^3; deltas may grow 2^12 times on their way down.
-_FP16_EXPONENT = 3
 _OPERATORS = ("mlp_pack", "mlp_forward", "mlp_encoded_forward", "mlp_backward")
-
-
-class Architecture(NamedTuple):
-    """What of `reference.mip_mlp`'s arguments the parameters' shapes do not tell."""
-
-    net_depth: int
-    net_depth_condition: int
-    skip_layer: int
 
 
 class Sizes(NamedTuple):
@@ -89,7 +89,7 @@ def fused_mlp(
         )
         return rgb, density
     if training:
-        rgb, density = _Fused.apply(options, *inputs)
+        rgb, density = MlpFunction.apply(Passes(_forward, _backward), options, *inputs)
         return rgb, density
     rgb, density, _ = _forward(features, viewdirs_enc, parameters, options, False)
     return rgb, density
@@ -269,7 +269,7 @@ def _backward(
     rays, samples, columns = features.shape
     with torch.autocast(features.device.type, enabled=False):
         network = _Folded(viewdirs_enc, parameters, Architecture(*architecture))
-        scale = _loss_scale([grad for grad in (grad_rgb, grad_density) if grad is not None], dtype)
+        scale = loss_scale([grad for grad in (grad_rgb, grad_density) if grad is not None], dtype)
 
         def rows(grad: Tensor | None, *shape: int) -> Tensor | None:
             if grad is None:
@@ -291,92 +291,6 @@ def _backward(
         grads, grad_viewdirs = network.unfold(gradients, ray_sums)
     shape = (rays if to_features else 0, samples, columns)
     return [grad_features.view(shape), grad_viewdirs, *grads]
-
-
-def _loss_scale(grads: list[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """With float16 a power of two that keeps the deltas in its range, found without waiting for the GPU."""
-    grads = [grad for grad in grads if grad.numel()]
-    if dtype != torch.float16 or not grads:
-        return None
-    largest = torch.stack([grad.detach().abs().amax() for grad in grads]).amax()
-    return torch.exp2(torch.floor(_FP16_EXPONENT - torch.log2(largest)).clamp(-100, 100))
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that remembers what it depends on, only to refuse a second derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *tracked: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        _no_second_derivative()
-
-
-def _no_second_derivative(*_: Any) -> None:
-    raise RuntimeError("mlp: the second derivative is not implemented; use_backend('reference') has it")
-
-
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, options: tuple[Any, ...], features: Tensor, viewdirs_enc: Tensor | None, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        rgb, density, stash = _forward(features, viewdirs_enc, parameters, options, True)
-        _save(ctx, options, features, viewdirs_enc, parameters, stash)
-        return rgb, density
-
-    @staticmethod
-    def backward(ctx: Any, grad_rgb: Tensor | None, grad_density: Tensor | None) -> tuple[Tensor | None, ...]:
-        features, viewdirs_enc, parameters, stash = _saved(ctx)
-        to_features, to_viewdirs = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        inputs = (grad_rgb, grad_density, features, viewdirs_enc, parameters, stash, ctx.options, to_features)
-        second = torch.is_grad_enabled()
-        with torch.no_grad():
-            of_features, of_viewdirs, *of_parameters = _backward(*inputs)
-        wanted = [*_of_inputs(of_features, of_viewdirs, features, viewdirs_enc, to_features, to_viewdirs)]
-        wanted += of_parameters
-        if second:
-            tracked = [
-                x for x in (grad_rgb, grad_density, features, viewdirs_enc, *parameters) if x is not None
-            ]
-            wanted = [grad if grad is None else _Once.apply(grad, *tracked) for grad in wanted]
-        return (None, *wanted)
-
-
-def _of_inputs(
-    of_features: Tensor,
-    of_viewdirs: Tensor,
-    features: Tensor,
-    viewdirs_enc: Tensor | None,
-    to_features: bool,
-    to_viewdirs: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients that are wanted, in the dtypes of what they are of."""
-    return (
-        of_features.to(features.dtype) if to_features else None,
-        of_viewdirs.to(viewdirs_enc.dtype) if to_viewdirs and viewdirs_enc is not None else None,
-    )
-
-
-def _save(
-    ctx: Any,
-    options: tuple[Any, ...],
-    features: Tensor,
-    viewdirs_enc: Tensor | None,
-    parameters: Sequence[Tensor],
-    stash: Sequence[Tensor],
-) -> None:
-    # An output that took no part in the loss has no gradient, instead of a tensor of zeros.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(features, viewdirs_enc, *parameters, *stash)
-    ctx.options, ctx.num_parameters = options, len(parameters)
-
-
-def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Sequence[Tensor], Sequence[Tensor]]:
-    features, viewdirs_enc, *rest = ctx.saved_tensors
-    return features, viewdirs_enc, rest[: ctx.num_parameters], rest[ctx.num_parameters :]
 
 
 def _define() -> None:
@@ -409,15 +323,15 @@ def _define() -> None:
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         features, viewdirs_enc, parameters, *options, _ = inputs
-        _save(ctx, tuple(options), features, viewdirs_enc, parameters, output[2])
+        save_inputs(ctx, tuple(options), features, viewdirs_enc, parameters, output[2])
 
     def gradients(ctx: Any, grad_rgb: Tensor | None, grad_density: Tensor | None, _: Any) -> tuple[Any, ...]:
-        features, viewdirs_enc, parameters, stash = _saved(ctx)
+        features, viewdirs_enc, parameters, stash = saved_inputs(ctx)
         to_features, to_viewdirs = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         of_features, of_viewdirs, *of_parameters = torch.ops.mipnerf_fast.mlp_fused_backward(
             grad_rgb, grad_density, features, viewdirs_enc, parameters, stash, *ctx.options, to_features
         )
-        wanted = _of_inputs(of_features, of_viewdirs, features, viewdirs_enc, to_features, to_viewdirs)
+        wanted = wanted_of_inputs(of_features, of_viewdirs, features, viewdirs_enc, to_features, to_viewdirs)
         return (*wanted, of_parameters, *[None] * 6)
 
     library = torch.library
@@ -429,7 +343,7 @@ def _define() -> None:
     name = "mipnerf_fast::mlp_fused_backward"
     operator = library.custom_op(name, backward, mutates_args=(), schema=f"{backward_schema} -> Tensor[]")
     operator.register_fake(backward)
-    operator.register_autograd(_no_second_derivative)
+    operator.register_autograd(no_second_derivative)
 
 
 # ------------------------------------------------------------------------------------------------- operators
