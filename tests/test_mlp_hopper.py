@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlp_compositing
 import numpy as np
 import pytest
 from cuda_emulation import harness
 from cuda_emulation.harness import CHECKS, from_bfloat16, run, to_bfloat16
+from mlp_compositing import OPTIONS, make_rays
 
 ROWS = 64  # of a block of the stash
 # The largest relative error of rounding to the operand's type, and half its smallest step.
@@ -191,8 +193,8 @@ def forward(network, keeps=True, seed=0, checks=("memory",)):
     return emulate(shape, "forward", arrays, outputs, seed, checks)
 
 
-def forward_encoding(network, encoding, **scalars):
-    """The forward that computes the features itself, and what they are."""
+def forward_encoding(network, encoding, options=None, seed=0, checks=CHECKS, **scalars):
+    """The forward that computes the features itself, and what they are; with options also composited."""
     shape = network.shape
     outputs = {
         "packed": ((sizes(shape)["packed"],), np.uint8),
@@ -200,8 +202,11 @@ def forward_encoding(network, encoding, **scalars):
         "density": ((shape.samples,), np.float32),
         "encoded": (network.features.shape, stored(shape)),
     }
+    if options is not None:
+        outputs |= mlp_compositing.outputs(shape.rays, shape.samples_per_ray)
+        scalars |= mlp_compositing.scalars(options)
     arrays = {"parameters": network.parameters, "ray_bias": network.ray_bias if shape.view_depth else None}
-    return emulate(shape, "forward", {**arrays, **encoding}, outputs, checks=CHECKS, **scalars)
+    return emulate(shape, "forward", {**arrays, **encoding}, outputs, seed, checks, **scalars)
 
 
 def kept_layers(network, y) -> Iterator[tuple[int, Layer, np.ndarray, np.ndarray]]:
@@ -412,14 +417,7 @@ def test_encoding_inside(degrees, cylinder, integrated):
     """Bit for bit as with the features that frustum_ipe_math.h gives outside."""
     shape = Shape(features=6 * degrees, depth=3, skip_layer=2, rays=7, samples_per_ray=19)
     network = Network(shape)
-    rng = np.random.default_rng(3)
-    encoding = {
-        "t_vals": np.sort(rng.uniform(2, 6, (shape.rays, shape.samples_per_ray + 1)), 1),
-        "origins": rng.normal(size=(shape.rays, 3)),
-        "directions": rng.normal(size=(shape.rays, 3)),
-        "radii": rng.uniform(1e-3, 1e-2, (shape.rays, 1)),
-    }
-    encoding = {name: array.astype(np.float32) for name, array in encoding.items()}
+    encoding = make_rays(shape.rays, shape.samples_per_ray)
     inside = forward_encoding(network, encoding, min_deg=0, cylinder=cylinder, integrated=integrated)
     network.features = inside["encoded"]
     assert np.abs(widen(shape, network.features)).max() > 0.5
@@ -427,6 +425,35 @@ def test_encoding_inside(degrees, cylinder, integrated):
     check_forward(network, outside)
     for name in ("rgb", "density"):
         np.testing.assert_array_equal(inside[name], outside[name])
+
+
+# Several rays in a tile, one with room to spare, exactly one, or a part of one; more and fewer tiles than blocks.
+COMPOSITED = [
+    Shape(features=24, depth=2, rays=rays, samples_per_ray=samples, multiprocessors=2)
+    for rays, samples in [(31, 19), (300, 1), (3, 100), (5, 128), (2, 129), (3, 300)]
+] + [
+    Shape(features=12, depth=2, view_width=0, view_depth=0, rays=7, samples_per_ray=60),
+    Shape(features=36, width=128, depth=2, view_width=64, type="Half", rays=3, samples_per_ray=70),
+    Shape(features=96, width=256, view_width=128, rays=3, samples_per_ray=128),
+]
+
+
+def check_composited(shape, seed=0, checks=CHECKS):
+    network, encoding = Network(shape, seed), make_rays(shape.rays, shape.samples_per_ray)
+    options = OPTIONS[shape.rays % 2]
+    scalars = {"min_deg": 0, "cylinder": 0, "integrated": 1}
+    found = forward_encoding(network, encoding, options, seed, checks, **scalars)
+    mlp_compositing.check(found, found["rgb"], found["density"], encoding, options)
+
+
+@pytest.mark.parametrize("shape", COMPOSITED, ids=lambda s: f"{s.width}-{s.rays}x{s.samples_per_ray}")
+def test_compositing_behind(shape):
+    check_composited(shape, checks=CHECKS if shape.width == 64 else ("memory",))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_compositing_in_every_order(seed):
+    check_composited(COMPOSITED[-4] if seed % 2 else COMPOSITED[0], seed, ("memory",))
 
 
 # ---- broken kernels -----------------------------------------------------------------------------
@@ -504,6 +531,30 @@ FAULTS = {
         "if (!fault) cluster_sync();  // nobody leaves",
         ("forward", "memory", "may end before|has ended|ends while"),
     ),
+    "composited before the colours have come": (
+        FORWARD,
+        "barrier_wait(colour_full, static_cast<unsigned>(round) & 1u);",
+        "if (!fault) barrier_wait(colour_full, static_cast<unsigned>(round) & 1u);",
+        ("composited", "races", "race: |has not written|more arrivals|divergence: no thread"),
+    ),
+    "colours replaced while they are composited": (
+        FORWARD,
+        "barrier_wait(colour_empty, (static_cast<unsigned>(round) & 1u) ^ 1u);",
+        "if (!fault) barrier_wait(colour_empty, (static_cast<unsigned>(round) & 1u) ^ 1u);",
+        ("composited", "races", "race: |more arrivals|divergence: no thread"),
+    ),
+    "the progress of a long ray forgotten": (
+        FORWARD,
+        "if (rows.before > 0) progress = kept_progress(colours + 3, 4);",
+        "if (rows.before > 0 && !fault) progress = kept_progress(colours + 3, 4);",
+        ("composited", "memory", "wrong"),
+    ),
+    "the ray of the next group": (
+        FORWARD,
+        "rows.ray = group * tiling.rays;",
+        "rows.ray = group * tiling.rays + (fault && group == 0);",
+        ("composited", "memory", "wrong"),
+    ),
     "the neighbour's mask": (
         DGRAD,
         "mask.value[i / 16] << (i % 8);",
@@ -552,7 +603,7 @@ def broken() -> Path:
         1,
     )
     (folder / "mlp").mkdir(parents=True, exist_ok=True)
-    for name in ("common", "frustum_ipe"):
+    for name in ("common", "composite", "frustum_ipe"):
         link = folder / name
         if not link.is_symlink():
             link.symlink_to(harness.ROOT / "csrc" / name)
@@ -575,11 +626,15 @@ def run_broken(monkeypatch, program, launch, fault, seed, check):
     """The launches before `launch` sound, that one with the fault; raises where anything is found wrong."""
     monkeypatch.setattr(f"{__name__}.PROGRAM", program)
     network, kept, deltas = (
-        sound_launches(program, seed) if launch != "forward" else (Network(SMALL, seed), None, None)
+        sound_launches(program, seed)
+        if launch not in ("forward", "composited")
+        else (Network(SMALL, seed), None, None)
     )
     monkeypatch.setattr(f"{__name__}.FAULT", fault)
     try:
-        if launch == "forward":
+        if launch == "composited":
+            expect("wrong", check_composited, BROKEN_COMPOSITED, seed, [check])
+        elif launch == "forward":
             expect("wrong numbers", check_forward, network, forward(network, seed=seed, checks=[check]))
         elif launch == "dgrad":
             deltas = dgrad(network, kept, seed=seed, checks=[check])
@@ -589,6 +644,10 @@ def run_broken(monkeypatch, program, launch, fault, seed, check):
             expect("wrong numbers", check_wgrad, network, kept, deltas, gradients)
     finally:
         monkeypatch.setattr(f"{__name__}.FAULT", 0)
+
+
+# Tiles of one block in a row, each a part of a ray.
+BROKEN_COMPOSITED = Shape(features=12, depth=1, view_width=32, rays=3, samples_per_ray=150, multiprocessors=2)
 
 
 def expect(sentence, check, *arguments):
@@ -602,6 +661,7 @@ def test_the_copy_without_a_fault_is_sound(broken, monkeypatch):
     for seed in SEEDS[:3]:
         run_broken(monkeypatch, broken, "wgrad", 0, seed, "memory")
         run_broken(monkeypatch, broken, "forward", 0, seed, "races")
+        run_broken(monkeypatch, broken, "composited", 0, seed, "races")
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import mlp_compositing
 import numpy as np
 import pytest
 from cuda_emulation import harness
 from cuda_emulation.harness import EmulationError, from_bfloat16, run, to_bfloat16
+from mlp_compositing import OPTIONS, make_rays
 
 SEEDS = range(20)
 TILE_ROWS, THREADS = 128, 256
@@ -260,10 +263,11 @@ def run_case(
     backward: bool = True,
     inference: bool = True,
     encoding: dict[str, np.ndarray] | None = None,
+    composites: bool = False,
     checks: Sequence[str] = harness.CHECKS,
     program: str | Path = "mlp",
     defines: Sequence[str] = (),
-    **scalars: int,
+    **scalars: Any,
 ) -> Case:
     net, samples = case.net, case.samples
     tiles = -(-samples // TILE_ROWS)
@@ -285,6 +289,8 @@ def run_case(
         del arrays["features"]
         arrays |= encoding
         outputs["encoded"] = ((samples, net.features), net.stored_type)
+    if composites:
+        outputs |= mlp_compositing.outputs(case.rays, case.samples_per_ray)
     if backward:
         size = gradient_offsets(net)[-1][0]
         outputs |= {"deltas": ((stash + samples * 8,), net.stored_type), "gradients": ((size,), np.float32)}
@@ -442,23 +448,42 @@ def test_encoding_inside(degrees: int, min_deg: int, cylinder: int, integrated: 
     """The features computed by the forward are, bit for bit, those that frustum_ipe_math.h gives outside."""
     rays, samples_per_ray = 7, 19
     case = make_case(Network(6 * degrees, 64, 2, 1, 32, 1), rays, samples_per_ray)
-    rng = np.random.default_rng(3)
-    encoding = {
-        "t_vals": np.sort(rng.uniform(2, 6, (rays, samples_per_ray + 1)), 1),
-        "origins": rng.normal(size=(rays, 3)),
-        "directions": rng.normal(size=(rays, 3)),
-        "radii": rng.uniform(1e-3, 1e-2, (rays, 1)),
-    }
     run_case(
         case,
         backward=False,
-        encoding={name: array.astype(np.float32) for name, array in encoding.items()},
+        encoding=make_rays(rays, samples_per_ray),
         min_deg=min_deg,
         cylinder=cylinder,
         integrated=integrated,
     )
     assert np.abs(case.net.load(case.out["encoded"])).max() > 0.5
     check_forward(case)
+
+
+# A tile holds several rays, one with room to spare, exactly one, or a part of one.
+COMPOSITES = [(11, 19), (300, 1), (3, 100), (3, 128), (2, 129), (2, 300)]
+
+
+def composite_case(net: Network, rays: int, samples_per_ray: int, seed: int = 0, **options: Any) -> None:
+    """Raw numbers as given without compositing, pixels as the reference makes of them."""
+    case, given = make_case(net, rays, samples_per_ray, seed), make_rays(rays, samples_per_ray)
+    settings = OPTIONS[rays % 2]
+    numbers = {"min_deg": 0, "cylinder": 0, "integrated": 1, **mlp_compositing.scalars(settings)}
+    run_case(case, seed, backward=False, encoding=given, composites=True, **{**numbers, **options})
+    check_forward(case)
+    mlp_compositing.check(case.out, case.out["rgb"], case.out["density"], given, settings)
+
+
+@pytest.mark.parametrize(("rays", "samples_per_ray"), COMPOSITES)
+def test_compositing_behind(rays: int, samples_per_ray: int) -> None:
+    composite_case(Network(24, 64, 2, 1, 32, 1), rays, samples_per_ray)
+
+
+@pytest.mark.parametrize(
+    "net", [PAPER, Network(12, 64, 2, 4), Network(12, 128, 5, 4, 48, 2)], ids=["paper", "no view", "skip"]
+)
+def test_compositing_behind_other_networks(net: Network) -> None:
+    composite_case(net, 2, 70, checks=["memory"])
 
 
 # ---- broken kernels
@@ -558,12 +583,49 @@ FAULTS: list[tuple[str, str, str, str, str, str]] = [
 ]
 
 
+# The same in what comes behind the network.
+COMPOSITING_FAULTS: list[tuple[str, str, str, str, str, str]] = [
+    (
+        "composited before every row is there",
+        "mlp_kernels.cuh",
+        "block_sync();  // colours and densities of all rows are there",
+        "if (!fault) block_sync();",
+        "races",
+        "race: |has not written",
+    ),
+    (
+        "the progress of a long ray forgotten",
+        "mlp_kernels.cuh",
+        "if (before > 0) progress = kept_progress(kept, 1);",
+        "if (before > 0 && !fault) progress = kept_progress(kept, 1);",
+        "values",
+        "pixels|distance|acc|weights",
+    ),
+    (
+        "the colour of the next sample",
+        "mlp_kernels.cuh",
+        "load_pack_shared<4>(colour_at<W>(tile, row + i))",
+        "load_pack_shared<4>(colour_at<W>(tile, row + i + (fault && i == 0)))",
+        "values",
+        "pixels",
+    ),
+    (
+        "the depth in front of 32 samples left out",
+        "mlp_composite.cuh",
+        "progress.depth += warp_shuffle(inclusive, kWarpSize - 1);",
+        "if (!fault) progress.depth += warp_shuffle(inclusive, kWarpSize - 1);",
+        "values",
+        "pixels|distance|acc|weights",
+    ),
+]
+
+
 @pytest.fixture(scope="module")
 def broken() -> Path:
     """emulate_mlp.cpp over a copy of the sources with every fault built in, each behind its number."""
     folder = harness.CACHE / "broken_mlp"
     sources = {path.name: path.read_text() for path in (harness.ROOT / "csrc" / "mlp").glob("mlp_*.*h")}
-    for number, (_, file, sound, faulty, _, _) in enumerate(FAULTS, 1):
+    for number, (_, file, sound, faulty, _, _) in enumerate(FAULTS + COMPOSITING_FAULTS, 1):
         assert sources[file].count(sound) == 1, (
             f"{sound!r} stands {sources[file].count(sound)} times in {file}"
         )
@@ -579,7 +641,7 @@ def broken() -> Path:
         1,
     )
     (folder / "mlp").mkdir(parents=True, exist_ok=True)
-    for name in ("common", "frustum_ipe"):
+    for name in ("common", "composite", "frustum_ipe"):
         link = folder / name
         if not link.is_symlink():
             link.symlink_to(harness.ROOT / "csrc" / name)
@@ -606,6 +668,28 @@ def check_both(case: Case) -> None:
 def test_the_copy_without_a_fault_is_sound(broken: Path) -> None:
     for seed in SEEDS:
         check_both(run_broken(broken, 0, seed, harness.CHECKS))
+
+
+def composite_broken(program: Path, fault: int, seed: int, checks: Sequence[str]) -> None:
+    net, defines = Network(12, 64, 2, 4, 16, 1), ("MIPNERF_ONE_INSTANCE",)
+    composite_case(net, 2, 150, seed, program=program, fault=fault, checks=checks, defines=defines)
+
+
+def test_compositing_without_a_fault_is_sound(broken: Path) -> None:
+    for seed in SEEDS:
+        composite_broken(broken, 0, seed, harness.CHECKS)
+
+
+@pytest.mark.parametrize("fault", COMPOSITING_FAULTS, ids=[fault[0] for fault in COMPOSITING_FAULTS])
+def test_broken_compositing_is_caught_for_every_seed(
+    broken: Path, fault: tuple[str, str, str, str, str, str]
+) -> None:
+    *_, check, sentence = fault
+    number = len(FAULTS) + 1 + COMPOSITING_FAULTS.index(fault)
+    for seed in SEEDS:
+        error = AssertionError if check == "values" else EmulationError
+        with pytest.raises(error, match=sentence):
+            composite_broken(broken, number, seed, ["memory"] if check == "values" else [check])
 
 
 @pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=[fault[0] for fault in FAULTS])

@@ -3,10 +3,8 @@
 // fenceposts of the fused one).
 #pragma once
 
-#include "../common/device.cuh"
 #include "../resample/resample_kernels.cuh"
-#include "composite_launch.h"
-#include "composite_math.h"
+#include "composite_device.cuh"
 
 namespace mipnerf {
 
@@ -56,18 +54,10 @@ MIPNERF_DEVICE LaneSamples load_samples(const CompositeArguments<S>& in, const S
 }
 
 // Sample i of a run of colours, activated.
-struct Colour {
-    float red, green, blue;
-
-    MIPNERF_DEVICE Colour(const CompositeOptions<float>& options, const Floats<3 * kPerLane>& raw, int i)
-        : red(raw.value[3 * i]), green(raw.value[3 * i + 1]), blue(raw.value[3 * i + 2]) {
-        if (options.rgb_activation == RgbActivation::kSigmoid) {
-            red = activate_rgb(red, RgbActivation::kSigmoid, options.rgb_padding).value;
-            green = activate_rgb(green, RgbActivation::kSigmoid, options.rgb_padding).value;
-            blue = activate_rgb(blue, RgbActivation::kSigmoid, options.rgb_padding).value;
-        }
-    }
-};
+MIPNERF_DEVICE Colour colour_of_run(const CompositeOptions<float>& options, const Floats<3 * kPerLane>& raw,
+                                    int i) {
+    return activate_colour(options, raw.value[3 * i], raw.value[3 * i + 1], raw.value[3 * i + 2]);
+}
 
 // ---- forward ------------------------------------------------------------------------------------
 
@@ -81,7 +71,8 @@ MIPNERF_DEVICE void composite_ray(const CompositeArguments<S>& in, const Composi
     const S* density_row = in.density + ray * n;
     const float* t_row = in.t_vals + ray * (n + 1);
     const float norm = direction_norm(in.directions + 3 * ray);
-    float red = 0, green = 0, blue = 0, acc = 0, sum_middle = 0, sum_before_tile = 0;
+    PixelSums sums;
+    float sum_before_tile = 0;
     for (int tile = 0; tile < n; tile += kTile) {
         const int first = tile + kPerLane * lane;
         const Floats<3 * kPerLane> rgb = load_run<kAligned, 3 * kPerLane>(rgb_row, 3 * first, 3 * n);
@@ -93,29 +84,12 @@ MIPNERF_DEVICE void composite_ray(const CompositeArguments<S>& in, const Composi
         for (int i = 0; i < kPerLane; ++i) {
             const float w = transmittance(samples.before[i]) * opacity(samples.depth[i]);
             weights.value[i] = w;
-            const Colour colour(in.options, rgb, i);
-            red += w * colour.red;
-            green += w * colour.green;
-            blue += w * colour.blue;
-            acc += w;
-            sum_middle += w * interval_middle(samples.t[i], samples.t[i + 1]);
+            sums.add(w, colour_of_run(in.options, rgb, i), interval_middle(samples.t[i], samples.t[i + 1]));
         }
         store_run<kAligned>(out.weights + ray * n, first, n, weights);
         keep(first, weights);
     }
-    red = warp_sum(red);
-    green = warp_sum(green);
-    blue = warp_sum(blue);
-    acc = warp_sum(acc);
-    sum_middle = warp_sum(sum_middle);
-    if (lane < 3) {
-        const float mine = lane == 0 ? red : (lane == 1 ? green : blue);
-        out.rgb[3 * ray + lane] = mine + in.options.background * (1.0f - acc);
-    } else if (lane == 3) {
-        out.distance[ray] = expected_distance(sum_middle, acc, t_row[0], t_row[n]).value;
-    } else if (lane == 4) {
-        out.acc[ray] = acc;
-    }
+    store_pixel(sums, in.options.background, t_row[0], t_row[n], out, ray);
 }
 
 // Warp w of block b writes everything of ray b * kCompositeWarps + w.
@@ -213,7 +187,7 @@ __global__ void __launch_bounds__(kCompositeWarps* kWarpSize, kAligned ? 5 : 4)
         float grad_weight[kPerLane];
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) {
-            const Colour colour(in.options, raw_rgb, i);
+            const Colour colour = colour_of_run(in.options, raw_rgb, i);
             grad_weight[i] = cotangent(colour.red, colour.green, colour.blue,
                                        interval_middle(samples.t[i], samples.t[i + 1]));
         }

@@ -19,13 +19,6 @@ struct CompositeArguments {
     CompositeOptions<float> options;
 };
 
-struct CompositeResults {
-    float* rgb;       // [B, 3]
-    float* distance;  // [B]
-    float* acc;       // [B]
-    float* weights;   // [B, N]
-};
-
 template <typename S>
 struct CompositeCotangents {
     const float* rgb;        // dL/d output; null: zero

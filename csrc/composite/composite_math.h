@@ -38,6 +38,14 @@ struct CompositeOptions {
     }
 };
 
+// What the kernels write, contiguous.
+struct CompositeResults {
+    float* rgb;       // [B, 3]
+    float* distance;  // [B]
+    float* acc;       // [B]
+    float* weights;   // [B, N]
+};
+
 template <typename T>
 struct Largest;
 template <>

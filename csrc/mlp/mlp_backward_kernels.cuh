@@ -362,7 +362,8 @@ void launch_mlp_dgrad(const MlpDgradArguments<T>& arguments, Stream stream) {
     in.head_deltas = in.deltas + in.samples * arguments.plan.stash_columns;
     in.grad_features = arguments.grad_features;
     constexpr std::size_t kBytes = Geometry<W>::kSharedBytes;
-    MIPNERF_LAUNCH((mlp_dgrad_kernel<W, T>), persistent_grid(mlp_dgrad_kernel<W, T>, in.samples, kBytes),
+    const std::int64_t tiles = ceil_div(in.samples, std::int64_t{kTileRows});
+    MIPNERF_LAUNCH((mlp_dgrad_kernel<W, T>), persistent_grid(mlp_dgrad_kernel<W, T>, tiles, kBytes),
                    dim3(kThreads), kBytes, stream, in);
 }
 

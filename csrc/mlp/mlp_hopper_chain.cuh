@@ -31,13 +31,15 @@ constexpr Registers kForWidest{232, 40}, kForEncoding{224, 56}, kForNarrower{208
 constexpr int kMostStages = 8;
 constexpr std::size_t kMostSharedBytes = 227 * 1024;
 
-// Shared memory: barriers; the features' tile, one half for each multiplying warpgroup; stages; biases.
+// Shared memory: barriers; the features' tile, one half for each multiplying warpgroup; stages; biases; with
+// compositing the colours of a tile.
 struct SharedLayout {
     static constexpr unsigned kBarrierBytes = 256;
     unsigned tile_bytes;  // of one warpgroup
     unsigned stage_bytes;
     int stages;
     unsigned bias_bytes;
+    unsigned colour_bytes = 0;
 
     MIPNERF_HOST_DEVICE unsigned tile(int warpgroup) const {
         return kBarrierBytes + static_cast<unsigned>(warpgroup) * tile_bytes;
@@ -46,7 +48,8 @@ struct SharedLayout {
     MIPNERF_HOST_DEVICE unsigned bias() const {
         return stage() + static_cast<unsigned>(stages) * stage_bytes;
     }
-    MIPNERF_HOST_DEVICE std::size_t bytes() const { return std::size_t{bias()} + bias_bytes; }
+    MIPNERF_HOST_DEVICE unsigned colour() const { return bias() + bias_bytes; }
+    MIPNERF_HOST_DEVICE std::size_t bytes() const { return std::size_t{colour()} + colour_bytes; }
 };
 
 // ---- the ring of weights ------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../frustum_ipe/frustum_ipe_math.h"
+#include "mlp_composite.cuh"
 #include "mlp_launch.h"
 #include "mlp_tile.cuh"
 
@@ -97,6 +98,7 @@ __global__ void __launch_bounds__(kThreads) mlp_pack_kernel(const __grid_constan
 template <typename T>
 struct ForwardParameters {
     MlpPasses passes;
+    MlpTiling tiling;
     std::int64_t samples;
     unsigned samples_per_ray;
     int feature_columns;
@@ -104,6 +106,7 @@ struct ForwardParameters {
     int hidden;
     const T* features;
     MlpEncoding encoding;
+    MlpCompositing compositing;
     const float* ray_bias;
     const unsigned char* packed;
     const float* biases;
@@ -270,9 +273,17 @@ MIPNERF_DEVICE void multiply_heads(float (&channels)[4], T* tile, const unsigned
     }
 }
 
-// Calls f(number in global memory, value) for each of the given channels that this thread has.
-template <typename T, typename F>
-MIPNERF_DEVICE void for_each_channel(float (&channels)[4], const ForwardParameters<T>& in, int given,
+// Where the raw colour of a row waits to be composited: in the row's own first 16 bytes, when no product
+// needs them any more.
+template <int W, typename T>
+MIPNERF_DEVICE float* colour_at(T* tile, int row) {
+    return reinterpret_cast<float*>(tile_at<W>(tile, row, 0));
+}
+
+// Calls f(where it belongs, value) for each of the given channels that this thread has. With compositing a
+// colour belongs to its row, and the density where the weight will be.
+template <int W, bool kComposites, typename T, typename F>
+MIPNERF_DEVICE void for_each_channel(float (&channels)[4], T* tile, const ForwardParameters<T>& in, int given,
                                      const TileRows& rows, const F& f) {
     const Lane lane;
     if (lane.q > 1) return;
@@ -281,16 +292,17 @@ MIPNERF_DEVICE void for_each_channel(float (&channels)[4], const ForwardParamete
         const int row = 16 * warp_index() + lane.g + 8 * half;
         if (row >= rows.count) continue;
         const std::int64_t sample = rows.first + row;
-        if (given >> (2 * lane.q) & 1) f(in.rgb + 3 * sample + 2 * lane.q, channels[2 * half]);
+        float* const colour = kComposites ? colour_at<W>(tile, row) : in.rgb + 3 * sample;
+        if (given >> (2 * lane.q) & 1) f(colour + 2 * lane.q, channels[2 * half]);
         if (given >> (2 * lane.q + 1) & 1)
-            f(lane.q == 0 ? in.rgb + 3 * sample + 1 : in.density + sample, channels[2 * half + 1]);
+            f(lane.q == 0 ? colour + 1 : in.density + sample, channels[2 * half + 1]);
     }
 }
 
 // The part of the heads that reads the tile as it is: the first `steps` of their weights, on top of the
 // biases, or the others, on top of what the first gave. (To wait in registers it would cost the product
 // beside it too many.)
-template <int W, typename T>
+template <int W, bool kComposites, typename T>
 MIPNERF_DEVICE void give_heads(T* tile, const ForwardParameters<T>& in, const MlpPass& pass,
                                const TileRows& rows, Source source) {
     const unsigned char* weights = in.packed + 16ll * pass.head_weights;
@@ -304,30 +316,60 @@ MIPNERF_DEVICE void give_heads(T* tile, const ForwardParameters<T>& in, const Ml
         }
     } else {
         weights += pass.steps[kFromTile] * kUnitsPerBlock * 16;
-        for_each_channel(channels, in, pass.head_channels, rows,
-                         [](const float* at, float& value) { value = *at; });
+        for_each_channel<W, kComposites>(channels, tile, in, pass.head_channels, rows,
+                                         [](const float* at, float& value) { value = *at; });
     }
     multiply_heads<W>(channels, tile, weights, pass.steps[source]);
-    for_each_channel(channels, in, pass.head_channels, rows, [](float* at, float value) { *at = value; });
+    if constexpr (kComposites) warp_sync();  // the warp has read its rows, in which colours may now stand
+    for_each_channel<W, kComposites>(channels, tile, in, pass.head_channels, rows,
+                                     [](float* at, float value) { *at = value; });
 }
 
-// Who: a block has a tile of samples, and the next one gridDim.x further. Shared: mlp_tile.cuh. Written:
-// colours and densities; for training the activations of every hidden layer, [samples, outputs] each, and the
-// masks of every thread, [tile, hidden layer, thread].
+// The rays of a tile to pixels, a warp for each; `part` numbers the tile within its group. What is known of a
+// ray longer than a tile waits behind the stages.
 template <int W, typename T>
+MIPNERF_DEVICE void composite_tile(T* tile, const ForwardParameters<T>& in, const TileRows& rows, int group,
+                                   int part) {
+    const int of_ray = static_cast<int>(in.samples_per_ray), before = part * kTileRows;
+    const int of_tile = in.tiling.tiles > 1 ? rows.count : of_ray;
+    float* const kept = shared_memory<float>(Geometry<W>::kSharedBytes);
+#pragma unroll 1
+    for (int number = warp_index(), row = of_tile * number; row < rows.count;
+         number += kWarps, row += of_tile * kWarps) {
+        const std::int64_t ray = static_cast<std::int64_t>(group) * in.tiling.rays + number;
+        RayProgress progress;
+        if (before > 0) progress = kept_progress(kept, 1);
+        composite_samples(progress, in.encoding, in.compositing, of_ray, ray, before, of_tile, [&](int i) {
+            const Pack<float, 4> raw = load_pack_shared<4>(colour_at<W>(tile, row + i));
+            return Colour{raw.value[0], raw.value[1], raw.value[2]};
+        });
+        if (before + of_tile == of_ray)
+            finish_ray(progress, in.encoding, in.compositing, of_ray, ray);
+        else
+            keep_progress(progress, kept, 1);
+    }
+}
+
+// Who: a block has a tile of samples, and the next one gridDim.x further; with compositing a group of tiles.
+// Shared: mlp_tile.cuh. Written: colours and densities, or with compositing pixels and weights; for training
+// the activations of every hidden layer, [samples, outputs] each, and the masks of every thread, [tile,
+// hidden layer, thread].
+template <int W, typename T, bool kComposites>
 __global__ void __launch_bounds__(kThreads, Geometry<W>::kBlocksTogether)
     mlp_forward_kernel(const __grid_constant__ ForwardParameters<T> in) {
     T* tile = shared_memory<T>();
-    const int tiles = tile_count(in.samples);
+    const int groups = static_cast<int>(in.tiling.groups), parts = kComposites ? in.tiling.tiles : 1;
     const WarpPart<W> part;
-    WeightStream<W> stream(in.passes, in.packed, tiles_of_block(tiles));
-    for (int number = static_cast<int>(blockIdx.x); number < tiles; number += static_cast<int>(gridDim.x)) {
-        const TileRows rows(number, in.samples);
+    WeightStream<W> stream(in.passes, in.packed, parts * tiles_of_block(groups));
+#pragma unroll 1
+    for (int n = 0, number = static_cast<int>(blockIdx.x); number < groups;) {
+        const TileRows rows =
+            kComposites ? rows_of_group(in.tiling, number, n) : TileRows(number, in.samples);
 #pragma unroll 1
         for (int i = 0; i < in.passes.count; ++i) {
             const MlpPass& pass = in.passes.pass[i];
             const bool has_heads = pass.head_weights >= 0;
-            if (has_heads) give_heads<W>(tile, in, pass, rows, kFromTile);
+            if (has_heads) give_heads<W, kComposites>(tile, in, pass, rows, kFromTile);
             Result<W> result;
             if (pass.columns > 0) {
                 start_with_bias(result, in, pass, part, rows);
@@ -335,20 +377,20 @@ __global__ void __launch_bounds__(kThreads, Geometry<W>::kBlocksTogether)
             }
             if (pass.steps[kFromFeatures] > 0) {
                 block_sync();  // every warp has read the tile
-                if (in.encoding.t_vals != nullptr)
+                if (kComposites || in.encoding.t_vals != nullptr)
                     encode_features<W>(tile, in, rows);
                 else
                     load_features<W>(tile, in.features, in.feature_columns, rows);
                 block_sync();
                 if (pass.columns > 0)
                     multiply_tile(result, stream, tile, part, pass.steps[kFromFeatures], pass.columns);
-                if (has_heads) give_heads<W>(tile, in, pass, rows, kFromFeatures);
+                if (has_heads) give_heads<W, kComposites>(tile, in, pass, rows, kFromFeatures);
             }
             if (pass.columns == 0) continue;
             block_sync();  // every warp has read the tile
             const auto masks = activate(tile, result, part, pass.columns);
             block_sync();
-            if (in.activations == nullptr) continue;
+            if (kComposites || in.activations == nullptr) continue;
             store_pack_streaming(
                 in.masks + ((static_cast<std::int64_t>(number) * in.hidden + pass.hidden) * kThreads +
                             thread_rank()) *
@@ -356,6 +398,14 @@ __global__ void __launch_bounds__(kThreads, Geometry<W>::kBlocksTogether)
                 masks);
             store_tile<W>(tile, in.activations + pass.stash_column * in.samples + rows.first * pass.columns,
                           rows.count, pass.columns);
+        }
+        if constexpr (kComposites) {
+            block_sync();  // colours and densities of all rows are there
+            composite_tile<W>(tile, in, rows, number, n);
+        }
+        if (++n == parts) {
+            n = 0;
+            number += static_cast<int>(gridDim.x);
         }
     }
 }
@@ -386,6 +436,8 @@ void launch_mlp_forward(const MlpForwardArguments<T>& arguments, Stream stream) 
     const MlpSchedule schedule = make_mlp_schedule(arguments.plan);
     ForwardParameters<T> in{};
     in.passes = schedule.forward;
+    const bool composites = arguments.compositing.results.rgb != nullptr;
+    in.tiling = mlp_tiling(arguments.samples, arguments.samples_per_ray, composites);
     in.samples = arguments.samples;
     in.samples_per_ray = static_cast<unsigned>(arguments.samples_per_ray);
     in.feature_columns = arguments.plan.shape.features;
@@ -393,16 +445,25 @@ void launch_mlp_forward(const MlpForwardArguments<T>& arguments, Stream stream) 
     in.hidden = arguments.plan.hidden;
     in.features = arguments.features;
     in.encoding = arguments.encoding;
+    in.compositing = arguments.compositing;
     in.ray_bias = arguments.ray_bias;
     in.packed = static_cast<const unsigned char*>(arguments.packed);
     in.biases = packed_biases(arguments.packed, schedule);
     in.rgb = arguments.rgb;
-    in.density = arguments.density;
+    in.density = composites ? arguments.compositing.results.weights : arguments.density;
     in.activations = static_cast<T*>(arguments.activations);
     in.masks = static_cast<unsigned*>(arguments.masks);
     constexpr std::size_t kBytes = Geometry<W>::kSharedBytes;
-    MIPNERF_LAUNCH((mlp_forward_kernel<W, T>), persistent_grid(mlp_forward_kernel<W, T>, in.samples, kBytes),
-                   dim3(kThreads), kBytes, stream, in);
+    if (composites) {
+        constexpr std::size_t kWithProgress = kBytes + kProgressBytes;
+        MIPNERF_LAUNCH((mlp_forward_kernel<W, T, true>),
+                       persistent_grid(mlp_forward_kernel<W, T, true>, in.tiling.groups, kWithProgress),
+                       dim3(kThreads), kWithProgress, stream, in);
+    } else {
+        MIPNERF_LAUNCH((mlp_forward_kernel<W, T, false>),
+                       persistent_grid(mlp_forward_kernel<W, T, false>, in.tiling.groups, kBytes),
+                       dim3(kThreads), kBytes, stream, in);
+    }
 }
 
 }  // namespace mlp_mma

@@ -20,6 +20,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "../composite/composite_math.h"
+
 namespace mipnerf {
 
 constexpr int kMlpMaxFeatures = 128;
@@ -165,6 +167,41 @@ struct MlpEncoding {
     bool integrated;
 };
 
+// What the forward for inference may make of its raw colours and densities, in place of writing them. It asks
+// for an encoding, and for a network that `mlp_composites`.
+struct MlpCompositing {
+    CompositeOptions<float> options;
+    CompositeResults results;  // rgb null: no compositing. The weights hold raw densities in between.
+};
+
+// The heads of a network without a view branch that reads the features last find their first half's result
+// in memory again, and compositing has no memory for colours.
+inline bool mlp_composites(const MlpShape& shape) {
+    return shape.has_view || !mlp_reads_skip(shape, shape.depth);
+}
+
+// Tiles of 128 rows that hold whole rays where compositing follows: as many rays as fit, or the tiles of one
+// longer ray one after the other.
+struct MlpTiling {
+    std::int64_t samples;
+    std::int64_t group_samples;  // of one group of tiles
+    std::int64_t groups;
+    int rays;   // of a group
+    int tiles;  // of a group
+};
+
+inline MlpTiling mlp_tiling(std::int64_t samples, std::int64_t samples_per_ray, bool composites) {
+    constexpr int kRows = 128;
+    MlpTiling tiling{samples, kRows, 0, 0, 1};
+    if (composites) {
+        tiling.rays = samples_per_ray > kRows ? 1 : kRows / static_cast<int>(samples_per_ray);
+        tiling.group_samples = tiling.rays * samples_per_ray;
+        tiling.tiles = static_cast<int>((tiling.group_samples + kRows - 1) / kRows);
+    }
+    tiling.groups = (samples + tiling.group_samples - 1) / tiling.group_samples;
+    return tiling;
+}
+
 template <typename T>
 struct MlpForwardArguments {
     MlpPlan plan;
@@ -172,10 +209,11 @@ struct MlpForwardArguments {
     std::int64_t samples_per_ray;
     const T* features;  // [samples, features]
     MlpEncoding encoding;
+    MlpCompositing compositing;
     const float* ray_bias;  // [rays, view_width]; null without a view branch
     const void* packed;
-    float* rgb;         // [samples, 3]
-    float* density;     // [samples]
+    float* rgb;         // [samples, 3]; null with compositing
+    float* density;     // [samples]; null with compositing
     void* activations;  // null: inference
     void* masks;        // null: inference
 };

@@ -259,11 +259,18 @@ struct TileRows {
     std::int64_t first;
     int count;
 
-    MIPNERF_DEVICE TileRows(int tile, std::int64_t samples)
-        : first(static_cast<std::int64_t>(tile) * kTileRows) {
-        count = samples - first < kTileRows ? static_cast<int>(samples - first) : kTileRows;
+    MIPNERF_DEVICE TileRows(std::int64_t first_, std::int64_t end) : first(first_) {
+        count = end - first < kTileRows ? static_cast<int>(end - first) : kTileRows;
     }
+    MIPNERF_DEVICE TileRows(int tile, std::int64_t samples)
+        : TileRows(static_cast<std::int64_t>(tile) * kTileRows, samples) {}
 };
+
+// A tile of a group (mlp_plan.h).
+MIPNERF_DEVICE TileRows rows_of_group(const MlpTiling& tiling, int group, int tile) {
+    const std::int64_t first = group * tiling.group_samples, end = first + tiling.group_samples;
+    return {first + tile * kTileRows, end < tiling.samples ? end : tiling.samples};
+}
 
 MIPNERF_HOST_DEVICE int tile_count(std::int64_t samples) {
     return static_cast<int>((samples + kTileRows - 1) / kTileRows);
@@ -275,13 +282,14 @@ MIPNERF_DEVICE int tiles_of_block(int tiles) {
            static_cast<int>(gridDim.x);
 }
 
-// Blocks that run at once take the tiles in turn.
+// Blocks that run at once take the tiles (or groups of tiles) in turn.
 template <typename... P>
-dim3 persistent_grid(void (*kernel)(P...), std::int64_t samples, std::size_t shared_bytes) {
-    if (samples > std::int64_t{kTileRows} << 30)
-        throw std::runtime_error("mlp: " + std::to_string(samples) + " samples in one launch are too many");
-    if (samples == 0) return dim3(0);
-    const int tiles = tile_count(samples), resident = resident_blocks(kernel, kThreads, shared_bytes);
+dim3 persistent_grid(void (*kernel)(P...), std::int64_t tiles, std::size_t shared_bytes) {
+    if (tiles > std::int64_t{1} << 30)
+        throw std::runtime_error("mlp: " + std::to_string(tiles) +
+                                 " tiles of 128 samples in one launch are too many");
+    if (tiles == 0) return dim3(0);
+    const int resident = resident_blocks(kernel, kThreads, shared_bytes);
     return grid_size(tiles < resident ? tiles : resident);
 }
 

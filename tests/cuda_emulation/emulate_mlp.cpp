@@ -2,6 +2,7 @@
 // tests/test_mlp_kernels.py.
 #include "mlp/mlp_backward_kernels.cuh"
 #include "mlp/mlp_kernels.cuh"
+#include "mlp_compositing.h"
 #include "program.h"
 
 using namespace mipnerf;
@@ -103,6 +104,11 @@ static void run(const emulation::Program& program) {
             inference.encoding = encoding;
         }
         launch_mlp_forward<W, T>(inference, nullptr);
+        if (program.has("pixels")) {
+            inference.rgb = inference.density = nullptr;
+            inference.compositing = emulation::compositing(program);
+            launch_mlp_forward<W, T>(inference, nullptr);
+        }
     }
     if (!program.has("deltas")) return;
 

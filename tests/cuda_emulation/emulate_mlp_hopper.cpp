@@ -3,6 +3,7 @@
 #include "mlp/mlp_hopper_backward_kernels.cuh"
 #include "mlp/mlp_hopper_kernels.cuh"
 #include "mlp/mlp_hopper_wgrad_kernels.cuh"
+#include "mlp_compositing.h"
 #include "program.h"
 
 using namespace mipnerf;
@@ -93,6 +94,12 @@ void run_forward(const emulation::Program& program, const MlpPlan& plan, const v
     forward.activations = program.output<T>("activations");
     forward.masks = program.output<std::uint32_t>("masks");
     launch_mlp_forward<kWidth, T>(forward, nullptr);
+    if (program.has("pixels")) {
+        forward.features = nullptr;
+        forward.rgb = forward.density = nullptr;
+        forward.compositing = emulation::compositing(program);
+        launch_mlp_forward<kWidth, T>(forward, nullptr);
+    }
 }
 
 void run_dgrad(const emulation::Program& program, const MlpPlan& plan) {
