@@ -1,7 +1,7 @@
-// What the programs of both generations of the fused network are told of compositing.
+// What the programs of both generations of the fused network are told of compositing. To be included after the
+// kernels, which may be those of a copy with faults.
 #pragma once
 
-#include "mlp/mlp_plan.h"
 #include "program.h"
 
 namespace mipnerf::emulation {
