@@ -58,6 +58,14 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "ray_bias, "
         "Tensor packed, int min_deg, int max_deg, bool cylinder, bool integrated, int width, int depth, "
         "int skip_layer, int view_width, int view_depth, ScalarType dtype) -> (Tensor, Tensor)");
+    // The same and composite_forward: rgb [B, 3], distance [B], acc [B], weights [B, N].
+    m.def(
+        "mlp_composited_forward(Tensor t_vals, Tensor origins, Tensor directions, Tensor radii, Tensor? "
+        "ray_bias, "
+        "Tensor packed, int min_deg, int max_deg, bool cylinder, bool integrated, int width, int depth, "
+        "int skip_layer, int view_width, int view_depth, ScalarType dtype, bool white_background, "
+        "int density_activation, float density_bias, int rgb_activation, float rgb_padding) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
     // Gradients of the parameters of mlp_pack (in place of the bias of view 0: the sum of ray_sums), of
     // ray_bias, and of the features (float32; no rows unless to_features). Without deterministic the sums'
     // order differs from run to run.

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "../common/checks.h"
+#include "../composite/composite_arguments.h"
 #include "mlp_launch.h"
 
 namespace mipnerf {
@@ -87,10 +88,6 @@ std::optional<Tensor> aligned(const std::optional<Tensor>& tensor) {
     return tensor.has_value() ? std::optional<Tensor>(aligned(*tensor)) : std::nullopt;
 }
 
-template <typename T>
-const T* data(const Tensor& tensor) {
-    return static_cast<const T*>(tensor.const_data_ptr());
-}
 const float* floats_or_null(const std::optional<Tensor>& tensor) {
     return tensor.has_value() ? data<float>(*tensor) : nullptr;
 }
@@ -203,54 +200,109 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_forward_cuda(Tensor features, std
     return {rgb, density, activations, masks};
 }
 
-std::tuple<Tensor, Tensor> mlp_encoded_forward_cuda(Tensor t_vals, Tensor origins, Tensor directions,
-                                                    Tensor radii, std::optional<Tensor> ray_bias,
-                                                    Tensor packed, int64_t min_deg, int64_t max_deg,
-                                                    bool cylinder, bool integrated, int64_t width,
-                                                    int64_t depth, int64_t skip_layer, int64_t view_width,
-                                                    int64_t view_depth, ScalarType dtype) {
-    const Checker check{"mlp_encoded_forward"};
-    check.dims("t_vals", t_vals, 2, "[B, N+1]");
-    check.dtype("t_vals", t_vals, {ScalarType::Float});
-    check.dtype("dtype", dtype, {ScalarType::BFloat16, ScalarType::Half});
-    const int64_t rays = t_vals.size(0), samples_per_ray = t_vals.size(1) - 1;
-    check.that(samples_per_ray >= 1, "t_vals", "of shape [B, N+1] with N at least 1",
-               sizes_text(t_vals.sizes()));
-    check_floats(check, "origins", origins, {rays, 3}, "[B, 3]", t_vals);
-    check_floats(check, "directions", directions, {rays, 3}, "[B, 3]", t_vals);
-    check_floats(check, "radii", radii, {rays, 1}, "[B, 1]", t_vals);
-    check.that(min_deg >= 0, "min_deg", "0 or more", min_deg);
-    check.that(max_deg > min_deg && max_deg <= 16, "max_deg", "above min_deg, at most 16", max_deg);
-    const MlpPlan plan = plan_of(6 * (max_deg - min_deg), width, depth, skip_layer, view_width, view_depth);
-    const int64_t samples = rays * samples_per_ray;
-    check_rays(check, samples, samples_per_ray);
-    check_ray_bias(check, plan, ray_bias, rays, t_vals);
-    check_bytes(check, "packed", packed, sizes_of(t_vals, plan, samples).packed, t_vals);
-    const torch::stable::accelerator::DeviceGuard guard(t_vals.get_device_index());
-    t_vals = aligned(t_vals);
-    origins = aligned(origins);
-    directions = aligned(directions);
-    radii = aligned(radii);
-    ray_bias = aligned(ray_bias);
-    packed = aligned(packed);
-    const Tensor rgb = new_floats(t_vals, {samples, 3}), density = new_floats(t_vals, {samples});
-    with_instance(plan.shape.width, dtype, [&](auto width_constant, auto* type) {
-        constexpr int W = decltype(width_constant)::value;
-        using T = std::remove_pointer_t<decltype(type)>;
+// What the forwards that encode take; the tensors contiguous and aligned after `align`.
+struct EncodedInputs {
+    Tensor t_vals, origins, directions, radii;
+    std::optional<Tensor> ray_bias;
+    Tensor packed;
+    int64_t min_deg, max_deg;
+    bool cylinder, integrated;
+    MlpPlan plan{};
+    int64_t rays = 0, samples_per_ray = 0;
+
+    void validate(const Checker& check, int64_t width, int64_t depth, int64_t skip_layer, int64_t view_width,
+                  int64_t view_depth, ScalarType dtype) {
+        check.dims("t_vals", t_vals, 2, "[B, N+1]");
+        check.dtype("t_vals", t_vals, {ScalarType::Float});
+        check.dtype("dtype", dtype, {ScalarType::BFloat16, ScalarType::Half});
+        rays = t_vals.size(0), samples_per_ray = t_vals.size(1) - 1;
+        check.that(samples_per_ray >= 1, "t_vals", "of shape [B, N+1] with N at least 1",
+                   sizes_text(t_vals.sizes()));
+        check_floats(check, "origins", origins, {rays, 3}, "[B, 3]", t_vals);
+        check_floats(check, "directions", directions, {rays, 3}, "[B, 3]", t_vals);
+        check_floats(check, "radii", radii, {rays, 1}, "[B, 1]", t_vals);
+        check.that(min_deg >= 0, "min_deg", "0 or more", min_deg);
+        check.that(max_deg > min_deg && max_deg <= 16, "max_deg", "above min_deg, at most 16", max_deg);
+        plan = plan_of(6 * (max_deg - min_deg), width, depth, skip_layer, view_width, view_depth);
+        check_rays(check, samples(), samples_per_ray);
+        check_ray_bias(check, plan, ray_bias, rays, t_vals);
+        check_bytes(check, "packed", packed, sizes_of(t_vals, plan, samples()).packed, t_vals);
+    }
+    int64_t samples() const { return rays * samples_per_ray; }
+
+    void align() {
+        t_vals = aligned(t_vals);
+        origins = aligned(origins);
+        directions = aligned(directions);
+        radii = aligned(radii);
+        ray_bias = aligned(ray_bias);
+        packed = aligned(packed);
+    }
+    template <typename T>
+    MlpForwardArguments<T> arguments() const {
         MlpForwardArguments<T> arguments{};
         arguments.plan = plan;
-        arguments.samples = samples;
+        arguments.samples = samples();
         arguments.samples_per_ray = samples_per_ray;
         arguments.encoding = {data<float>(t_vals), data<float>(origins),      data<float>(directions),
                               data<float>(radii),  static_cast<int>(min_deg), cylinder,
                               integrated};
         arguments.ray_bias = floats_or_null(ray_bias);
         arguments.packed = packed.const_data_ptr();
+        return arguments;
+    }
+};
+
+std::tuple<Tensor, Tensor> mlp_encoded_forward_cuda(Tensor t_vals, Tensor origins, Tensor directions,
+                                                    Tensor radii, std::optional<Tensor> ray_bias,
+                                                    Tensor packed, int64_t min_deg, int64_t max_deg,
+                                                    bool cylinder, bool integrated, int64_t width,
+                                                    int64_t depth, int64_t skip_layer, int64_t view_width,
+                                                    int64_t view_depth, ScalarType dtype) {
+    EncodedInputs in{t_vals, origins, directions, radii,    ray_bias,
+                     packed, min_deg, max_deg,    cylinder, integrated};
+    in.validate(Checker{"mlp_encoded_forward"}, width, depth, skip_layer, view_width, view_depth, dtype);
+    const torch::stable::accelerator::DeviceGuard guard(t_vals.get_device_index());
+    in.align();
+    const Tensor rgb = new_floats(t_vals, {in.samples(), 3}), density = new_floats(t_vals, {in.samples()});
+    with_instance(in.plan.shape.width, dtype, [&](auto width_constant, auto* type) {
+        constexpr int W = decltype(width_constant)::value;
+        using T = std::remove_pointer_t<decltype(type)>;
+        MlpForwardArguments<T> arguments = in.arguments<T>();
         arguments.rgb = floats(rgb);
         arguments.density = floats(density);
         MIPNERF_LAUNCH_MLP(launch_mlp_forward, t_vals, arguments, current_stream(t_vals));
     });
     return {rgb, density};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_composited_forward_cuda(
+    Tensor t_vals, Tensor origins, Tensor directions, Tensor radii, std::optional<Tensor> ray_bias,
+    Tensor packed, int64_t min_deg, int64_t max_deg, bool cylinder, bool integrated, int64_t width,
+    int64_t depth, int64_t skip_layer, int64_t view_width, int64_t view_depth, ScalarType dtype,
+    bool white_background, int64_t density_activation, double density_bias, int64_t rgb_activation,
+    double rgb_padding) {
+    const Checker check{"mlp_composited_forward"};
+    EncodedInputs in{t_vals, origins, directions, radii,    ray_bias,
+                     packed, min_deg, max_deg,    cylinder, integrated};
+    in.validate(check, width, depth, skip_layer, view_width, view_depth, dtype);
+    check.that(mlp_composites(in.plan.shape), "skip_layer",
+               "such that the heads of a network without views do not read the features", skip_layer);
+    const CompositeOptions<float> options = composite_options(check, white_background, density_activation,
+                                                              density_bias, rgb_activation, rgb_padding)
+                                                .as<float>();
+    const torch::stable::accelerator::DeviceGuard guard(t_vals.get_device_index());
+    in.align();
+    const CompositeTensors out(t_vals, {in.rays, in.samples_per_ray});
+    with_instance(in.plan.shape.width, dtype, [&](auto width_constant, auto* type) {
+        constexpr int W = decltype(width_constant)::value;
+        using T = std::remove_pointer_t<decltype(type)>;
+        MlpForwardArguments<T> arguments = in.arguments<T>();
+        arguments.compositing = {
+            options, {floats(out.rgb), floats(out.distance), floats(out.acc), floats(out.weights)}};
+        MIPNERF_LAUNCH_MLP(launch_mlp_forward, t_vals, arguments, current_stream(t_vals));
+    });
+    return {out.rgb, out.distance, out.acc, out.weights};
 }
 
 std::tuple<Tensor, Tensor, Tensor> mlp_backward_cuda(
@@ -316,5 +368,6 @@ STABLE_TORCH_LIBRARY_IMPL(mipnerf_fast, CUDA, m) {
     m.impl("mlp_pack", TORCH_BOX(&mipnerf::mlp_pack_cuda));
     m.impl("mlp_forward", TORCH_BOX(&mipnerf::mlp_forward_cuda));
     m.impl("mlp_encoded_forward", TORCH_BOX(&mipnerf::mlp_encoded_forward_cuda));
+    m.impl("mlp_composited_forward", TORCH_BOX(&mipnerf::mlp_composited_forward_cuda));
     m.impl("mlp_backward", TORCH_BOX(&mipnerf::mlp_backward_cuda));
 }
