@@ -103,7 +103,7 @@ def counter_uniform(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Uniform numbers in [0, 1), multiples of 2^-24 so that float32 holds them exactly: [R, columns]."""
-    return (counter_uint32(seed, step, stream, rows, columns) >> 8).to(dtype) * 2.0**-24
+    return ((counter_uint32(seed, step, stream, rows, columns) >> 8) * 2.0**-24).to(dtype)
 
 
 def counter_normal(
