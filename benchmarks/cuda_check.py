@@ -150,6 +150,8 @@ EXPECTED: dict[str, tuple[Expectation, ...]] = {
         Expectation(r"^sparse_adam_kernel<4>", (LOAD_128, STORE_128, STORE_64)),
         Expectation(r"^sparse_adam_kernel<1>"),
     ),
+    # A thread's ray is three floats here, one there: nothing wide to expect, as of draw_rays.
+    "ray_batch": (Expectation(r"^ray_batch_kernel"),),
     "draw_rays": (Expectation(r"^draw_rays_kernel"),),
     # Weights come from global memory and samples from shared memory, four at a time.
     "tiny_mlp": (

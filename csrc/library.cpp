@@ -78,6 +78,14 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
     // Random 32-bit words [R, columns] of the rows' numbers, by Philox 4x32-10; step is one number on their
     // device.
     m.def("counter_words(int seed, Tensor step, int stream, Tensor rows, int columns) -> Tensor");
+    // Pixels of a step drawn by those words, with replacement, of all images or of one: origins, directions,
+    // viewdirs [B, 3], radii, near, far, lossmult [B, 1], target colours [B, 3]. common_size is the number of
+    // pixels of each image, or 0 where they differ.
+    m.def(
+        "ray_batch(Tensor pixels, Tensor offsets, Tensor heights, Tensor widths, Tensor c2w, Tensor focals, "
+        "Tensor nears, Tensor fars, Tensor lossmults, int seed, Tensor step, int count, bool single_image, "
+        "int common_size, bool white_background) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     // ---- the fast model
     // Pixels of a step drawn by counter-based random numbers: origins, directions [B, 3], radii, near, far,
     // phase [B, 1], background and target colours [B, 3]. Of the images in `order`, sorted by scale, group g

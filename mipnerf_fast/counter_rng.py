@@ -55,6 +55,13 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return c0, c1, c2, c3
 
 
+def as_int64(seed: int) -> int:
+    """A seed in [0, 2^64) by the same bits in [-2^63, 2^63), as operators take it; ValueError for any other number."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
 def counter_uint32(seed: int, step: int | Tensor, stream: int, rows: Tensor, columns: int) -> Tensor:
     """Random 32-bit words, one row per ray.
 
@@ -69,13 +76,11 @@ def counter_uint32(seed: int, step: int | Tensor, stream: int, rows: Tensor, col
         int64 [R, columns] with values in [0, 2^32), on rows' device; the same from the kernel (csrc/counter_words) and
         from the lines below it.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"counter_uint32: seed must be in [0, 2^64), got {seed}")
+    signed = as_int64(seed)
     blocks = (columns + 3) // 4
     device = rows.device
     step_word = torch.as_tensor(step, dtype=torch.int64, device=device)
     if device.type in _KERNELS and current_backend() != "reference":
-        signed = seed - 2**64 if seed >= 2**63 else seed
         found: Tensor = torch.ops.mipnerf_fast.counter_words.default(signed, step_word, stream, rows, columns)
         return found
     block = torch.arange(blocks, device=device)[None, :]
@@ -98,7 +103,7 @@ def counter_uniform(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Uniform numbers in [0, 1), multiples of 2^-24 so that float32 holds them exactly: [R, columns]."""
-    return (counter_uint32(seed, step, stream, rows, columns) >> 8).to(dtype) * 2.0**-24
+    return ((counter_uint32(seed, step, stream, rows, columns) >> 8) * 2.0**-24).to(dtype)
 
 
 def counter_normal(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,7 @@ class FlatParameters:
         self.sums = torch.zeros(end + extra, dtype=first.dtype, device=first.device)
         self.gradients = self.sums[:end]
         gradients = self.split(self.gradients)
+        self._views = list(gradients.values())
         for name, view in self.split(values).items():
             parameter = self.named[name]
             view.copy_(parameter.detach())
@@ -50,3 +53,15 @@ class FlatParameters:
             name: flat[self._starts[name] : self._starts[name] + parameter.numel()].view(parameter.shape)
             for name, parameter in self.named.items()
         }
+
+    def add_gradients(self, losses: Sequence[Tensor]) -> None:
+        """Add to `gradients` those of the sum of some losses, which share nothing but the parameters.
+
+        To the last bit as sum(losses).backward(), which launches two additions for every parameter and not two in all.
+        """
+        parameters = list(self.named.values())
+        total: tuple[Tensor, ...] = ()
+        for loss in reversed(losses):
+            found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            total = torch._foreach_add(total, found) if total else found
+        torch._foreach_add_(self._views, total)

@@ -21,7 +21,7 @@ def penalty(error: Tensor, kind: str = "mse", beta: float = 1.0) -> Tensor:
     if beta <= 0:
         raise ValueError(f"penalty: beta must be positive, got {beta}")
     if kind == "mse":
-        return error * error
+        return error.square()
     if kind == "smooth_l1":
         size = error.abs()
         return torch.where(size < beta, error * error / (2 * beta), size - beta / 2)

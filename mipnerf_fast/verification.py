@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import __version__, _native, ops
 from .backend import use_backend
+from .data import Dataset, RayBatches
 from .environment import device_name, revision
 from .ops.implementations import implementations
 from .verification_case import Case as _Case
@@ -123,9 +124,52 @@ def _resample(randomized: bool) -> Callable[[Tensors, torch.dtype | None], Tenso
     return run
 
 
+def _images(generator: torch.Generator) -> Tensors:
+    """Small images of two sizes, as a data set has them."""
+    height, width = torch.tensor([6, 3, 6, 3]), torch.tensor([8, 5, 8, 5])
+    count = int((height * width).sum())
+    c2w = torch.randn(4, 3, 4, generator=generator).double()
+    near = 1 + torch.rand(4, generator=generator).double()
+    return {
+        "pixels": torch.randint(256, (count, 4), generator=generator, dtype=torch.uint8),
+        "height": height,
+        "width": width,
+        "c2w": c2w,
+        "focal": torch.tensor([11.0, 5.5, 10.0, 5.0], dtype=torch.float64),
+        "near": near,
+        "far": near + 4,
+        "lossmult": torch.tensor([1.0, 4.0, 1.0, 4.0], dtype=torch.float64),
+    }
+
+
+def _ray_batch(mode: str, background: str) -> Callable[[Tensors, torch.dtype | None], Tensors]:
+    def run(a: Tensors, out_dtype: torch.dtype | None) -> Tensors:
+        del out_dtype
+        scale, names = torch.ones(4, dtype=torch.int64), [str(i) for i in range(4)]
+        arrays = {name: value.cpu() for name, value in a.items()}
+        data = Dataset(**arrays, scale=scale, names=names, split="train", background=background)
+        rays, target = RayBatches(data, a["c2w"].device, mode).draw(11, 5, 500)
+        return rays._asdict() | {"target": target}
+
+    return run
+
+
 _RAY_INPUTS = ("t_vals", "origins", "directions", "radii")
 _HALVES = (torch.bfloat16, torch.float16)
 _CASES = (
+    *(
+        _Case(
+            "ray_batch",
+            f"{mode.replace('_', ' ')}, {background} background",
+            (),
+            _ray_batch(mode, background),
+            differentiable=False,
+            in_dtypes=(torch.float32,),
+            make=_images,
+            unit="ray",
+        )
+        for mode, background in (("all_images", "white"), ("single_image", "black"))
+    ),
     _Case("frustum_ipe", "cone", _RAY_INPUTS, _encode(), out_dtypes=(None, *_HALVES)),
     _Case("frustum_ipe", "cylinder", _RAY_INPUTS, _encode(shape="cylinder")),
     _Case(

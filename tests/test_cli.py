@@ -305,7 +305,7 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     facts = json.loads((tmp_path / "new" / "info.json").read_text())
     exact, fast = (
-        {"frustum_ipe", "composite", "resample", "mlp"},
+        {"ray_batch", "frustum_ipe", "composite", "resample", "mlp"},
         set(ops.FAST_OPERATIONS),
     )
     assert set(facts["operations"]) == exact | fast

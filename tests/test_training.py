@@ -68,10 +68,8 @@ def accumulate(
     """The gradient of a batch in the parameters' .grad; its loss and mean squared error."""
     work, count = trainer.work, target.shape[0]
     work.flat.sums.zero_()
-    loss, squares = work.accumulate_gradients(
-        step, rays, target, work.total_lossmult(rays), torch.arange(count)
-    )
-    return loss, squares / (3 * count)
+    work.accumulate_gradients(step, rays, target, work.total_lossmult(rays), torch.arange(count))
+    return work.loss.clone(), work.squares / (3 * count)
 
 
 def batch_gradient(config: TrainConfig, dataset: Dataset) -> tuple[torch.Tensor, float]:

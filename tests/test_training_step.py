@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,6 +97,62 @@ def test_the_step_asks_the_host_nothing(dataset: Dataset, name: str, sizes: str)
         float(trainer.work.words[0])
         torch.tensor([1.0])
     assert watch.found == ["_local_scalar_dense", "lift_fresh"]
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would launch, but for what is called from the operators' own files."""
+
+    # Views and allocations.
+    NONE = ("alias", "detach", "empty", "expand", "new_empty", "select", "slice", "t", "unsqueeze", "view")
+    NONE += ("_unsafe_view", "_record_function_enter_new", "_record_function_exit", "unbind")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, frame = func.overloadpacket.__name__, inspect.currentframe()
+        callers = []
+        while frame is not None:
+            callers.append(Path(frame.f_code.co_filename).parent)
+            frame = frame.f_back
+        if name not in self.NONE and Path(ops.__file__).parent not in callers:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("depth", [2, 5])
+def test_the_step_launches_little_beside_its_operators(dataset: Dataset, depth: int) -> None:
+    """However many parameters there are: on a GPU each of these takes as long as a small kernel takes to start."""
+    config = tiny(model=dataclasses.replace(TINY.model, net_depth=depth))
+    work = Trainer(config, dataset).work
+    with Launches() as first:
+        work.gradients()
+    with Launches() as second:
+        work.update()
+    assert (len(first.found), len(second.found)) == (58, 27), (first.found, second.found)
+
+
+def test_gradients_of_levels_add_up_as_those_of_their_sum_do(dataset: Dataset) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    unused = torch.nn.Parameter(torch.ones(3))
+    model.register_parameter("unused", unused)
+    flat = FlatParameters(model)
+    inputs = torch.randn(3, 16, 4)
+
+    def losses() -> list[Tensor]:
+        return [model(x).square().mean() for x in inputs]
+
+    found = []
+    for add in (lambda: sum(losses()).backward(), lambda: flat.add_gradients(losses())):
+        flat.sums.copy_(torch.arange(len(flat.sums)) % 7 - 3.0)
+        add()
+        found.append(flat.gradients.clone())
+    # Of three terms backward adds the last two first, as add_gradients does.
+    assert torch.equal(*found)
+    assert torch.equal(
+        flat.split(found[0])["unused"], flat.split(torch.arange(len(found[0])) % 7 - 3.0)["unused"]
+    )
 
 
 def test_parameters_and_gradients_are_views_of_one_tensor_each(dataset: Dataset) -> None:

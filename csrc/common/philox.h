@@ -46,7 +46,9 @@ MIPNERF_HOST_DEVICE uint32_t scaled_index(uint32_t word, uint32_t n) {
     return static_cast<uint32_t>((static_cast<uint64_t>(word) * n) >> 32);
 }
 
-// Streams of the fast model; counter_rng.py lists them all.
+// The streams that kernels draw from themselves; counter_rng.py lists them all.
+constexpr uint32_t kStreamPixels = 0;
+constexpr uint32_t kStreamImages = 1;
 constexpr uint32_t kStreamFastRays = 48;
 constexpr uint32_t kStreamOccupancy = 49;
 

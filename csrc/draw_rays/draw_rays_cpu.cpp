@@ -70,13 +70,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> draw_
             n[row] = near[draw.image];
             f[row] = far[draw.image];
             u[row] = draw.phase;
-            const uint8_t* colour = colours + channels * (first[draw.image] + draw.pixel);
-            const float alpha = channels == 4 ? static_cast<float>(colour[3]) / 255.0f : 1.0f;
-            for (int k = 0; k < 3; ++k) {
-                const float behind = random_background ? draw.background[k] : static_cast<float>(background);
-                b[3 * row + k] = behind;
-                c[3 * row + k] = static_cast<float>(colour[k]) / 255.0f * alpha + (1.0f - alpha) * behind;
-            }
+            for (int k = 0; k < 3; ++k)
+                b[3 * row + k] = random_background ? draw.background[k] : static_cast<float>(background);
+            pixel_colour(colours + channels * (first[draw.image] + draw.pixel), static_cast<int>(channels),
+                         b + 3 * row, c + 3 * row);
         }
     });
     return {origins, directions, radii, to_near, to_far, phase, to_background, target};

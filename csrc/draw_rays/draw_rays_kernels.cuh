@@ -23,21 +23,22 @@ __global__ void __launch_bounds__(kDrawThreads) draw_rays_kernel(DrawRaysArgumen
         in.step_on_device == nullptr ? in.step : static_cast<std::uint64_t>(*in.step_on_device);
     const PixelDraw draw = draw_pixel(in.seed, step, static_cast<std::uint32_t>(row), in.group_shares,
                                       in.group_ends, in.order, in.groups, ImagePixels{in.heights, in.widths});
-    float origin[3], direction[3];
+    float origin[3], direction[3], behind[3], colour[3];
     pixel_ray(in.c2w + 12 * draw.image, in.heights[draw.image], in.widths[draw.image], in.focals[draw.image],
               draw.pixel, origin, direction, out.radii + row);
     out.near[row] = in.nears[draw.image];
     out.far[row] = in.fars[draw.image];
     out.phase[row] = draw.phase;
-    const std::uint8_t* colour = in.pixels + in.channels * (in.offsets[draw.image] + draw.pixel);
-    const float alpha = in.channels == 4 ? static_cast<float>(colour[3]) / 255.0f : 1.0f;
+#pragma unroll
+    for (int k = 0; k < 3; ++k) behind[k] = in.random_background ? draw.background[k] : in.background;
+    pixel_colour(in.pixels + in.channels * (in.offsets[draw.image] + draw.pixel), in.channels, behind,
+                 colour);
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
         out.origins[3 * row + k] = origin[k];
         out.directions[3 * row + k] = direction[k];
-        const float behind = in.random_background ? draw.background[k] : in.background;
-        out.background[3 * row + k] = behind;
-        out.target[3 * row + k] = static_cast<float>(colour[k]) / 255.0f * alpha + (1.0f - alpha) * behind;
+        out.background[3 * row + k] = behind[k];
+        out.target[3 * row + k] = colour[k];
     }
 }
 

@@ -1,4 +1,4 @@
-// The ray of a drawn pixel: host and device. No torch, no CUDA header.
+// Which pixel a ray of the fast model's batch goes through: host and device. No torch, no CUDA header.
 //
 // Words of row r in a step: 0 the scale, 1 the image within it, 2 the pixel within the image, 3 the marching
 // phase, 4 to 6 the background.
@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../common/philox.h"
+#include "../common/pixel_ray.h"
 
 namespace mipnerf {
 
@@ -35,21 +36,6 @@ MIPNERF_HOST_DEVICE PixelDraw draw_pixel(uint64_t seed, uint64_t step, uint32_t 
     draw.phase = unit_uniform(words.word[3]);
     for (int k = 0; k < 3; ++k) draw.background[k] = unit_uniform(colours.word[k]);
     return draw;
-}
-
-// OpenGL axes; radius = pixel width 2 / sqrt(12), the pixel width being the second column's length / focal.
-MIPNERF_HOST_DEVICE void pixel_ray(const float* c2w, int64_t height, int64_t width, float focal,
-                                   uint32_t pixel, float* origin, float* direction, float* radius) {
-    const float column = static_cast<float>(pixel % width), row = static_cast<float>(pixel / width);
-    const float x = (column + 0.5f - 0.5f * static_cast<float>(width)) / focal;
-    const float y = -(row + 0.5f - 0.5f * static_cast<float>(height)) / focal;
-    float up = 0.0f;
-    for (int k = 0; k < 3; ++k) {
-        direction[k] = c2w[4 * k] * x + c2w[4 * k + 1] * y - c2w[4 * k + 2];
-        origin[k] = c2w[4 * k + 3];
-        up += c2w[4 * k + 1] * c2w[4 * k + 1];
-    }
-    *radius = sqrtf(up) / focal * 0.57735026919f;
 }
 
 }  // namespace mipnerf

@@ -12,19 +12,20 @@ from mipnerf_fast.cameras import Rays, pinhole_rays
 BACKGROUNDS = ("white", "black")
 
 
-def composite_pixels(pixels: Tensor, white_background: bool) -> Tensor:
+def composite_pixels(pixels: Tensor, white_background: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     """Colours in [0, 1] over the background: rgb a + (1 - a) bg, or rgb where there is no alpha.
 
     Args:
         pixels: uint8 [..., 3 or 4], straight (not premultiplied) alpha.
         white_background: bg = 1, else 0.
+        dtype: of the result.
 
     Returns:
-        float32 [..., 3] on pixels' device.
+        [..., 3] on pixels' device.
 
     Source: algorithm 1.1.
     """
-    colours = pixels.to(torch.float32) / 255.0
+    colours = pixels.to(dtype) / 255.0
     if pixels.shape[-1] == 3:
         return colours
     rgb, alpha = colours[..., :3], colours[..., 3:]

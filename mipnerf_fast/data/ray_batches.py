@@ -1,4 +1,7 @@
-"""Random batches of rays, computed from (image, pixel) on the training device: no array of all rays exists."""
+"""Random batches of rays, computed from (image, pixel) on the training device: no array of all rays exists.
+
+On the CPU and on CUDA one kernel makes a batch (csrc/ray_batch); `choose` and `gather` are the same in torch.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import torch
 from torch import Tensor
 
 from mipnerf_fast.cameras import Rays, pixel_rays
-from mipnerf_fast.counter_rng import IMAGES, PIXELS, counter_index
+from mipnerf_fast.counter_rng import IMAGES, PIXELS, as_int64, counter_index
 from mipnerf_fast.data.dataset import Dataset, composite_pixels
+from mipnerf_fast.ops.implementations import takes_kernel
+from mipnerf_fast.ops.ray_batch import PosedImages, ray_batch
 
 MODES = ("all_images", "single_image")
 
@@ -32,13 +37,25 @@ class RayBatches:
         self.mode, self.white_background, self.names = mode, dataset.white_background, dataset.names
         self.device = torch.device(device)
         self.pixels = dataset.pixels.to(device)
-        self.c2w, self.focal = dataset.c2w.to(device), dataset.focal.to(device, torch.float32)
+        self.c2w, self.focal = dataset.c2w.to(device), dataset.focal.to(device, dataset.c2w.dtype)
         self.height, self.width = dataset.height.to(device), dataset.width.to(device)
         self.near, self.far = dataset.near.to(device), dataset.far.to(device)
         self.lossmult, self.offsets = dataset.lossmult.to(device), dataset.offsets.to(device)
         self.count, self.total = len(dataset), dataset.pixels.shape[0]
         sizes = dataset.height * dataset.width
         self.common_size = int(sizes[0]) if bool((sizes == sizes[0]).all()) else 0
+        self._images = PosedImages(
+            self.pixels,
+            self.offsets,
+            self.height,
+            self.width,
+            self.c2w,
+            self.focal,
+            self.near,
+            self.far,
+            self.lossmult,
+            self.common_size,
+        )
 
     def draw(self, seed: int, step: int | Tensor, num_rays: int) -> tuple[Rays, Tensor]:
         """The batch of a step.
@@ -51,7 +68,14 @@ class RayBatches:
         Returns:
             Rays [B, .] and colours over the background, float32 [B, 3].
         """
-        return self.gather(*self.choose(seed, step, num_rays))
+        if not takes_kernel("ray_batch", self.c2w):
+            return self.gather(*self.choose(seed, step, num_rays))
+        number = torch.as_tensor(step, dtype=torch.int64, device=self.device)
+        is_single = self.mode == "single_image"
+        fields, target = ray_batch(
+            self._images, as_int64(seed), number, num_rays, is_single, self.white_background
+        )
+        return Rays(*fields), target
 
     def choose(self, seed: int, step: int | Tensor, num_rays: int) -> tuple[Tensor, Tensor]:
         """The images and the row-major pixels within them of the batch of a step, int64 [B] each; as `draw`."""
@@ -91,7 +115,7 @@ class RayBatches:
             pixel: int64 [B], row-major pixel indices within those images.
 
         Returns:
-            Rays [B, .] and colours over the background, float32 [B, 3].
+            Rays [B, .] and colours over the background, [B, 3], in the cameras' dtype (float32).
         """
         width = self.width[image]
         y = torch.div(pixel, width, rounding_mode="floor")
@@ -106,4 +130,5 @@ class RayBatches:
             self.far[image],
             self.lossmult[image],
         )
-        return rays, composite_pixels(self.pixels[self.offsets[image] + pixel], self.white_background)
+        colours = self.pixels[self.offsets[image] + pixel]
+        return rays, composite_pixels(colours, self.white_background, self.c2w.dtype)

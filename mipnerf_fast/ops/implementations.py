@@ -12,7 +12,7 @@ from ..backend import current_backend
 from .mlp_backends import MlpShape, choose_mlp
 
 # Of the exact model and of the fast one; `backend_in_use` sums up either.
-OPERATIONS = ("frustum_ipe", "composite", "resample", "mlp")
+OPERATIONS = ("ray_batch", "frustum_ipe", "composite", "resample", "mlp")
 FAST_OPERATIONS = (
     "draw_rays",
     "march",
@@ -29,6 +29,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Per operation the device types that have a native kernel and the dtypes it takes there. The network has several
 # engines, of which `choose_mlp` knows.
 _KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "ray_batch": {"cpu": (torch.float32,), "cuda": (torch.float32,)},
     "frustum_ipe": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},
     "composite": {"cpu": (*_FLOATS, torch.float64), "cuda": _FLOATS},
     "resample": {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)},

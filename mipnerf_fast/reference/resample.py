@@ -38,8 +38,8 @@ def sample_t_vals(
     if u is None:
         return t_vals
     mids = (t_vals[..., 1:] + t_vals[..., :-1]) / 2
-    upper = torch.cat([mids, t_vals[..., -1:]], -1)
-    lower = torch.cat([t_vals[..., :1], mids], -1)
+    bounds = torch.cat([t_vals[..., :1], mids, t_vals[..., -1:]], -1)
+    lower, upper = bounds[..., :-1], bounds[..., 1:]
     return lower + (upper - lower) * u
 
 
