@@ -68,6 +68,7 @@ SHARED_128 = r"LDS\.(?:U\.)?128"
 ADD, ADD_1 = r"(?:RED|REDG)\.E\.ADD", r"(?:RED|REDG)\.E\.ADD\.F32\.FTZ"
 ADD_2, ADD_4 = r"REDG\.E\.ADD\.F32x2", r"REDG\.E\.ADD\.F32x4"
 VECTOR_ADDS = "9|1"  # architectures from 9.0 on
+ADD_64, MAX = r"(?:RED|REDG)\.E\.ADD\.64", r"(?:RED|REDG)\.E\.MAX"
 EXP2 = r"MUFU\.EX2"
 COPY_BULK, COPY_MULTICAST = r"UBLKCP\.S\.G", r"UBLKCP\.S\.G\.MULTICAST"
 SHARE_REGISTERS = r"USETMAXREG\.TRY_ALLOC"
@@ -80,6 +81,13 @@ def hgmma(columns: int) -> str:
     """A warpgroup's product with sums in float: 64 rows, so many columns, 16 to sum over."""
     return rf"HGMMA\.64x{columns}x16\.F32"
 
+
+# Sums in fixed point, of the encoding alone and of the step.
+FIXED_SUMS = (
+    Expectation(r"^(hash_encode|step)_scatter_kernel<\d, FixedSums>", (ADD_64,), (ADD_1,)),
+    Expectation(r"^(hash_encode|step)_largest_kernel<", (MAX, "SHFL")),
+    Expectation(r"^add_sums_kernel<", (LOAD_128, STORE_128)),
+)
 
 # Every kernel must match at least one row of its operation; all rows that match apply.
 EXPECTED: dict[str, tuple[Expectation, ...]] = {
@@ -138,8 +146,13 @@ EXPECTED: dict[str, tuple[Expectation, ...]] = {
         Expectation(r"^hash_encode_(forward|backward)_kernel<2>", (LOAD_64,)),
         Expectation(r"^hash_encode_forward_kernel<4>", (STORE_128,)),
         Expectation(r"^hash_encode_scatter_kernel<", (ADD,)),
-        Expectation(r"^hash_encode_scatter_kernel<4>", (ADD_4,), (ADD_1,), architectures=VECTOR_ADDS),
-        Expectation(r"^hash_encode_scatter_kernel<2>", (ADD_2,), (ADD_1,), architectures=VECTOR_ADDS),
+        Expectation(
+            r"^hash_encode_scatter_kernel<4, FloatSums>", (ADD_4,), (ADD_1,), architectures=VECTOR_ADDS
+        ),
+        Expectation(
+            r"^hash_encode_scatter_kernel<2, FloatSums>", (ADD_2,), (ADD_1,), architectures=VECTOR_ADDS
+        ),
+        *FIXED_SUMS,
     ),
     "march": (
         Expectation(r"^(march_count|ray_starts)_kernel", ("SHFL",)),
@@ -167,8 +180,9 @@ EXPECTED: dict[str, tuple[Expectation, ...]] = {
         Expectation(r"^(step_density|fast_render)_kernel<Half, 4>", (LOAD_64,)),
         Expectation(r"^step_samples_kernel", (STORE_128,)),
         Expectation(r"^step_scatter_kernel<", (LOAD_128, ADD)),
-        Expectation(r"^step_scatter_kernel<\w+, 4>", (ADD_4,), (ADD_1,), architectures=VECTOR_ADDS),
-        Expectation(r"^step_scatter_kernel<\w+, 2>", (ADD_2,), (ADD_1,), architectures=VECTOR_ADDS),
+        Expectation(r"^step_scatter_kernel<4, FloatSums>", (ADD_4,), (ADD_1,), architectures=VECTOR_ADDS),
+        Expectation(r"^step_scatter_kernel<2, FloatSums>", (ADD_2,), (ADD_1,), architectures=VECTOR_ADDS),
+        *FIXED_SUMS,
         Expectation(r"^step_(begin|scan|list|loss|finish|pace)_kernel"),
     ),
     "occupancy": (

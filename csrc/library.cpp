@@ -102,10 +102,12 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
     m.def(
         "hash_encode_forward(Tensor points, Tensor scales, Tensor tables, int[] resolutions, int table_size, "
         "int attenuation, float cutoff) -> Tensor");
-    // Gradients of points, scales, tables.
+    // Gradients of points, scales, tables. On CUDA, without deterministic the order of the tables' sums
+    // differs from run to run.
     m.def(
         "hash_encode_backward(Tensor grad_features, Tensor points, Tensor scales, Tensor tables, "
-        "int[] resolutions, int table_size, int attenuation, float cutoff) -> (Tensor, Tensor, Tensor)");
+        "int[] resolutions, int table_size, int attenuation, float cutoff, bool deterministic) "
+        "-> (Tensor, Tensor, Tensor)");
     // Rays to packed samples: ray_starts [B + 1], rays [S], t0, t1 [S], means [S, 3], scales [S].
     m.def(
         "march(Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far, Tensor phase, "
@@ -135,7 +137,9 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "Tensor rgb, Tensor density, Tensor lengths, Tensor middles, Tensor ray_starts, Tensor background, "
         "Tensor near) -> (Tensor, Tensor, Tensor, Tensor)");
     // Everything from marching to gradients, fused: mean loss, mean squared error, samples, samples that
-    // counted, finite (float64 [5]). Gradients are added to grad_*, unless one is not finite.
+    // counted, finite (float64 [5]). Gradients are added to grad_*, unless one is not finite. On CUDA the
+    // order of the tables' sums differs from run to run, unless table_sums is given: int64 [entries, F], zero
+    // before and after, to sum in fixed point. The CPU takes none.
     m.def(
         "fast_train_step(Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far, Tensor? "
         "phase, "
@@ -146,7 +150,8 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "float scale_high, int occupancy_resolution, float box_half, float step_scale, float min_step, "
         "float max_step, "
         "Tensor(a!) grad_tables, Tensor(b!) grad_density_in, Tensor(c!) grad_density_out, "
-        "Tensor(d!) grad_colour_in, Tensor(e!)? grad_colour_hidden, Tensor(f!) grad_colour_out) -> Tensor");
+        "Tensor(d!) grad_colour_in, Tensor(e!)? grad_colour_hidden, Tensor(f!) grad_colour_out, "
+        "Tensor(g!)? table_sums) -> Tensor");
     // Rays to rgb [B, 3], distance [B], acc [B].
     m.def(
         "fast_render(Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far, Tensor? "
@@ -191,7 +196,8 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "bool scale_input, float scale_low, float scale_high, int occupancy_resolution, float box_half, "
         "float step_scale, float min_step, float max_step, "
         "Tensor(a!) grad_tables, Tensor(b!) grad_density_in, Tensor(c!) grad_density_out, "
-        "Tensor(d!) grad_colour_in, Tensor(e!)? grad_colour_hidden, Tensor(f!) grad_colour_out) -> Tensor");
+        "Tensor(d!) grad_colour_in, Tensor(e!)? grad_colour_hidden, Tensor(f!) grad_colour_out, "
+        "Tensor(g!)? table_sums) -> Tensor");
     // sparse_adam at learning_rate [1] times rate_ratio, after step [1] steps; also writes a float16 copy.
     m.def(
         "sparse_adam_captured(Tensor(a!) values, Tensor(b!) gradient, Tensor(c!) moment1, Tensor(d!) "

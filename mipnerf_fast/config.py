@@ -295,7 +295,8 @@ class TrainConfig:
     capture: bool = True
     """On a GPU, record the step as a CUDA graph and replay it; without, every operation is launched: for debugging."""
     deterministic: bool = False
-    """On a GPU, the same bits in every run: no atomics, a fixed workspace for cuBLAS. A CPU's are the same anyway."""
+    """On a GPU, the same bits in every run: no sums of floats in the order in which threads come, a fixed workspace for
+    cuBLAS. A CPU's are the same anyway."""
     max_skips_in_row: int = 20
     """The run ends, saved, when so many steps in a row were skipped because loss or gradient was not finite."""
     max_skips: int = 200

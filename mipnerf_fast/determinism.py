@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def deterministic(wanted: bool = True) -> Iterator[None]:
-    """Within the context torch and the operators use no atomics, and cuBLAS one workspace.
+    """Within the context every sum is taken in a fixed order or in whole numbers, and cuBLAS has one workspace.
 
     An operation that cannot is an error that names it. To be entered before the first product on a GPU: cuBLAS reads
     its setting then.

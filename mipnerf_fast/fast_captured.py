@@ -10,16 +10,17 @@ from torch import Tensor
 from .config import FastConfig, TrainConfig
 from .fast_model import FastModel
 from .ops.fast_captured import (
+    GROUP_RAYS,
     StepClock,
     draw_rays_captured,
     fast_pace_captured,
     fast_train_step_captured,
     occupancy_update_captured,
+    rays_of_pace,
     sparse_adam_captured,
 )
-from .ops.fast_step import FastFields, FastGradients, PixelSource
+from .ops.fast_step import FastFields, FastGradients, PixelSource, table_sums
 
-_GROUP_RAYS = 64
 # Steps whose statistics are kept on the device until they are read: reading waits for it.
 READ_EVERY = 16
 # Room for so many times the samples that a step shall have; rays beyond it wait for another step.
@@ -39,7 +40,9 @@ class CapturedStep:
     """The training step of a fast model on its GPU; the second step is captured and later ones replay it.
 
     Its tables are read in float16, from a copy that Adam writes beside the float32 values. The host waits for nothing;
-    `history` and the buffers of the model are read when somebody wants them.
+    `history` and the buffers of the model are read when somebody wants them. With config.deterministic every sum is
+    taken in a fixed order or in fixed point: then nothing decides a step but parameters, moments, the model's buffers
+    and the step's number, all of which a checkpoint holds.
 
     Args:
         config: of the run. model: on the GPU; its buffers samples_per_ray and skipped_steps are kept up to date.
@@ -68,11 +71,10 @@ class CapturedStep:
         self._random_background, self._background = random_background, background
         self._parameters, self._gradients, self._moments = parameters, gradients, moments
         self._adam, self._least, self._most = adam, least, most
-        self._capacity = -(-_ROOM * config.batch_size // _GROUP_RAYS) * _GROUP_RAYS
+        self._capacity = -(-_ROOM * config.batch_size // GROUP_RAYS) * GROUP_RAYS
         device = model.tables.device
         pace = model.samples_per_ray.to(torch.float32)
-        wanted = min(max(config.batch_size / pace.item(), least), most)
-        rays = -(-int(wanted) // _GROUP_RAYS) * _GROUP_RAYS
+        rays = rays_of_pace(pace, config.batch_size, least, most)
         self._clock = StepClock(
             torch.tensor([step], device=device),
             torch.tensor([rays], dtype=torch.int32, device=device),
@@ -84,8 +86,10 @@ class CapturedStep:
         self._buffers = FastGradients(
             *(gradients.get(name) for name in FastGradients._fields)  # type: ignore[arg-type]
         )
+        self._sums = table_sums(parameters["tables"]) if config.deterministic else None
         # Row step % READ_EVERY: the statistics of the step after so many.
         self.history = torch.zeros(READ_EVERY, 6, dtype=torch.float64, device=device)
+        self._rows = torch.arange(READ_EVERY, device=device)[:, None]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_warm = False
 
@@ -123,7 +127,7 @@ class CapturedStep:
             self._source, config.seed, clock, self._most, self._random_background, self._background
         )
         statistics = fast_train_step_captured(
-            rays, target, clock, self._capacity, config.loss_beta, self.fields, self._buffers
+            rays, target, clock, self._capacity, config.loss_beta, self.fields, self._buffers, self._sums
         )
         for name, values in self._parameters.items():
             is_table = name == "tables"
@@ -139,7 +143,8 @@ class CapturedStep:
                 adam.beta2,
                 adam.eps,
             )
-        self.history.index_copy_(0, clock.step % READ_EVERY, statistics[None])
+        # No index_copy_: on request torch makes it deterministic by a sort, which waits for the host.
+        self.history.copy_(torch.where(self._rows == clock.step % READ_EVERY, statistics, self.history))
         fast_pace_captured(statistics, clock, config.batch_size, self._least, self._most)
         self._model.skipped_steps.add_((statistics[4:5] == 0).to(torch.int64))
         self._model.samples_per_ray.copy_(clock.samples_per_ray)

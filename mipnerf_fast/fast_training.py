@@ -15,7 +15,7 @@ from .config import FastConfig, TrainConfig
 from .data import Dataset
 from .fast_captured import READ_EVERY, AdamSettings, CapturedStep
 from .fast_model import FastModel
-from .ops.fast_captured import kernels_for
+from .ops.fast_captured import GROUP_RAYS, kernels_for
 from .ops.fast_step import FastGradients, MarchRays, PixelSource, StepStatistics
 from .schedules import log_lerp, warm_up
 from .trainer_base import DivergedError, StepResult, TrainerBase
@@ -23,7 +23,6 @@ from .trainer_base import DivergedError, StepResult, TrainerBase
 BETA1, BETA2 = 0.9, 0.99
 # Rays per step stay in this range, whatever the number of samples a ray takes.
 MIN_RAYS, MAX_RAYS = 192, 8192
-_GROUP_RAYS = 64
 # On a GPU at most as many rays as make a batch of so few samples each.
 _FEWEST_SAMPLES = 4
 # Steps in a row without a finite gradient after which nothing will come of it.
@@ -41,7 +40,7 @@ DEVIATION_PER_PIXEL = 0.5 / math.sqrt(3.0)
 
 
 class FastTrainer(TrainerBase):
-    """Trains a `FastModel` on a dataset; on the CPU nothing but its checkpoint decides how it goes on, bit by bit.
+    """Trains a `FastModel` on a dataset; nothing but its checkpoint decides how it goes on, bit by bit.
 
     A step draws pixels by counter-based random numbers, runs `ops.fast_train_step` (on the backend "reference" the
     same by autograd: `fast_reference`) and Adam on the entries that were touched, and every UPDATE_EVERY steps renews
@@ -50,8 +49,8 @@ class FastTrainer(TrainerBase):
     `model.skipped_steps`; many in a row end the run.
 
     On a GPU a step is one CUDA graph (`CapturedStep`): tables are read in float16, and what a step found is read back
-    every READ_EVERY steps. There, the gradients of the tables are sums in no particular order, so that two runs
-    differ in their last bits; everything else is summed in a fixed order.
+    every READ_EVERY steps. There, unless config.deterministic is set, the gradients of the tables are sums in no
+    particular order, so that two runs differ in their last bits; everything else is summed in a fixed order.
 
     Args:
         config: of the run; its model is a `FastConfig` for the images (see `FastConfig.for_images`).
@@ -112,22 +111,24 @@ class FastTrainer(TrainerBase):
         self.samples = 0  # marched by this trainer
         self._skips = int(self.model.skipped_steps)
         self._pending: list[tuple[int, float]] = []  # steps launched and not read, and their rates
-        self._captured: CapturedStep | None = None
-        if on_gpu:
-            self._captured = CapturedStep(
-                config,
-                self.model,
-                self.source,
-                self.random_background,
-                self.background,
-                self._parameters,
-                self._gradients,
-                self._moments,
-                AdamSettings(self.settings.network_lr_ratio, BETA1, BETA2, config.adam_eps),
-                self.step,
-                MIN_RAYS,
-                max(MAX_RAYS, config.batch_size // _FEWEST_SAMPLES // _GROUP_RAYS * _GROUP_RAYS),
-            )
+        self._captured = self._captured_step() if on_gpu else None
+
+    def _captured_step(self) -> CapturedStep:
+        config = self.config
+        return CapturedStep(
+            config,
+            self.model,
+            self.source,
+            self.random_background,
+            self.background,
+            self._parameters,
+            self._gradients,
+            self._moments,
+            AdamSettings(self.settings.network_lr_ratio, BETA1, BETA2, config.adam_eps),
+            self.step,
+            MIN_RAYS,
+            max(MAX_RAYS, config.batch_size // _FEWEST_SAMPLES // GROUP_RAYS * GROUP_RAYS),
+        )
 
     def _build_model(self, config: FastConfig) -> FastModel:
         return FastModel(config)
@@ -250,7 +251,7 @@ class FastTrainer(TrainerBase):
     def _ray_count(self) -> int:
         """As many as make batch_size samples, by the samples that rays have taken lately; whole groups."""
         wanted = self.config.batch_size / self.model.samples_per_ray.item()
-        return math.ceil(min(max(wanted, MIN_RAYS), MAX_RAYS) / _GROUP_RAYS) * _GROUP_RAYS
+        return math.ceil(min(max(wanted, MIN_RAYS), MAX_RAYS) / GROUP_RAYS) * GROUP_RAYS
 
     def _renew_occupancy(self) -> None:
         is_early = self.step < _EARLY_STEPS

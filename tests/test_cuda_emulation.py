@@ -111,9 +111,12 @@ def test_barriers_count_only_threads_that_are_still_there():
 def test_atomics():
     x = np.random.default_rng(4).integers(0, 4, 777).astype(np.int32)
     outputs = {"counts": np.zeros(4, np.int32), "sum": np.zeros(1, np.float32), "total": np.zeros(1)}
+    outputs |= {"whole": np.zeros(1, np.int64), "most": np.zeros(1, np.uint32)}
     y = self_test("histogram", {"x": x}, outputs, seed=6)
     np.testing.assert_array_equal(y["counts"], np.bincount(x, minlength=4))
     assert y["sum"][0] == y["total"][0] == x.sum()
+    assert y["whole"][0] == (int(x.sum()) << 40) - 777
+    assert y["most"][0] == (np.arange(777, dtype=np.uint32) * np.uint32(2654435761)).max()
 
 
 def test_three_dimensional_blocks():

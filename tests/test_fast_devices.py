@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
+import pytest
 import torch
 from test_fast_step import SMALL, _composed, _model, _rays, _source
 from test_fast_training import _config, _psnr, _spheres
 from torch import Tensor
 
 from mipnerf_fast import ops, reference, use_backend
+from mipnerf_fast.checkpoint import load_checkpoint
+from mipnerf_fast.determinism import deterministic
 from mipnerf_fast.fast_captured import READ_EVERY
 from mipnerf_fast.fast_model import FastModel
 from mipnerf_fast.fast_training import FastTrainer
@@ -61,6 +65,28 @@ def test_hash_encode(device: torch.device) -> None:
     for found, rounded, truth in zip(*results, strict=True):
         assert found is not None and rounded is not None and truth is not None
         bounded(found, rounded, truth)
+
+
+def test_gradients_of_the_encoding_have_the_same_bits_on_request(device: torch.device) -> None:
+    grid = reference.hash_grid(levels=4, coarsest=4, finest=50, table_size=2**9)
+    points, scales = torch.rand(20_000, 3, device=device), torch.full((20_000,), 0.01, device=device)
+    tables = torch.randn(grid.entries, 2, device=device).requires_grad_()
+    cotangent, found = torch.randn(20_000, 8, device=device), []
+    for _ in range(5):
+        with deterministic(), use_backend("native"):
+            features = ops.hash_encode(points, scales, tables, grid)
+            found.append(torch.autograd.grad(features, tables, cotangent)[0])
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = tables.detach().cpu().to(dtype).requires_grad_()
+        with use_backend("native"):  # in float64 it is the reference
+            features = ops.hash_encode(points.cpu().to(dtype), scales.cpu().to(dtype), leaf, grid)
+        results.append(torch.autograd.grad(features, leaf, cotangent.cpu().to(dtype))[0])
+    if device.type == "cpu":
+        bounded(found[0], *results)
+    else:  # positions, and with them the weights of corners, are products fused into differences there
+        torch.testing.assert_close(found[0].cpu().double(), results[1], rtol=0, atol=1e-3)
 
 
 def test_march_then_composite(device: torch.device) -> None:
@@ -121,7 +147,24 @@ def test_tiny_mlp(device: torch.device) -> None:
         bounded(found, rounded, truth)
 
 
-def test_step_and_render(device: torch.device) -> None:
+def test_gradients_of_the_networks_have_the_same_bits_on_request(device: torch.device) -> None:
+    shapes = {"in": (64, 36), "out": (16, 64), "colour": (64, 32), "hidden": (64, 64), "last": (3, 64)}
+    weights = [torch.randn(shape, device=device) / math.sqrt(shape[1]) for shape in shapes.values()]
+    features, harmonics = torch.randn(500, 35, device=device), torch.randn(3, 16, device=device)
+    index, runs = torch.randint(3, (500,), device=device), []
+    for wanted in (True, True, False):
+        leaves = [x.clone().requires_grad_() for x in (features, harmonics, *weights)]
+        with deterministic(wanted), use_backend("native"):
+            rgb, density = ops.tiny_mlp(leaves[0], leaves[1], index, *leaves[2:])
+            runs.append(torch.autograd.grad(rgb.square().sum() + density.log().sum(), leaves))
+    first, second, plain = runs
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    size = plain[1].abs().max()
+    assert (first[1] - plain[1]).abs().max() <= 500 * 2.0**-24 * size
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_step_and_render(device: torch.device, is_deterministic: bool) -> None:
     model, rays = _model(SMALL), _rays()
     target, wanted = torch.rand(70, 3), {}
     for dtype in (torch.float32, torch.float64):
@@ -129,9 +172,17 @@ def test_step_and_render(device: torch.device) -> None:
         torch.nn.functional.smooth_l1_loss(result.rgb, target.to(dtype), beta=0.1).backward()
         wanted[dtype] = result, {name: parameter.grad for name, parameter in parameters.items()}
     fields = model.to(device).fields()
-    values = (getattr(fields, name) for name in FastGradients._fields)
-    gradients = FastGradients(*(None if v is None else torch.zeros_like(v) for v in values))  # type: ignore[arg-type]
-    found = ops.fast_train_step(moved(rays, device), target.to(device), 0.1, fields, gradients)
+    values = [getattr(fields, name) for name in FastGradients._fields]
+    gradients, again = (
+        FastGradients(*(None if v is None else torch.zeros_like(v) for v in values))  # type: ignore[arg-type]
+        for _ in range(2)
+    )
+    with deterministic(is_deterministic):
+        for buffers in (gradients, again):
+            found = ops.fast_train_step(moved(rays, device), target.to(device), 0.1, fields, buffers)
+    assert not is_deterministic or torch.equal(gradients.tables, again.tables)
+    for one, other in zip(gradients[1:], again[1:], strict=True):
+        assert one is None or torch.equal(one, other)  # type: ignore[arg-type]
     rendered = ops.fast_render(moved(rays, device), fields)
     (rounded, rounded_grads), (truth, truth_grads) = wanted[torch.float32], wanted[torch.float64]
     for a, b, c in zip(rendered, rounded, truth, strict=False):
@@ -195,6 +246,37 @@ def test_training(device: torch.device) -> None:
     assert 0.5 <= float(trainer.model.samples_per_ray) < 750
     assert _psnr_on(trainer.model, scene, device) > before + 3
     assert all(value.device.type == device.type for value in trainer.moments()["exp_avg"].values())
+
+
+def test_deterministic_runs_and_their_resume_are_the_same(device: torch.device, tmp_path: Path) -> None:
+    """Bit by bit: two whole runs, and one in three parts whose statistics are read after every step."""
+    scene, config = _spheres(12, 12), _config(3 * READ_EVERY + 5, deterministic=True)
+    path = tmp_path / "checkpoint.safetensors"
+
+    def state(trainer: FastTrainer) -> dict[str, Tensor]:
+        moments = trainer.moments().items()
+        of_adam = {f"{moment}.{name}": x for moment, tensors in moments for name, x in tensors.items()}
+        return {name: x.cpu().clone() for name, x in (trainer.model.state_dict() | of_adam).items()}
+
+    with deterministic():
+        whole = []
+        for _ in range(2):
+            trainer = FastTrainer(config, scene, device)
+            while not trainer.is_done:
+                trainer.launch_step()
+            losses = [(result.step, result.loss, result.rays) for result in trainer.results(wait=True)]
+            whole.append((state(trainer), losses))
+        trainer, losses = FastTrainer(config, scene, device), []
+        for stop in (7, READ_EVERY + 13, config.max_steps):
+            while trainer.step < stop:
+                result = trainer.train_step()
+                losses.append((result.step, result.loss, result.rays))
+            trainer.save(path, None)
+            trainer = FastTrainer(config, scene, device, checkpoint=load_checkpoint(path))
+    for found, heard in (whole[1], (state(trainer), losses)):
+        assert heard == whole[0][1] and len(heard) == config.max_steps
+        for name, value in whole[0][0].items():
+            assert torch.equal(value, found[name]), name
 
 
 def _psnr_on(model: FastModel, scene: object, device: torch.device) -> float:

@@ -27,7 +27,7 @@ from mipnerf_fast.ops.fast_step import FastFields, FastGradients, MarchRays
 
 FLOOR = 16 * 2.0**-23
 SEEDS = range(20)
-OPERATORS, STEP = "fast_operators", "fast_step"
+OPERATORS, STEP, ENCODING = "fast_operators", "fast_step", "hash_encode"
 RAYS = ("origins", "directions", "radii", "near", "far", "phase")
 
 
@@ -76,8 +76,8 @@ def test_hash_encode(samples: int, features: int, kind: int, seed: int) -> None:
     tables, cotangent = torch.randn(grid.entries, features), torch.randn(samples, 4 * features)
     options = (list(grid.resolutions), grid.table_size, kind, 0.02)
     found = emulate(
-        OPERATORS,
-        "hash_encode",
+        ENCODING,
+        "",
         {
             "points": points,
             "scales": scales,
@@ -99,7 +99,10 @@ def test_hash_encode(samples: int, features: int, kind: int, seed: int) -> None:
     for dtype in (torch.float32, torch.float64):
         p, s, t, g = (x.to(dtype) for x in (points, scales, tables, cotangent))
         results.append(
-            (raw.hash_encode_forward(p, s, t, *options), *raw.hash_encode_backward(g, p, s, t, *options))
+            (
+                raw.hash_encode_forward(p, s, t, *options),
+                *raw.hash_encode_backward(g, p, s, t, *options, False),
+            )
         )
     for name, rounded, truth in zip(
         ("features", "grad_points", "grad_scales", "grad_tables"), *results, strict=True
@@ -337,6 +340,8 @@ def emulate_step(
         if (value := getattr(fields, name)) is not None
     }
     active = options.pop("active", None)
+    if options.pop("fixed", False):
+        outputs["table_sums"] = np.zeros(fields.tables.shape, np.int64)
     return emulate(
         STEP,
         "step",
@@ -354,14 +359,23 @@ def emulate_step(
     )
 
 
-@pytest.mark.parametrize(("variant", "seed"), [("gaussian", 0), ("two colour layers", 1), ("aliased", 2)])
-def test_step(variant: str, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("variant", "seed", "fixed"),
+    [
+        ("gaussian", 0, False),
+        ("two colour layers", 1, False),
+        ("aliased", 2, False),
+        ("gaussian", 3, True),
+        ("two colour layers", 4, True),
+    ],
+)
+def test_step(variant: str, seed: int, fixed: bool) -> None:
     model, rays = _model(VARIANTS[variant]), _rays()
     rays.origins[5] = 9.0  # no sample
     with torch.no_grad():
         model.density_out[0] += 1.2  # some samples lie behind opaque matter
     fields, target = model.fields(), torch.rand(70, 3)
-    found = emulate_step(rays, target, fields, seed)
+    found = emulate_step(rays, target, fields, seed, fixed=fixed)
     wanted = {}
     for dtype in (torch.float32, torch.float64):
         result, parameters = _composed(rays, fields, dtype)
@@ -395,7 +409,8 @@ def half_model() -> FastModel:
     return model
 
 
-def test_step_with_half_tables() -> None:
+@pytest.mark.parametrize("fixed", [False, True])
+def test_step_with_half_tables(fixed: bool) -> None:
     model, rays, target = half_model(), _rays(40), torch.rand(40, 3)
     fields = model.fields()
     wanted = {}
@@ -403,7 +418,7 @@ def test_step_with_half_tables() -> None:
         result, parameters = _composed(rays, fields, dtype)
         torch.nn.functional.smooth_l1_loss(result.rgb, target.to(dtype), beta=0.1).backward()
         wanted[dtype] = {name: parameter.grad for name, parameter in parameters.items()}
-    found = emulate_step(rays, target, fields._replace(tables=fields.tables.half()), 3)
+    found = emulate_step(rays, target, fields._replace(tables=fields.tables.half()), 3, fixed=fixed)
     for name, truth in wanted[torch.float64].items():
         assert truth is not None and truth.abs().max() > 0
         # All samples see the same features: their gradients add up one by one, 64 in a tile, each rounded one way.
@@ -431,8 +446,9 @@ def test_step_leaves_rays_out_that_have_no_room() -> None:
             np.testing.assert_array_equal(active[name], value)
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("case", ["no rays", "no room", "no samples", "nan"])
-def test_step_without_gradients(case: str) -> None:
+def test_step_without_gradients(case: str, fixed: bool) -> None:
     model, rays = _model(SMALL), _rays(7)
     if case == "no samples":
         rays.origins.fill_(9.0)
@@ -441,7 +457,7 @@ def test_step_without_gradients(case: str) -> None:
         fields.density_in[0, 0] = math.nan
     active = np.array([0], np.int32) if case == "no rays" else None
     capacity = 0 if case == "no room" else 1024
-    found = emulate_step(rays, torch.rand(7, 3), fields, 7, capacity=capacity, active=active)
+    found = emulate_step(rays, torch.rand(7, 3), fields, 7, capacity=capacity, active=active, fixed=fixed)
     assert all((value == 0).all() for name, value in found.items() if name != "statistics")
     assert found["statistics"][4] == (case != "nan")
     assert found["statistics"][5] == (7 if case in ("no samples", "nan") else 0)
@@ -631,8 +647,8 @@ def small_hash_encode(seed: int, checks: list[str]) -> None:
     }
     scalars = {"table_size": 8, "attenuation": 0, "cutoff": 0.02}
     emulate(
-        OPERATORS,
-        "hash_encode",
+        ENCODING,
+        "",
         {**arrays, "resolutions": np.array([1])},
         outputs,
         scalars,

@@ -210,6 +210,14 @@ def test_an_unknown_attenuation_is_named_by_every_operator() -> None:
             run()
 
 
+def test_fixed_point_is_of_gpus() -> None:
+    fields = _model(SMALL).fields()
+    flat = (*fields[:9], 1, *fields[10:])
+    sums = torch.zeros_like(fields.tables, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="table_sums must be none on the CPU"):
+        torch.ops.mipnerf_fast.fast_train_step(*_rays(), torch.rand(70, 3), 0.1, *flat, *_zeros(fields), sums)
+
+
 def test_wrong_rays_are_named() -> None:
     rays = _rays()._replace(radii=torch.ones(69, 1))
     with pytest.raises(RuntimeError, match="radii must be"):

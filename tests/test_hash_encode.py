@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -138,13 +140,28 @@ def test_the_kernel_in_float32_rounds_as_little_as_the_reference(kind: str) -> N
     assert (found - truth).abs().max() <= 2 * (rounded - truth).abs().max() + floor
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.3, 1.7])
+def test_a_point_that_is_no_place_in_the_box_stays_in_its_row(value: float) -> None:
+    grid, inputs = _grid(), _inputs(torch.float32)
+    wanted = ops.hash_encode(*inputs, grid)
+    inputs[0][7, 1] = value
+    points, scales, tables = (x.requires_grad_() for x in inputs)
+    found = ops.hash_encode(points, scales, tables, grid)
+    found.sum().backward()
+    others = torch.arange(300) != 7
+    assert torch.equal(found[others], wanted[others])
+    assert not math.isfinite(value) or bool(torch.isfinite(found).all())
+    assert math.isfinite(value) or not bool(torch.isfinite(found[7]).any())
+
+
 def test_the_kernel_is_a_proper_operator() -> None:
     points, scales, tables = (x[:20] if x.shape[0] == 300 else x for x in _inputs(torch.float64))
     grid = _grid()
     arguments = (points, scales, tables, list(grid.resolutions), grid.table_size, 1, 0.02)
     torch.library.opcheck(torch.ops.mipnerf_fast.hash_encode_forward, arguments)
     grad = torch.rand(points.shape[0], 12, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.mipnerf_fast.hash_encode_backward, (grad, *arguments))
+    for deterministic in (False, True):
+        torch.library.opcheck(torch.ops.mipnerf_fast.hash_encode_backward, (grad, *arguments, deterministic))
     compiled = torch.compile(ops.hash_encode, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
         compiled(points, scales, tables, grid), ops.hash_encode(points, scales, tables, grid)

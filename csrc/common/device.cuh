@@ -52,7 +52,8 @@
 //   warp_inclusive_max<W>(v), warp_exclusive_max<W>(v, identity)
 //   warp_reverse_inclusive_sum, warp_reverse_exclusive_sum, warp_reverse_inclusive_max,
 //   warp_reverse_exclusive_max           the same over the lanes from this one to the last
-//   atomic_add(p, v)                     float, double, int, unsigned; global or shared memory; orders nothing
+//   atomic_add(p, v)                     float, double, int, unsigned, int64; global or shared memory; orders nothing
+//   atomic_max(p, v)                     the same for unsigned
 //   atomic_add_pack(p, pack)             2 or 4 floats of global memory, each atomically, in one instruction
 //                                        from 9.0 on; aligned like the pack, nothing returned
 //   shared_memory<T>(byte_offset = 0)    the block's dynamic shared memory, uninitialised
@@ -240,6 +241,13 @@ MIPNERF_DEVICE bool warp_all(bool predicate, unsigned mask = kFullMask) {
 template <typename T>
 MIPNERF_DEVICE T atomic_add(T* address, T value) {
     return atomicAdd(address, value);
+}
+MIPNERF_DEVICE std::int64_t atomic_add(std::int64_t* address, std::int64_t value) {
+    return static_cast<std::int64_t>(
+        atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value)));
+}
+MIPNERF_DEVICE unsigned atomic_max(unsigned* address, unsigned value) {
+    return atomicMax(address, value);
 }
 
 MIPNERF_DEVICE void atomic_add_pack(float* address, const Pack<float, 2>& pack) {

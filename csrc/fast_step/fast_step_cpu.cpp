@@ -98,8 +98,10 @@ Tensor fast_train_step_cpu(Tensor origins, Tensor directions, Tensor radii, Tens
                            int64_t occupancy_resolution, double box_half, double step_scale, double min_step,
                            double max_step, Tensor grad_tables, Tensor grad_density_in,
                            Tensor grad_density_out, Tensor grad_colour_in,
-                           std::optional<Tensor> grad_colour_hidden, Tensor grad_colour_out) {
+                           std::optional<Tensor> grad_colour_hidden, Tensor grad_colour_out,
+                           std::optional<Tensor> table_sums) {
     const Checker check{"fast_train_step"};
+    check.that(!table_sums.has_value(), "table_sums", "none on the CPU", "a tensor");
     const CheckedModel checked(
         check, {tables, density_in, density_out, colour_in, colour_hidden, colour_out, masks, resolutions,
                 table_size, attenuation, cutoff, scale_input, scale_low, scale_high, occupancy_resolution,

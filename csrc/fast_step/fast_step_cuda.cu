@@ -22,6 +22,7 @@ struct Gradients {
     Tensor tables, density_in, density_out, colour_in;
     std::optional<Tensor> colour_hidden;
     Tensor colour_out;
+    std::optional<Tensor> table_sums;
 };
 
 StepScratch step_scratch(const CudaModel& model, int64_t rays, int64_t capacity, CudaRoom& room) {
@@ -43,7 +44,13 @@ Tensor train_step(const Checker& check, const FastModelArguments& given, CudaMod
     const int64_t count = rays.march().rays;
     const StepTargets targets{rays.background(), rays.arrays().floats("target", target, {count, 3}, "[B, 3]"),
                               static_cast<float>(loss_beta)};
-    const CudaArrays& arrays = rays.arrays();
+    CudaArrays& arrays = rays.arrays();
+    int64_t* table_sums = nullptr;
+    if (to.table_sums.has_value()) {
+        table_sums = arrays.output<int64_t>("table_sums", *to.table_sums, ScalarType::Long,
+                                            {given.tables.size(0), given.tables.size(1)}, "[entries, F]");
+        check.that(is_aligned(table_sums, 16), "table_sums", "aligned to 16 bytes", "a view that is not");
+    }
     float* const grad_tables = arrays.floats_like("grad_tables", to.tables, given.tables);
     const FastWeights<float> grads{
         arrays.floats_like("grad_density_in", to.density_in, given.density_in),
@@ -68,8 +75,8 @@ Tensor train_step(const Checker& check, const FastModelArguments& given, CudaMod
     model.with(scratch.packed, stream, [&](const auto& of_type, auto features) {
         launch_step_march(rays.march(), scratch, stream);
         launch_train_step<std::remove_const_t<std::remove_pointer_t<decltype(of_type.tables)>>,
-                          features.value>(of_type, rays.march(), targets, scratch, grad_tables, grads,
-                                          mutable_cuda_data<double>(statistics), stream);
+                          features.value>(of_type, rays.march(), targets, scratch, grad_tables, table_sums,
+                                          grads, mutable_cuda_data<double>(statistics), stream);
     });
     return statistics;
 }
@@ -83,7 +90,8 @@ Tensor fast_train_step_cuda(Tensor origins, Tensor directions, Tensor radii, Ten
                             int64_t occupancy_resolution, double box_half, double step_scale, double min_step,
                             double max_step, Tensor grad_tables, Tensor grad_density_in,
                             Tensor grad_density_out, Tensor grad_colour_in,
-                            std::optional<Tensor> grad_colour_hidden, Tensor grad_colour_out) {
+                            std::optional<Tensor> grad_colour_hidden, Tensor grad_colour_out,
+                            std::optional<Tensor> table_sums) {
     const Checker check{"fast_train_step"};
     const torch::stable::accelerator::DeviceGuard guard(tables.get_device_index());
     const FastModelArguments given{tables,     density_in,  density_out, colour_in,  colour_hidden,
@@ -94,22 +102,20 @@ Tensor fast_train_step_cuda(Tensor origins, Tensor directions, Tensor radii, Ten
     CudaRays rays(check, model, origins, directions, radii, near, far, phase, background);
     const Tensor statistics = train_step(check, given, model, rays, target, loss_beta, -1,
                                          {grad_tables, grad_density_in, grad_density_out, grad_colour_in,
-                                          grad_colour_hidden, grad_colour_out});
+                                          grad_colour_hidden, grad_colour_out, table_sums});
     Tensor five = statistics;
     return torch::stable::narrow(five, 0, 0, 5);
 }
 
-Tensor fast_train_step_captured_cuda(Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far,
-                                     std::optional<Tensor> phase, Tensor background, Tensor target,
-                                     Tensor active_rays, int64_t capacity, double loss_beta, Tensor tables,
-                                     Tensor density_in, Tensor density_out, Tensor colour_in,
-                                     std::optional<Tensor> colour_hidden, Tensor colour_out, Tensor masks,
-                                     std::vector<int64_t> resolutions, int64_t table_size,
-                                     int64_t attenuation, double cutoff, bool scale_input, double scale_low,
-                                     double scale_high, int64_t occupancy_resolution, double box_half,
-                                     double step_scale, double min_step, double max_step, Tensor grad_tables,
-                                     Tensor grad_density_in, Tensor grad_density_out, Tensor grad_colour_in,
-                                     std::optional<Tensor> grad_colour_hidden, Tensor grad_colour_out) {
+Tensor fast_train_step_captured_cuda(
+    Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far, std::optional<Tensor> phase,
+    Tensor background, Tensor target, Tensor active_rays, int64_t capacity, double loss_beta, Tensor tables,
+    Tensor density_in, Tensor density_out, Tensor colour_in, std::optional<Tensor> colour_hidden,
+    Tensor colour_out, Tensor masks, std::vector<int64_t> resolutions, int64_t table_size,
+    int64_t attenuation, double cutoff, bool scale_input, double scale_low, double scale_high,
+    int64_t occupancy_resolution, double box_half, double step_scale, double min_step, double max_step,
+    Tensor grad_tables, Tensor grad_density_in, Tensor grad_density_out, Tensor grad_colour_in,
+    std::optional<Tensor> grad_colour_hidden, Tensor grad_colour_out, std::optional<Tensor> table_sums) {
     const Checker check{"fast_train_step_captured"};
     const torch::stable::accelerator::DeviceGuard guard(tables.get_device_index());
     const FastModelArguments given{tables,     density_in,  density_out, colour_in,  colour_hidden,
@@ -124,7 +130,7 @@ Tensor fast_train_step_captured_cuda(Tensor origins, Tensor directions, Tensor r
                "a positive multiple of 64 below 2^31", capacity);
     return train_step(check, given, model, rays, target, loss_beta, capacity,
                       {grad_tables, grad_density_in, grad_density_out, grad_colour_in, grad_colour_hidden,
-                       grad_colour_out});
+                       grad_colour_out, table_sums});
 }
 
 void fast_pace_captured_cuda(Tensor statistics, Tensor samples_per_ray, Tensor active_rays, Tensor step,

@@ -9,9 +9,12 @@
 //   networks and of the tables 6  step_finish; sparse_adam (sparse_adam_kernels.cuh)
 //
 // No size depends on the host: launches are as large as there is room for, and what there is is read from
-// StepCounters. Every sum but those in the tables (step_scatter) is taken in a fixed order.
+// StepCounters. Every sum but those in the tables (step_scatter) is taken in a fixed order. Those are of
+// floats in no particular order, or, on request, in fixed point (hash_encode_sums.cuh: step_largest before
+// step_scatter, add_sums after it), which is the same in any order.
 #pragma once
 
+#include "../hash_encode/hash_encode_sums.cuh"
 #include "../march/march_device.cuh"
 #include "../packed_composite/packed_composite_math.h"
 #include "fast_step_device.cuh"
@@ -267,22 +270,53 @@ __global__ void __launch_bounds__(kTileThreads)
 
 constexpr int kScatterThreads = 128;
 
-// Thread i of block (b, l) adds the gradient of level l of counted sample b * kScatterThreads + i to its
-// eight entries: sums of floats in no particular order.
-template <typename S, int F>
-__global__ void __launch_bounds__(kScatterThreads)
-    step_scatter_kernel(const __grid_constant__ DeviceModel<S> model, StepScratch s, float* grad_tables) {
+// What thread i of block (b, l) has to scatter: of level l of counted sample b * kScatterThreads + i. kept 0:
+// nothing.
+template <int F>
+struct ScatteredSample {
+    float kept;
+    Cell<float> cell;
+    Floats<F> gradient;
+};
+template <int F>
+MIPNERF_DEVICE ScatteredSample<F> scattered_sample(const HashGrid& grid, const EncodeOptions& encode,
+                                                   const StepScratch& s) {
+    ScatteredSample<F> found{};
     const std::int64_t own = static_cast<std::int64_t>(blockIdx.x) * kScatterThreads + threadIdx.x;
-    if (own >= s.counters->counted || s.counters->not_finite != 0) return;
-    const HashLevel& level = model.grid.level[blockIdx.y];
+    if (own >= s.counters->counted) return found;
+    const std::int32_t resolution = grid.level[blockIdx.y].resolution;
     const std::int64_t at = load_pack<2>(s.list + 2 * own).value[0];
     const Pack<float, 4> sample = load_pack<4>(s.positions + 4 * at);
-    const float kept = attenuation(model.encode.attenuation, sample.value[3],
-                                   static_cast<float>(level.resolution), model.encode.cutoff);
-    if (kept == 0.0f) return;
-    scatter_level<F>(
-        level, kept, cell_of(sample.value[0], sample.value[1], sample.value[2], level.resolution),
-        pack_to_float(load_pack<F>(s.grad_encoding + F * (blockIdx.y * s.capacity + own))), grad_tables);
+    found.kept =
+        attenuation(encode.attenuation, sample.value[3], static_cast<float>(resolution), encode.cutoff);
+    if (found.kept == 0.0f) return found;
+    found.cell = cell_of(sample.value[0], sample.value[1], sample.value[2], resolution);
+    found.gradient = pack_to_float(load_pack<F>(s.grad_encoding + F * (blockIdx.y * s.capacity + own)));
+    return found;
+}
+
+// Finds the largest gradient of each level, for FixedSums; one that is not finite counts like those of the
+// networks.
+template <int F>
+__global__ void __launch_bounds__(kScatterThreads)
+    step_largest_kernel(const __grid_constant__ HashGrid grid, EncodeOptions encode, StepScratch s) {
+    const ScatteredSample<F> sample = scattered_sample<F>(grid, encode, s);
+    const std::uint32_t bits =
+        sample.kept == 0.0f ? 0u : largest_bits<F>(sample.kept, sample.cell, sample.gradient);
+    if (!are_bits_finite(bits)) atomic_add(&s.counters->not_finite, 1);
+    raise_largest(s.largest + blockIdx.y, bits);
+}
+
+// Adds the gradients to the eight entries of each sample and level.
+template <int F, typename Sums>
+__global__ void __launch_bounds__(kScatterThreads)
+    step_scatter_kernel(const __grid_constant__ HashGrid grid, EncodeOptions encode, StepScratch s,
+                        Sums sums) {
+    if (s.counters->not_finite != 0) return;
+    const ScatteredSample<F> sample = scattered_sample<F>(grid, encode, s);
+    if (sample.kept == 0.0f) return;
+    scatter_level<F>(grid.level[blockIdx.y], sample.kept, sample.cell, sample.gradient,
+                     sums.of_level(blockIdx.y));
 }
 
 MIPNERF_DEVICE float* gradient_of_weight(const FastSizes& sizes, const FastWeights<float>& grads,
@@ -345,6 +379,7 @@ __global__ void __launch_bounds__(kWarpSize) step_pace_kernel(const double* stat
 // Zeroes what kernels add to or may leave unwritten.
 __global__ void __launch_bounds__(kWarpSize) step_begin_kernel(StepScratch s) {
     if (threadIdx.x == 0) *s.counters = StepCounters{0, 0, 0, 0};
+    if (threadIdx.x < kMaxLevels) s.largest[threadIdx.x] = 0;
 }
 
 void launch_step_march(const MarchArguments& rays, const StepScratch& s, Stream stream) {
@@ -356,8 +391,8 @@ void launch_step_march(const MarchArguments& rays, const StepScratch& s, Stream 
 
 template <typename S, int F>
 void launch_train_step(const DeviceModel<S>& model, const MarchArguments& rays, const StepTargets& targets,
-                       const StepScratch& s, float* grad_tables, const FastWeights<float>& grads,
-                       double* statistics, Stream stream) {
+                       const StepScratch& s, float* grad_tables, std::int64_t* table_sums,
+                       const FastWeights<float>& grads, double* statistics, Stream stream) {
     const FastSizes& sizes = model.networks.sizes;
     const dim3 of_rays = grid_size(ray_blocks(s.rays)), of_tiles = grid_size(s.capacity / kTileSamples);
     const dim3 ray_block(kRayThreads), tile_block(kTileThreads), parts(static_cast<unsigned>(s.parts));
@@ -380,8 +415,17 @@ void launch_train_step(const DeviceModel<S>& model, const MarchArguments& rays, 
                      stream);
     dim3 of_levels = grid_size(ceil_div(s.capacity, std::int64_t{kScatterThreads}));
     of_levels.y = static_cast<unsigned>(model.grid.levels);
-    MIPNERF_LAUNCH((step_scatter_kernel<S, F>), of_levels, dim3(kScatterThreads), 0, stream, model, s,
-                   grad_tables);
+    if (table_sums == nullptr) {
+        MIPNERF_LAUNCH((step_scatter_kernel<F, FloatSums>), of_levels, dim3(kScatterThreads), 0, stream,
+                       model.grid, model.encode, s, FloatSums{grad_tables});
+    } else {
+        const FixedSums sums{table_sums, s.largest, s.capacity, &s.counters->counted};
+        MIPNERF_LAUNCH(step_largest_kernel<F>, of_levels, dim3(kScatterThreads), 0, stream, model.grid,
+                       model.encode, s);
+        MIPNERF_LAUNCH((step_scatter_kernel<F, FixedSums>), of_levels, dim3(kScatterThreads), 0, stream,
+                       model.grid, model.encode, s, sums);
+        launch_add_sums<F>(model.grid, sums, &s.counters->not_finite, grad_tables, stream);
+    }
     MIPNERF_LAUNCH(step_finish_kernel, grid_size(ceil_div(sizes.weights(), std::int64_t{kRayThreads})),
                    ray_block, sum_bytes, stream, sizes, s, grads, statistics);
 }

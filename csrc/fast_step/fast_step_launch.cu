@@ -7,8 +7,8 @@ namespace mipnerf {
 
 #define MIPNERF_INSTANTIATE(S, F)                                                                           \
     template void launch_train_step<S, F>(const DeviceModel<S>&, const MarchArguments&, const StepTargets&, \
-                                          const StepScratch&, float*, const FastWeights<float>&, double*,   \
-                                          Stream);                                                          \
+                                          const StepScratch&, float*, std::int64_t*,                        \
+                                          const FastWeights<float>&, double*, Stream);                      \
     template void launch_fast_render<S, F>(const DeviceModel<S>&, const MarchArguments&,                    \
                                            const RenderArrays&, int, Stream);
 

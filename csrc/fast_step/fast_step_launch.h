@@ -56,13 +56,14 @@ struct StepScratch {
     void* encoding;                // [L, C, F] of S
     float* geometry;               // [16, C]
     std::int32_t* list;            // [C, 2]: sample and ray of a counted sample
-    float* raw;            // [4, C] by counted sample: colours before their activation; then gradients,
-                           // of the raw density in the fourth row
-    float* grad_geometry;  // [16, C] by counted sample
-    float* grad_encoding;  // [L, C, F] by counted sample
-    float* weight_parts;   // [parts, weights]
-    float* weight_sums;    // [weights]
-    float* packed;         // NetworkLayout
+    float* raw;              // [4, C] by counted sample: colours before their activation; then gradients,
+                             // of the raw density in the fourth row
+    float* grad_geometry;    // [16, C] by counted sample
+    float* grad_encoding;    // [L, C, F] by counted sample
+    float* weight_parts;     // [parts, weights]
+    float* weight_sums;      // [weights]
+    std::uint32_t* largest;  // [levels at most], of FixedSums
+    float* packed;           // NetworkLayout
 
     // The same walk finds how many bytes are needed (base null) and where each array lies.
     static StepScratch lay_out(unsigned char* base, const FastSizes& sizes, int packed_total,
@@ -89,6 +90,7 @@ struct StepScratch {
         take(s.list, 2 * capacity), take(s.raw, 4 * capacity);
         take(s.grad_geometry, kGeometryFeatures * capacity), take(s.grad_encoding, encoded * capacity);
         take(s.weight_parts, parts * sizes.weights()), take(s.weight_sums, sizes.weights());
+        take(s.largest, kMaxLevels);
         take(s.packed, packed_total);
         bytes = next;
         return s;
@@ -101,11 +103,13 @@ constexpr int kStepStatistics = 6;  // loss, squared error, samples, counted, fi
 void launch_step_march(const MarchArguments& rays, const StepScratch& scratch, Stream stream);
 
 // The rest, from writing the samples to gradients: added to grad_tables and grads unless one of the networks'
-// or the loss is not finite. statistics: float64 [6].
+// or the loss is not finite. table_sums: int64 [entries, F], zero before and after, to sum the gradients of
+// the tables in fixed point, which must be finite too; null: sums of floats in no particular order.
+// statistics: float64 [6].
 template <typename S, int F>
 void launch_train_step(const DeviceModel<S>& model, const MarchArguments& rays, const StepTargets& targets,
-                       const StepScratch& scratch, float* grad_tables, const FastWeights<float>& grads,
-                       double* statistics, Stream stream);
+                       const StepScratch& scratch, float* grad_tables, std::int64_t* table_sums,
+                       const FastWeights<float>& grads, double* statistics, Stream stream);
 
 // Of the next step: how many samples a ray takes, how many rays that makes for `batch` samples, and the
 // step's number.

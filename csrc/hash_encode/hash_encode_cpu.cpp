@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> hash_encode_backward_cpu(Tensor grad_features
                                                             Tensor scales, Tensor tables,
                                                             std::vector<int64_t> resolutions,
                                                             int64_t table_size, int64_t attenuation,
-                                                            double cutoff) {
+                                                            double cutoff, bool /* is always true here */) {
     const Checker check{"hash_encode_backward"};
     const Checked checked(check, points, scales, tables, resolutions, table_size, attenuation, cutoff);
     const int64_t row = checked.grid.levels * checked.features;

@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> hash_encode_backward_cuda(Tensor grad_feature
                                                              Tensor scales, Tensor tables,
                                                              std::vector<int64_t> resolutions,
                                                              int64_t table_size, int64_t attenuation,
-                                                             double cutoff) {
+                                                             double cutoff, bool deterministic) {
     const Checker check{"hash_encode_backward"};
     const torch::stable::accelerator::DeviceGuard guard(points.get_device_index());
     Checked checked(check, points, scales, tables, resolutions, table_size, attenuation, cutoff);
@@ -61,10 +61,19 @@ std::tuple<Tensor, Tensor, Tensor> hash_encode_backward_cuda(Tensor grad_feature
         checked.arrays.floats("grad_features", grad_features, {checked.in.samples, checked.row}, "[S, L F]");
     const Tensor to_points = torch::stable::new_empty(points, {checked.in.samples, 3});
     const Tensor to_scales = torch::stable::new_empty(points, {checked.in.samples});
-    const Tensor to_tables = torch::stable::new_zeros(points, {checked.in.grid.entries, tables.size(1)});
-    const auto launch = tables.size(1) == 2 ? launch_hash_encode_backward<2> : launch_hash_encode_backward<4>;
-    launch(checked.in, given, mutable_cuda_data<float>(to_points), mutable_cuda_data<float>(to_scales),
-           mutable_cuda_data<float>(to_tables), current_cuda_stream(points));
+    const int64_t entries = checked.in.grid.entries, features = tables.size(1);
+    const Tensor to_tables = torch::stable::new_zeros(points, {entries, features});
+    HashEncodeGradients to{mutable_cuda_data<float>(to_points), mutable_cuda_data<float>(to_scales),
+                           mutable_cuda_data<float>(to_tables), nullptr, nullptr};
+    const Tensor sums =
+        torch::stable::new_zeros(points, {deterministic ? entries : 0, features}, ScalarType::Long);
+    const Tensor largest = torch::stable::new_zeros(points, {checked.in.grid.levels}, ScalarType::Int);
+    if (deterministic) {
+        to.table_sums = mutable_cuda_data<int64_t>(sums);
+        to.largest = reinterpret_cast<uint32_t*>(mutable_cuda_data<int32_t>(largest));
+    }
+    const auto launch = features == 2 ? launch_hash_encode_backward<2> : launch_hash_encode_backward<4>;
+    launch(checked.in, given, to, current_cuda_stream(points));
     return {to_points, to_scales, to_tables};
 }
 

@@ -31,18 +31,4 @@ MIPNERF_DEVICE_LARGE Floats<F> gather_level(const HashLevel& level, float kept, 
     return sum;
 }
 
-// Adds the gradient of a level's features to its eight entries.
-template <int F>
-MIPNERF_DEVICE_LARGE void scatter_level(const HashLevel& level, float kept, const Cell<float>& cell,
-                                        const Floats<F>& gradient, float* grad_tables) {
-#pragma unroll
-    for (int corner = 0; corner < 8; ++corner) {
-        const float weight = kept * corner_weight(cell, corner);
-        Pack<float, F> share;
-#pragma unroll
-        for (int f = 0; f < F; ++f) share.value[f] = weight * gradient.value[f];
-        atomic_add_pack(grad_tables + F * corner_entry(level, cell, corner), share);
-    }
-}
-
 }  // namespace mipnerf

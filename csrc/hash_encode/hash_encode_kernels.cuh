@@ -2,8 +2,8 @@
 // same device functions.
 #pragma once
 
-#include "hash_encode_device.cuh"
 #include "hash_encode_launch.h"
+#include "hash_encode_sums.cuh"
 
 namespace mipnerf {
 
@@ -37,19 +37,40 @@ __global__ void __launch_bounds__(kHashEncodeThreads)
     store_pack(features + (sample * in.grid.levels + blockIdx.y) * F, pack_from_float<float>(sum));
 }
 
-// As the forward: thread i of block (b, l) adds to the eight entries of level l that its sample lies between.
-// Sums of floats in no particular order.
+// The gradient of a sample's features of a level.
 template <int F>
+MIPNERF_DEVICE Floats<F> gradient_of_sample(const HashEncodeArguments& in, const float* grad_features,
+                                            std::int64_t sample, unsigned level) {
+    return pack_to_float(load_pack<F>(grad_features + (sample * in.grid.levels + level) * F));
+}
+
+// As the forward: thread i of block (b, l) adds to the eight entries of level l that its sample lies between.
+template <int F, typename Sums>
 __global__ void __launch_bounds__(kHashEncodeThreads)
-    hash_encode_scatter_kernel(HashEncodeArguments in, const float* grad_features, float* grad_tables) {
+    hash_encode_scatter_kernel(HashEncodeArguments in, const float* grad_features, Sums sums) {
     const std::int64_t sample = static_cast<std::int64_t>(blockIdx.x) * kHashEncodeThreads + threadIdx.x;
-    if (sample >= in.samples) return;
+    if (sample >= in.samples || !sums.takes(blockIdx.y)) return;
     const HashLevel& level = in.grid.level[blockIdx.y];
     const float kept = kept_of_sample(in, sample, level.resolution);
     if (kept == 0.0f) return;
-    const Floats<F> gradient =
-        pack_to_float(load_pack<F>(grad_features + (sample * in.grid.levels + blockIdx.y) * F));
-    scatter_level<F>(level, kept, cell_of_sample(in, sample, level.resolution), gradient, grad_tables);
+    scatter_level<F>(level, kept, cell_of_sample(in, sample, level.resolution),
+                     gradient_of_sample<F>(in, grad_features, sample, blockIdx.y), sums.of_level(blockIdx.y));
+}
+
+// As the scatter, before it: finds the largest gradient of level l.
+template <int F>
+__global__ void __launch_bounds__(kHashEncodeThreads)
+    hash_encode_largest_kernel(HashEncodeArguments in, const float* grad_features, std::uint32_t* largest) {
+    const std::int64_t sample = static_cast<std::int64_t>(blockIdx.x) * kHashEncodeThreads + threadIdx.x;
+    std::uint32_t bits = 0;
+    if (sample < in.samples) {
+        const std::int32_t resolution = in.grid.level[blockIdx.y].resolution;
+        const float kept = kept_of_sample(in, sample, resolution);
+        if (kept != 0.0f)
+            bits = largest_bits<F>(kept, cell_of_sample(in, sample, resolution),
+                                   gradient_of_sample<F>(in, grad_features, sample, blockIdx.y));
+    }
+    raise_largest(largest + blockIdx.y, bits);
 }
 
 // Thread i of block b writes the gradients of point and scale of sample b * kHashEncodeThreads + i, level
@@ -68,8 +89,7 @@ __global__ void __launch_bounds__(kHashEncodeThreads, 6)
         const float kept = kept_of_sample(in, sample, level.resolution);
         if (kept == 0.0f) continue;
         const Cell<float> cell = cell_of_sample(in, sample, level.resolution);
-        const Floats<F> gradient =
-            pack_to_float(load_pack<F>(grad_features + (sample * in.grid.levels + l) * F));
+        const Floats<F> gradient = gradient_of_sample<F>(in, grad_features, sample, static_cast<unsigned>(l));
         Pack<float, F> entry[8];
 #pragma unroll
         for (int corner = 0; corner < 8; ++corner)
@@ -101,13 +121,22 @@ void launch_hash_encode_forward(const HashEncodeArguments& in, float* features, 
 
 template <int F>
 void launch_hash_encode_backward(const HashEncodeArguments& in, const float* grad_features,
-                                 float* grad_points, float* grad_scales, float* grad_tables, Stream stream) {
+                                 const HashEncodeGradients& to, Stream stream) {
     dim3 grid = grid_size(ceil_div(in.samples, std::int64_t{kHashEncodeThreads}));
     MIPNERF_LAUNCH(hash_encode_backward_kernel<F>, grid, dim3(kHashEncodeThreads), 0, stream, in,
-                   grad_features, grad_points, grad_scales);
+                   grad_features, to.points, to.scales);
     grid.y = static_cast<unsigned>(in.grid.levels);
-    MIPNERF_LAUNCH(hash_encode_scatter_kernel<F>, grid, dim3(kHashEncodeThreads), 0, stream, in,
-                   grad_features, grad_tables);
+    if (to.table_sums == nullptr) {
+        MIPNERF_LAUNCH((hash_encode_scatter_kernel<F, FloatSums>), grid, dim3(kHashEncodeThreads), 0, stream,
+                       in, grad_features, FloatSums{to.tables});
+        return;
+    }
+    const FixedSums sums{to.table_sums, to.largest, in.samples, nullptr};
+    MIPNERF_LAUNCH(hash_encode_largest_kernel<F>, grid, dim3(kHashEncodeThreads), 0, stream, in,
+                   grad_features, to.largest);
+    MIPNERF_LAUNCH((hash_encode_scatter_kernel<F, FixedSums>), grid, dim3(kHashEncodeThreads), 0, stream, in,
+                   grad_features, sums);
+    launch_add_sums<F>(in.grid, sums, nullptr, to.tables, stream);
 }
 
 }  // namespace mipnerf

@@ -4,10 +4,10 @@
 
 namespace mipnerf {
 
-#define MIPNERF_INSTANTIATE(F)                                                                             \
-    template void launch_hash_encode_forward<F>(const HashEncodeArguments&, float*, Stream);               \
-    template void launch_hash_encode_backward<F>(const HashEncodeArguments&, const float*, float*, float*, \
-                                                 float*, Stream);
+#define MIPNERF_INSTANTIATE(F)                                                               \
+    template void launch_hash_encode_forward<F>(const HashEncodeArguments&, float*, Stream); \
+    template void launch_hash_encode_backward<F>(const HashEncodeArguments&, const float*,   \
+                                                 const HashEncodeGradients&, Stream);
 
 MIPNERF_INSTANTIATE(2)
 MIPNERF_INSTANTIATE(4)

@@ -22,9 +22,16 @@ template <int F>
 void launch_hash_encode_forward(const HashEncodeArguments& arguments, float* features /* [S, L F] */,
                                 Stream stream);
 
-// grad_tables [entries, F] is added to.
+struct HashEncodeGradients {
+    float* points;             // [S, 3]
+    float* scales;             // [S]
+    float* tables;             // [entries, F], added to
+    std::int64_t* table_sums;  // [entries, F], zeros; null: sums of floats in no particular order
+    std::uint32_t* largest;    // [levels], zeros, with table_sums
+};
+
 template <int F>
 void launch_hash_encode_backward(const HashEncodeArguments& arguments, const float* grad_features,
-                                 float* grad_points, float* grad_scales, float* grad_tables, Stream stream);
+                                 const HashEncodeGradients& gradients, Stream stream);
 
 }  // namespace mipnerf

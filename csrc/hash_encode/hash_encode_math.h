@@ -58,6 +58,11 @@ inline HashGrid hash_grid(const int64_t* resolutions, int levels, int64_t table_
     return grid;
 }
 
+// The entry behind a level's last.
+MIPNERF_HOST_DEVICE int64_t level_end(const HashGrid& grid, int level) {
+    return level + 1 < grid.levels ? static_cast<int64_t>(grid.level[level + 1].offset) : grid.entries;
+}
+
 // ---- attenuation
 
 // erf(x) for x >= 0, absolute error 1.5e-7 (Abramowitz and Stegun 7.1.26).
@@ -104,7 +109,8 @@ struct Cell {
     T fraction[3];
 };
 
-// x in [0, 1]; a point on the upper face belongs to the last cell.
+// x in [0, 1]; a point on the upper face belongs to the last cell. One outside, or that is no number, gets a
+// cell of the grid all the same: its fractions say so, and no entry beside the table is read.
 template <typename T>
 MIPNERF_HOST_DEVICE Cell<T> cell_of(T x, T y, T z, int32_t resolution) {
     const T n = static_cast<T>(resolution);
@@ -112,7 +118,8 @@ MIPNERF_HOST_DEVICE Cell<T> cell_of(T x, T y, T z, int32_t resolution) {
     Cell<T> cell;
     for (int k = 0; k < 3; ++k) {
         const int32_t floor = static_cast<int32_t>(scaled[k]);
-        cell.corner[k] = floor < resolution ? floor : resolution - 1;
+        const int32_t inside = floor < resolution ? floor : resolution - 1;
+        cell.corner[k] = inside < 0 ? 0 : inside;
         cell.fraction[k] = scaled[k] - static_cast<T>(cell.corner[k]);
     }
     return cell;

@@ -6,6 +6,7 @@ how much memory is used is fixed, so nothing waits for the host.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from .fast_step import FastFields, FastGradients, MarchRays, PixelSource, flat_fields, native_operators
 from .implementations import why_no_kernel
+
+# Rays are drawn in multiples of so many.
+GROUP_RAYS = 64
 
 
 class StepClock(NamedTuple):
@@ -51,6 +55,7 @@ def fast_train_step_captured(
     loss_beta: float,
     fields: FastFields,
     gradients: FastGradients,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """`fast_train_step` of the first `active_rays` rays, with room for `capacity` samples.
 
@@ -60,6 +65,8 @@ def fast_train_step_captured(
         rays, target: as of `draw_rays_captured`.
         capacity: a multiple of 64.
         fields: its tables may be float16, as its gradients may not.
+        sums: `table_sums` of the tables, for the same bits in every run; without, the tables' gradients are sums in no
+            particular order.
 
     Returns:
         float64 [6] on the device: loss, mean squared error, samples, samples that counted, whether all is finite, rays
@@ -67,7 +74,7 @@ def fast_train_step_captured(
     """
     flat = flat_fields("fast_train_step_captured", fields)
     statistics: Tensor = native_operators().fast_train_step_captured(
-        *rays, target, clock.active_rays, capacity, loss_beta, *flat, *gradients
+        *rays, target, clock.active_rays, capacity, loss_beta, *flat, *gradients, sums
     )
     return statistics
 
@@ -100,12 +107,23 @@ def sparse_adam_captured(
     )
 
 
+def rays_of_pace(samples_per_ray: Tensor, batch: int, least: int, most: int) -> int:
+    """As many rays as make a batch at this pace, in float32 as `fast_pace_captured` has it: a run that goes on from a
+    checkpoint draws what it would have drawn.
+
+    Args: as of `fast_pace_captured`; samples_per_ray, of one element, on any device.
+    """
+    wanted = torch.tensor(float(batch)) / samples_per_ray.reshape(()).cpu().to(torch.float32)
+    count = math.ceil(min(max(wanted.item(), float(least)), float(most)))
+    return -(-count // GROUP_RAYS) * GROUP_RAYS
+
+
 def fast_pace_captured(statistics: Tensor, clock: StepClock, batch: int, least: int, most: int) -> None:
     """Advance the clock: samples_per_ray <- 0.8 samples_per_ray + 0.2 samples / rays, and as many rays as make a batch.
 
     Args:
         statistics: of `fast_train_step_captured`.
-        batch: samples wanted. least, most: rays; multiples of 64 are taken.
+        batch: samples wanted. least, most: rays; multiples of GROUP_RAYS are taken.
     """
     native_operators().fast_pace_captured(
         statistics, clock.samples_per_ray, clock.active_rays, clock.step, float(batch), least, most

@@ -91,10 +91,11 @@ def fast_train_step(
 
     The loss is the mean over rays and channels of smooth L1 with its bend at loss_beta. Gradients are added to
     `gradients` unless one of them is not finite; the sums are taken in a fixed order, so the result does not
-    depend on the number of threads.
+    depend on the number of threads. On a GPU, unless torch.use_deterministic_algorithms is on, those of the tables'
+    gradient are in no particular order and differ in their last bits from run to run.
 
     Args:
-        rays: float32 on the CPU.
+        rays: float32 on the model's device.
         target: [B, 3], colours over the rays' background.
         loss_beta: where the loss turns linear.
         fields: the model.
@@ -104,8 +105,15 @@ def fast_train_step(
     attenuation.
     """
     flat = flat_fields("fast_train_step", fields)
-    values = native_operators().fast_train_step(*rays, target, loss_beta, *flat, *gradients).tolist()
+    is_fixed = fields.tables.is_cuda and torch.are_deterministic_algorithms_enabled()
+    sums = table_sums(fields.tables) if is_fixed else None
+    values = native_operators().fast_train_step(*rays, target, loss_beta, *flat, *gradients, sums).tolist()
     return StepStatistics(values[0], values[1], int(values[2]), int(values[3]), values[4] == 1.0)
+
+
+def table_sums(tables: Tensor) -> Tensor:
+    """Zeros in which a step on a GPU can sum the tables' gradient in fixed point; it leaves them as zeros."""
+    return torch.zeros_like(tables, dtype=torch.int64)
 
 
 def fast_render(rays: MarchRays, fields: FastFields) -> tuple[Tensor, Tensor, Tensor]:

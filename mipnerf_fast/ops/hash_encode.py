@@ -45,7 +45,8 @@ def hash_encode(
         cutoff: levels attenuated below this are skipped.
 
     Returns:
-        [S, L F], level-major; differentiable once in points (within cells), scales and tables.
+        [S, L F], level-major; differentiable once in points (within cells), scales and tables. On a GPU the sums of the
+        tables' gradient differ in their last bits from run to run, unless torch.use_deterministic_algorithms is on.
 
     Errors: ValueError naming the argument, what was wanted and what was given; RuntimeError where the backend
     "native" is forced and the kernel cannot run, and for a second derivative of the kernel.
@@ -110,6 +111,7 @@ def _backward_fake(
     table_size: int,
     attenuation: int,
     cutoff: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return points.new_empty(points.shape), scales.new_empty(scales.shape), tables.new_empty(tables.shape)
 
@@ -120,7 +122,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad_features: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.mipnerf_fast.hash_encode_backward(grad_features, *ctx.saved_tensors, *ctx.options)
+    grads = torch.ops.mipnerf_fast.hash_encode_backward(
+        grad_features, *ctx.saved_tensors, *ctx.options, torch.are_deterministic_algorithms_enabled()
+    )
     return (*grads, None, None, None, None)
 
 

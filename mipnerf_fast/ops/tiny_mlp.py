@@ -143,10 +143,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate(ctx: Any, grad_rgb: Tensor, grad_density: Tensor) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad
+    needs, saved = ctx.needs_input_grad, list(ctx.saved_tensors)
+    by_sample = needs[1] and torch.are_deterministic_algorithms_enabled()
+    rows, rays = saved[1], saved[2]
+    if by_sample:
+        # On a GPU the kernel adds samples to their rays in no particular order; torch can do it in a fixed one.
+        saved[1:3] = rows[rays], torch.arange(rays.shape[0], device=rays.device)
     features, harmonics, *weights = torch.ops.mipnerf_fast.tiny_mlp_backward(
-        grad_rgb, grad_density, *ctx.saved_tensors, needs[0], needs[1]
+        grad_rgb, grad_density, *saved, needs[0], needs[1]
     )
+    if by_sample:
+        harmonics = torch.zeros_like(rows).index_add(0, rays, harmonics)
     density_in, density_out, colour_in, colour_hidden, colour_out = weights
     return (
         features if needs[0] else None,

@@ -164,6 +164,12 @@ __attribute__((noinline, no_sanitize_thread)) T fetch_and_add(T* address, T valu
     *address = old + value;
     return old;
 }
+template <typename T>
+__attribute__((noinline, no_sanitize_thread)) T fetch_and_max(T* address, T value) {
+    const T old = *address;
+    if (old < value) *address = value;
+    return old;
+}
 
 }  // namespace emulation
 
@@ -263,6 +269,17 @@ T atomic_add(T* address, T value) {
     }
     emulation::note_atomic(address, sizeof(T));
     return emulation::fetch_and_add(address, value);
+}
+template <typename T>
+T atomic_max(T* address, T value) {
+    emulation::require_alignment<T>(address, "atomic");
+    if (emulation::atomics_are_plain()) {
+        const T old = *address;
+        if (old < value) *address = value;
+        return old;
+    }
+    emulation::note_atomic(address, sizeof(T));
+    return emulation::fetch_and_max(address, value);
 }
 
 template <int N>

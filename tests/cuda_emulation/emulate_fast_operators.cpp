@@ -2,7 +2,6 @@
 #include <vector>
 
 #include "draw_rays/draw_rays_kernels.cuh"
-#include "hash_encode/hash_encode_kernels.cuh"
 #include "march/march_kernels.cuh"
 #include "packed_composite/packed_composite_kernels.cuh"
 #include "program.h"
@@ -18,23 +17,6 @@ static T* scratch(const char* name, std::int64_t count) {
 }
 static float number(const emulation::Program& program, const char* name) {
     return static_cast<float>(program.number(name));
-}
-
-template <int F>
-static void hash_encode(const emulation::Program& program) {
-    const auto* resolutions = program.input<std::int64_t>("resolutions");
-    const HashEncodeArguments in{program.size("points", 0),
-                                 hash_grid(resolutions, static_cast<int>(program.size("resolutions", 0)),
-                                           program.integer("table_size")),
-                                 static_cast<Attenuation>(program.integer("attenuation")),
-                                 number(program, "cutoff"),
-                                 program.input<float>("points"),
-                                 program.input<float>("scales"),
-                                 program.input<float>("tables")};
-    launch_hash_encode_forward<F>(in, program.output<float>("features"), nullptr);
-    launch_hash_encode_backward<F>(in, program.input<float>("grad_features"),
-                                   program.output<float>("grad_points"), program.output<float>("grad_scales"),
-                                   program.output<float>("grad_tables"), nullptr);
 }
 
 static void march(const emulation::Program& program) {
@@ -165,9 +147,7 @@ static void tiny_mlp(const emulation::Program& program) {
 int main(int argc, char** argv) {
     const emulation::Program program(argc, argv);
     const std::string kernel = program.text("kernel");
-    if (kernel == "hash_encode")
-        program.size("tables", 1) == 2 ? hash_encode<2>(program) : hash_encode<4>(program);
-    else if (kernel == "march")
+    if (kernel == "march")
         march(program);
     else if (kernel == "packed_composite")
         packed_composite(program);

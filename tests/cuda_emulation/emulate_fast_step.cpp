@@ -82,7 +82,7 @@ static void run(const emulation::Program& program) {
         launch_train_step<S, F>(
             given.model, rays,
             {program.input<float>("background"), program.input<float>("target"), number(program, "beta")}, s,
-            program.output<float>("grad_tables"),
+            program.output<float>("grad_tables"), program.output<std::int64_t>("table_sums"),
             {program.output<float>("grad_density_in"), program.output<float>("grad_density_out"),
              program.output<float>("grad_colour_in"), program.output<float>("grad_colour_hidden"),
              program.output<float>("grad_colour_out")},

@@ -67,7 +67,8 @@ __global__ void leave_early_kernel(const float* x, float* y, int n) {
     y[thread_rank()] = row[(thread_rank() + 1) % n];
 }
 
-__global__ void histogram_kernel(const int* x, int* counts, float* sum, double* total, int n) {
+__global__ void histogram_kernel(const int* x, int* counts, float* sum, double* total, std::int64_t* whole,
+                                 unsigned* most, int n) {
     int* local = shared_memory<int>();
     if (thread_rank() < 4) local[thread_rank()] = 0;
     block_sync();
@@ -76,6 +77,8 @@ __global__ void histogram_kernel(const int* x, int* counts, float* sum, double* 
         atomic_add(local + x[i], 1);
         atomic_add(sum, static_cast<float>(x[i]));
         atomic_add(total, static_cast<double>(x[i]));
+        atomic_add(whole, (std::int64_t{x[i]} << 40) - 1);
+        atomic_max(most, static_cast<unsigned>(i) * 2654435761u);
     }
     block_sync();
     if (thread_rank() < 4) atomic_add(counts + thread_rank(), local[thread_rank()]);
@@ -165,7 +168,8 @@ int main(int argc, char** argv) {
     } else if (kernel == "histogram") {
         MIPNERF_LAUNCH(histogram_kernel, dim3(3), dim3(64), 4 * sizeof(int), nullptr, program.input<int>("x"),
                        program.output<int>("counts"), program.output<float>("sum"),
-                       program.output<double>("total"), static_cast<int>(program.size("x", 0)));
+                       program.output<double>("total"), program.output<std::int64_t>("whole"),
+                       program.output<std::uint32_t>("most"), static_cast<int>(program.size("x", 0)));
     } else if (kernel == "coordinates") {
         MIPNERF_LAUNCH(coordinates_kernel, dim3(2, 3, 2), dim3(8, 4, 2), 64 * sizeof(int), nullptr,
                        program.output<int>("y"));
