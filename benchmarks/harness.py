@@ -9,6 +9,7 @@ A benchmark describes its cases; `main` measures them and writes benchmarks/resu
   away from its median says something about the machine, not about the variant: it is discarded and repeated.
 * Every variant's error against float64 stands beside its time. It may be twice that of the reference in the same
   precision plus a stated floor; without that there is no time.
+* Peak memory is what torch holds at once during a call, outputs included: on a GPU its allocator's, on a CPU storages.
 * On the CPU there are two tables: the allocator as it comes, where fresh pages can cost more than the arithmetic,
   and with malloc told to keep its pages (as the training engine does at its start), for every variant alike.
 * On a GPU calls are timed by CUDA events, where asked for as replays of a captured graph.
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.living_storages import PeakMemory
 from mipnerf_fast import _native, environment
 
 Inputs = dict[str, Tensor]
@@ -62,6 +64,8 @@ class Case:
         error: of outputs against the truth; `largest_error` unless stated.
         folded_flops: of a cheaper form of the same function, to be shown beside `flops`; 0: there is none.
         product_flops: multiply-adds times two a second of a large matrix product on this device, or 0.
+        unchecked: variants that compute another function, and what it is: timed, without an error.
+        not_run: variants that cannot run here, and why: a row that says so.
     """
 
     name: str
@@ -79,18 +83,23 @@ class Case:
     error: Callable[[Outputs, Outputs], float] | None = None
     folded_flops: int = 0
     product_flops: float = 0.0
+    unchecked: dict[str, str] = field(default_factory=dict)
+    not_run: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Result:
-    """One row of a table; times in seconds, None where the error check failed or the machine was too busy."""
+    """One row of a table; times in seconds, None where the error check failed or the machine was too busy.
+
+    error, bound: None for another function and for what did not run. peak_share: of the first row's peak.
+    """
 
     case: str
     variant: str
     threads: int
     allocator: str
-    error: float
-    bound: float
+    error: float | None
+    bound: float | None
     median: float | None = None
     p10: float | None = None
     p90: float | None = None
@@ -105,6 +114,7 @@ class Result:
     copy_fraction: float | None = None
     items_per_second: float | None = None
     peak_bytes: int | None = None
+    peak_share: float | None = None
     speedup_median: float | None = None
     speedup_minimum: float | None = None
     note: str = ""
@@ -205,6 +215,17 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
         return None
 
 
+def living_bytes(name: str, run: Callable[[], Any], device: torch.device) -> int | None:
+    """The most that torch holds during one call, its outputs included; None for what compiled kernels hold on a CPU."""
+    if device.type == "cuda":
+        return peak_bytes(run, device)
+    if "compile" in name:
+        return None
+    with PeakMemory() as memory:
+        run()
+    return memory.peak
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What a number depends on: device, versions, revision."""
     return {
@@ -276,16 +297,16 @@ def measure(
     results: list[Result] = []
     calls: dict[str, Callable[[Inputs], Outputs]] = {}
     for name, run in case.variants().items():
-        error = measured_error(run(first), truth)
-        bound = bounds.get(name, bounds[""])
-        row = Result(case.name, name, threads, allocator, error, bound)
+        row = Result(case.name, name, threads, allocator, None, None, note=case.unchecked.get(name, ""))
         results.append(row)
-        if not error <= bound:
-            row.note = "not timed: the error is above its bound"
-            continue
+        if name not in case.unchecked:
+            row.error, row.bound = measured_error(run(first), truth), bounds.get(name, bounds[""])
+            if not row.error <= row.bound:
+                row.note = "not timed: the error is above its bound"
+                continue
         for number in range(WARM_UP):
             run(rotation[number % sets])
-        row.peak_bytes = peak_bytes(partial(run, first), device)
+        row.peak_bytes = living_bytes(name, partial(run, first), device)
         calls[name] = run
     graphs = {name: _captured(partial(run, first), 20) for name, run in calls.items()} if case.graph else {}
 
@@ -318,6 +339,10 @@ def measure(
         if row.median and baseline.median and row.minimum and baseline.minimum:
             row.speedup_median = baseline.median / row.median
             row.speedup_minimum = baseline.minimum / row.minimum
+        if row.peak_bytes and baseline.peak_bytes:
+            row.peak_share = row.peak_bytes / baseline.peak_bytes
+    for name, why in case.not_run.items():
+        results.append(Result(case.name, name, threads, allocator, None, None, note=f"not run ({why})"))
     return results
 
 
@@ -359,7 +384,8 @@ def markdown(operation: str, report: dict[str, Any]) -> str:
         f"(library {facts['library']}). Outputs allocated inside the timed call; times of {report['runs']} or more "
         f"interleaved calls beside which a fixed matrix product stayed within {CONTROL_TOLERANCE:.0%} of its median.",
         "",
-        f"Error: {report.get('error', 'largest difference')} from float64; bound: {report['bound']}.",
+        f"Error: {report.get('error', 'largest difference')} from float64; bound: {report['bound']}. Peak: "
+        f"{report['memory']} (not counted: what an operator takes and frees inside, and compiled kernels on a CPU).",
     ]
     if report.get("notes"):
         lines += ["", report["notes"]]
@@ -377,21 +403,25 @@ def markdown(operation: str, report: dict[str, Any]) -> str:
             f"Copy bandwidth here: {copied * 1e-9:.1f} GB/s (read plus written).",
             "",
             "| case | variant | error | bound | median ms | p10 - p90 | min ms | GB/s | of copy | GFLOP/s "
-            f"| M samples/s | peak MiB | speed-up median | min |{''.join(f' {name} |' for name in more)}",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+            f"| M samples/s | peak MiB | of the first | speed-up median | min |"
+            + "".join(f" {name} |" for name in more),
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
             + " --- |" * len(more),
         ]
         for r in rows:
-            head = f"| {r['case']} | {r['variant']} | {r['error']:.1e} | {r['bound']:.1e} "
+            # Another function has no error, and says what it is.
+            other = f" ({r['note']})" if r["note"] and r["median"] is not None else ""
+            error, bound = ("n/a" if r[key] is None else f"{r[key]:.1e}" for key in ("error", "bound"))
+            head = f"| {r['case']} | {r['variant']}{other} | {error} | {bound} "
             if r["median"] is None:
-                lines.append(head + f"| {r['note']} | | | | | | | | | |" + " |" * len(more))
+                lines.append(head + f"| {r['note']} | | | | | | | | | | |" + " |" * len(more))
                 continue
             lines.append(
                 head + f"| {_cell(r['median'], '.3f', 1e3)} | {_cell(r['p10'], '.3f', 1e3)} - "
                 f"{_cell(r['p90'], '.3f', 1e3)} | {_cell(r['minimum'], '.3f', 1e3)} "
                 f"| {_cell(r['gigabytes_per_second'], '.1f')} | {_cell(r['copy_fraction'], '.0%')} "
                 f"| {_cell(r['gigaflops_per_second'], '.1f')} | {_cell(r['items_per_second'], '.2f', 1e-6)} "
-                f"| {_cell(r['peak_bytes'], '.1f', 2.0**-20)} "
+                f"| {_cell(r['peak_bytes'], '.2f', 2.0**-20)} | {_cell(r['peak_share'], '.0%')} "
                 f"| {_cell(r['speedup_median'], '.1f')} | {_cell(r['speedup_minimum'], '.1f')} |"
                 + (
                     f" {_cell(r['folded_gigaflops_per_second'], '.1f')} | {_cell(r['product_fraction'], '.0%')} "
@@ -444,6 +474,7 @@ def main(
         "environment": machine(device),
         "runs": arguments.runs,
         "error": error,
+        "memory": "the most that torch holds at once during a call, its outputs included",
         "notes": notes,
         "bound": "; ".join(
             dict.fromkeys(f"twice the reference's error + {c.floor:.1e} ({c.floor_why})" for c in chosen)
@@ -464,8 +495,9 @@ def main(
         for case in chosen:
             for row in measure(case, device, threads, allocator, arguments.runs, bandwidth):
                 spent = "-" if row.median is None else f"{row.median * 1e3:9.3f} ms"
+                error_of = "n/a" if row.error is None else f"{row.error:.1e}"
                 print(
-                    f"{allocator:22} {threads} {case.name:36} {row.variant:10} {spent} {row.error:.1e} {row.note}",
+                    f"{allocator:22} {threads} {case.name:36} {row.variant:10} {spent} {error_of} {row.note}",
                     flush=True,
                 )
                 report["results"].append(asdict(row))

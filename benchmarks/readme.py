@@ -102,7 +102,7 @@ def fast_speed(results: Path) -> str:
 
 
 def mlp_speed(results: Path) -> str:
-    """The network on the CPU at one size, with pages kept as in training: every variant's time and error.
+    """The network on the CPU with pages kept as in training: every variant's time, error and peak memory.
 
     Errors: FileNotFoundError where there is no result.
     """
@@ -110,24 +110,31 @@ def mlp_speed(results: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"README.md: the block 'mlp_speed' has no file {path.name} in {results.name}")
     report = json.loads(path.read_text(encoding="utf-8"))
-    lines = [
-        "| case | threads | variant | ms | against eager | error |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    # Results from before it was counted have no column of it.
+    counted = "memory" in report
+    columns = ["case", "threads", "variant", "ms", "against eager", "error"]
+    columns += ["peak MiB", "of eager's"] if counted else []
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    sizes, digits = (("2^8", "2^14"), 2) if counted else (("2^14",), 1)
     for row in report["results"]:
-        if row["allocator"] != "page faults removed" or "2^14" not in row["case"]:
+        if row["allocator"] != "page faults removed" or not any(size in row["case"] for size in sizes):
             continue
-        cells = ["not measured", "-"]
+        cells, variant = [row["note"] or "not measured", "-"], row["variant"]
         if row["median"] is not None:
             speedup = row["speedup_median"]
-            cells = [f"{1e3 * row['median']:.1f}", f"{speedup:.2f} x" if speedup else "not measured"]
-        name = f"{row['case']} | {row['threads']} | {row['variant']}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['error']:.0e} |")
+            cells = [f"{1e3 * row['median']:.{digits}f}", f"{speedup:.2f} x" if speedup else "not measured"]
+            variant += f" ({row['note']})" if row["note"] else ""
+        cells.append("n/a" if row["error"] is None else f"{row['error']:.0e}")
+        if counted:
+            peak, share = row["peak_bytes"], row["peak_share"]
+            cells += [f"{peak / 2**20:.2f}" if peak else "-", f"{share:.0%}" if share else "-"]
+        lines.append(f"| {row['case']} | {row['threads']} | {variant} | {' | '.join(cells)} |")
     facts = report["environment"]
+    memory = f"; peak: {report['memory']}" if counted else ""
     lines += [
         "",
         f"Medians of at least {report['runs']} interleaved undisturbed calls, pages kept by malloc; error: "
-        f"||got - want|| / ||want|| against float64. {facts['device']}, torch {facts['torch']}, revision "
+        f"||got - want|| / ||want|| against float64{memory}. {facts['device']}, torch {facts['torch']}, revision "
         f"{facts['revision']}. More sizes in benchmarks/results/mlp_cpu.md.",
     ]
     return "\n".join(lines)

@@ -25,7 +25,15 @@ from mlp_engines import (
 from mipnerf_fast import MipNerf, MipNerfConfig, ops, use_backend
 from mipnerf_fast.config import MlpBackend, MlpDtype, TrainConfig, from_dict, to_dict
 from mipnerf_fast.errors import InputError
-from mipnerf_fast.ops import MLP_BACKENDS, MLP_DTYPES, MipMLP, MlpShape, choose_mlp, mlp_backends
+from mipnerf_fast.ops import (
+    MLP_BACKENDS,
+    MLP_DTYPES,
+    MipMLP,
+    MlpShape,
+    choose_mlp,
+    mlp_backends,
+    mlp_few_samples,
+)
 from mipnerf_fast.run_folder import check_same_config
 
 CPU = torch.device("cpu")
@@ -51,6 +59,12 @@ def assert_close(engine: Engine, shape: MlpShape, rays: int, samples: int) -> No
         together = name in ("rgb", "density", "all outputs", "all gradients")
         bound = 2 * (allowed[name] if together else worst) + floor
         assert error <= bound, f"{name}: {error:.2e}, allowed {bound:.2e}"
+
+
+@pytest.fixture(autouse=True)
+def folds_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches as small as these would take torch's own layers: tests/test_mlp_folded.py has them."""
+    monkeypatch.setattr(mlp_few_samples, "_FEW", 0)
 
 
 @by_engine

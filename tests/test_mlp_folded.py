@@ -6,13 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from mlp_engines import NO_VIEW_LAYER, SHAPES, Engine, evaluate, inputs, mip_mlp
+from mlp_engines import (
+    NO_VIEW_LAYER,
+    SHAPES,
+    Engine,
+    evaluate,
+    exact,
+    inputs,
+    mip_mlp,
+    plain,
+    relative_errors,
+)
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from mipnerf_fast.ops import MipMLP, MlpShape, mlp_folded_passes
+from benchmarks.living_storages import PeakMemory
+from mipnerf_fast.ops import MipMLP, MlpShape, mlp_few_samples, mlp_folded_passes
 from mipnerf_fast.ops.gemm import CublasLtTwin, TorchGemm
 from mipnerf_fast.ops.mlp_autograd import Architecture
 from mipnerf_fast.ops.mlp_folded import TORCH, TWIN, folded_mlp
@@ -29,6 +37,12 @@ def run_folded(
 
 
 @pytest.fixture
+def folds_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few samples too go through the folded network."""
+    monkeypatch.setattr(mlp_few_samples, "_FEW", 0)
+
+
+@pytest.fixture
 def use_gemm(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts other products, or other sizes of chunks, under the folded network."""
     monkeypatch.setattr(mlp_folded_passes, "_gemms", {})
@@ -41,9 +55,13 @@ def use_gemm(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), NO_VIEW_LAYER], ids=[*SHAPES, "no view layer"])
-@pytest.mark.parametrize("chunk_rows", [1, 40, 1 << 20])
-def test_the_algebra_is_exact(shape: MlpShape, chunk_rows: int, use_gemm: Any) -> None:
-    """In float64 it is the reference to a few hundred roundings, outputs and every gradient, in chunks of any size."""
+@pytest.mark.parametrize("chunk_rows", [1, 40, 1 << 20, 0])
+def test_the_algebra_is_exact(
+    shape: MlpShape, chunk_rows: int, use_gemm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64 it is the reference to a few hundred roundings, outputs and every gradient, in chunks of any size, and
+    as it is for few samples (0)."""
+    monkeypatch.setattr(mlp_few_samples, "_FEW", 0 if chunk_rows else 1 << 30)
     use_gemm(TORCH, TorchGemm(DOUBLE)).chunk_rows = chunk_rows
     mlp = Engine("reference", "auto", "cpu").build(shape).double()
     features, viewdirs_enc = inputs(shape, 5, 9)
@@ -51,6 +69,9 @@ def test_the_algebra_is_exact(shape: MlpShape, chunk_rows: int, use_gemm: Any) -
     leaves = [x.double().requires_grad_() for x in given]
     arguments = leaves if viewdirs_enc is not None else [*leaves, None]
     want, got = mip_mlp(mlp, *arguments), run_folded(mlp, *arguments, DOUBLE)
+    with torch.no_grad():
+        for a, b in zip(run_folded(mlp, *arguments, DOUBLE), want, strict=True):
+            assert (a - b).norm() <= 1e-13 * b.norm()
     cotangents = [torch.randn_like(x) for x in want]
     leaves += list(mlp.parameters())
     wanted = torch.autograd.grad(want, leaves, cotangents)
@@ -66,19 +87,20 @@ class Counting(TorchGemm):
         super().__init__(dtype)
         self.counts = {"forward": 0, "grad_input": 0, "grad_weight": 0}
 
-    def forward(self, x: Tensor, weight: Tensor, out: Tensor, **options: Any) -> None:
+    def forward(self, x: Tensor, weight: Tensor, out: Tensor | None = None, **options: Any) -> Tensor:
         self.counts["forward"] += x.shape[0] * weight.numel()
-        super().forward(x, weight, out, **options)
+        return super().forward(x, weight, out, **options)
 
-    def grad_input(self, delta: Tensor, weight: Tensor, out: Tensor, **options: Any) -> None:
+    def grad_input(self, delta: Tensor, weight: Tensor, out: Tensor | None = None, **options: Any) -> Tensor:
         self.counts["grad_input"] += delta.shape[0] * weight.numel()
-        super().grad_input(delta, weight, out, **options)
+        return super().grad_input(delta, weight, out, **options)
 
-    def grad_weight(self, delta: Tensor, x: Tensor, out: Tensor, **options: Any) -> None:
-        self.counts["grad_weight"] += delta.shape[0] * out.numel()
-        super().grad_weight(delta, x, out, **options)
+    def grad_weight(self, delta: Tensor, x: Tensor, total: Tensor | None = None) -> Tensor:
+        self.counts["grad_weight"] += delta.numel() * x.shape[1]
+        return super().grad_weight(delta, x, total)
 
 
+@pytest.mark.usefixtures("folds_always")
 def test_products_of_the_papers_network(use_gemm: Any) -> None:
     """541,312 and 492,160 multiply-adds a sample forward and down, as counted by hand (performance 1.2); a gradient to
     the features costs its 2 x 96 x 256 only where they ask for one."""
@@ -95,36 +117,15 @@ def test_products_of_the_papers_network(use_gemm: Any) -> None:
         }
 
 
-class PeakMemory(TorchDispatchMode):
-    """The most bytes that live in storages made inside of the context."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak, self._alive, self._known = 0, {}, set()  # type: ignore[var-annotated]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                key = tensor.untyped_storage()._cdata
-                if key not in self._alive:
-                    self._known.add(key)
-        result = func(*args, **(kwargs or {}))
-        for key in [key for key, (reference, _) in self._alive.items() if reference.expired()]:
-            del self._alive[key]
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._known:
-                    self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
-        return result
-
-
-@pytest.mark.parametrize(("training", "share"), [(False, 0.5), (True, 0.75)])
-def test_memory(training: bool, share: float) -> None:
-    """Half of the reference's peak for inference, three quarters for training, at a batch of 512 rays."""
+@pytest.mark.parametrize(
+    ("training", "rays", "share"),
+    [(False, 512, 0.5), (False, 16, 0.5), (False, 4, 0.75), (True, 512, 0.75), (True, 4, 1.0)],
+)
+def test_memory(training: bool, rays: int, share: float) -> None:
+    """Of the reference's peak: half for inference from 1024 samples on, three quarters for training where its own
+    activations are what counts, never more for few samples."""
     shape = MlpShape()
-    features, viewdirs_enc = inputs(shape, 512, 64)
+    features, viewdirs_enc = inputs(shape, rays, 64)
     peaks = {}
     for backend in ("reference", "folded"):
         mlp = Engine(backend, "auto", "cpu").build(shape)
@@ -135,8 +136,29 @@ def test_memory(training: bool, share: float) -> None:
             del rgb, density
         peaks[backend] = memory.peak
     # The reference cannot do with less than the largest layer's input and output.
-    assert peaks["reference"] >= 4 * 512 * 64 * (352 + 256)
+    assert peaks["reference"] >= 4 * rays * 64 * (352 + 256)
     assert peaks["folded"] <= share * peaks["reference"], peaks
+
+
+def test_few_samples() -> None:
+    """The same numbers with and without a graph, and compiled; no further from float64 than the reference."""
+    shape = SHAPES["heads read the skip"]
+    mlp, given = Engine("folded", "fp32", "cpu").build(shape), inputs(shape, 4, 16)
+    outputs = mlp(*given)
+    assert outputs[0].requires_grad
+    torch.compiler.reset()
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for a, b, c in zip(outputs, mlp(*given), compiled(*given), strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a, c)
+    want, bound = exact(mlp, *given), relative_errors(plain(mlp, *given, torch.float32), exact(mlp, *given))
+    found = relative_errors(evaluate(mlp, *given), want)
+    for quantity in ("all outputs", "all gradients"):
+        assert found[quantity] <= 2 * bound[quantity]
+    with torch.autocast("cpu", torch.bfloat16):
+        for a, b in zip(outputs, mlp(*given), strict=True):
+            assert torch.equal(a, b)
 
 
 # ------------------------------------------------------------------------------------------------ the products
@@ -171,9 +193,12 @@ def test_products(kind: str, beta: float) -> None:
     out = start.to(dtype)
     mask = engine.new_mask(out)
     before = out.double().clone()
-    engine.forward(x, weight, out, beta=beta, bias=bias, relu=True, mask=mask)
-    want = exact[0] @ exact[1].T + beta * before + exact[3]
-    close(out, want.relu())
+    # A bias goes with a product that is added to nothing.
+    given = None if beta else bias
+    assert engine.forward(x, weight, out, beta=beta, bias=given, relu=True, mask=mask) is out
+    want = exact[0] @ exact[1].T + (beta * before if beta else exact[3])
+    # torch rounds its product once more where it adds to it in 16 bits.
+    close(out, want.relu(), 2 if beta else 1)
     if engine.bit_masks:
         # Bit n % 8 of byte n // 8; rows are whole multiples of 128 bits.
         assert mask.shape == (21, 16) and mask.dtype == torch.uint8
@@ -197,15 +222,39 @@ def test_products(kind: str, beta: float) -> None:
     close(masked, (exact[2] @ square.double() + beta * before) * passed, 2)
 
     grad, grad_bias = torch.randn(40, 64).to(sums), torch.randn(40).to(sums)
-    before, before_bias = grad.double().clone(), grad_bias.double().clone()
-    engine.grad_weight(delta, x, grad, beta=beta, grad_bias=grad_bias)
-    want = exact[2].T @ exact[0] + beta * before
-    if kind == "torch-bfloat16":
-        # The one product that is rounded before it is added.
-        assert (grad.double() - want).abs().max() <= 2**-8 * (want - beta * before).abs().max()
-    else:
-        close(grad, want)
-    close(grad_bias, exact[2].sum(0) + beta * before_bias)
+    before, before_bias = beta * grad.double(), beta * grad_bias.double()
+    grad, grad_bias = engine.grad_layer(delta, x, (grad, grad_bias) if beta else None)
+    assert grad.dtype == grad_bias.dtype == sums
+    for got, product, start in (
+        (grad, exact[2].T @ exact[0], before),
+        (engine.grad_weight(delta, x), exact[2].T @ exact[0], 0),
+        (grad_bias, exact[2].sum(0), before_bias),
+        (engine.sums(delta.view(7, 3, 40), 1), exact[2].view(7, 3, 40).sum(1), 0),
+    ):
+        if kind == "torch-bfloat16":
+            # What torch rounds before it is added.
+            assert (got.double() - product - start).abs().max() <= 2**-8 * product.abs().max()
+        else:
+            close(got, product + start)
+
+
+@pytest.mark.parametrize("kind", ["torch-float64", "torch-bfloat16", "twin-bfloat16"])
+@pytest.mark.parametrize("given", [False, True])
+def test_biases_of_rays_and_of_heads(kind: str, given: bool) -> None:
+    """A row for every 7 of 21; a float32 bias over 16-bit operands makes the result float32."""
+    name, dtype_name = kind.split("-")
+    dtype = getattr(torch, dtype_name)
+    engine: Any = TorchGemm(dtype) if name == "torch" else CublasLtTwin(dtype)
+    x, weight = (m.to(dtype) for m in matrices((21, 64), (40, 64)))
+    product = x.double() @ weight.double().T
+    raw = DOUBLE if dtype == DOUBLE else torch.float32
+    for bias in (torch.randn(3, 40).to(dtype), torch.randn(40).to(raw), torch.randn(3, 40).to(raw)):
+        out = torch.empty(21, 40, dtype=bias.dtype) if given else None
+        got = engine.forward(x, weight, out, bias=bias)
+        assert got.dtype == bias.dtype and (got is out or not given)
+        want = product + (bias.repeat_interleave(7, 0) if bias.dim() == 2 else bias).double()
+        allowed = 2 * torch.finfo(got.dtype).eps * want.abs().max() + 64 * 2**-24 * 8
+        assert (got.double() - want).abs().max() <= allowed
 
 
 def test_the_twin_refuses_what_cublaslt_does() -> None:
@@ -224,10 +273,11 @@ def test_the_twin_catches_a_wrong_mask(use_gemm: Any) -> None:
     right = evaluate(engine.build(shape), *inputs(shape, 4, 16))
 
     class Wrong(CublasLtTwin):
-        def forward(self, x: Tensor, weight: Tensor, out: Tensor, **options: Any) -> None:
-            super().forward(x, weight, out, **options)
+        def forward(self, x: Tensor, weight: Tensor, out: Tensor | None = None, **options: Any) -> Tensor:
+            result = super().forward(x, weight, out, **options)
             if options.get("mask") is not None:
                 options["mask"][0, 0] ^= 1
+            return result
 
     use_gemm(TWIN, Wrong(torch.bfloat16))
     wrong = evaluate(engine.build(shape), *inputs(shape, 4, 16))
@@ -287,6 +337,7 @@ def test_opcheck(shape: str, products: int, dtype: torch.dtype) -> None:
     del density
 
 
+@pytest.mark.usefixtures("folds_always")
 def test_the_raw_operator_differentiates() -> None:
     """Called directly it has the gradients of the public function."""
     sizes = SHAPES["64 wide"]

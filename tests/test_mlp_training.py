@@ -79,10 +79,16 @@ def test_wrong_arithmetic_does_not(reference_psnr: float, monkeypatch: pytest.Mo
 
     class Shifted(CublasLtTwin):
         def grad_input(
-            self, delta: Tensor, weight: Tensor, out: Tensor, *, beta: float = 0.0, mask: Any = None
-        ) -> None:
+            self,
+            delta: Tensor,
+            weight: Tensor,
+            out: Tensor | None = None,
+            *,
+            beta: float = 0.0,
+            mask: Any = None,
+        ) -> Tensor:
             mask = None if mask is None else mask.roll(1, 1)
-            super().grad_input(delta, weight, out, beta=beta, mask=mask)
+            return super().grad_input(delta, weight, out, beta=beta, mask=mask)
 
     twin = next(engine for engine in ENGINES if engine.backend == "emulated")
     key = (mlp_folded_passes.TWIN, torch.bfloat16, torch.device("cpu"))

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gemm import new_bit_mask
 from .mlp_autograd import (
     Architecture,
     MlpFunction,
@@ -23,7 +22,8 @@ from .mlp_autograd import (
     saved_inputs,
     wanted_of_inputs,
 )
-from .mlp_folded_passes import CUBLASLT, TORCH, TWIN, backward_pass, forward_pass
+from .mlp_few_samples import are_few, few_samples_mlp
+from .mlp_folded_passes import CUBLASLT, TORCH, TWIN, backward_pass, forward_pass, new_stash
 
 __all__ = ["CUBLASLT", "TORCH", "TWIN", "folded_mlp"]
 
@@ -58,10 +58,12 @@ def folded_mlp(
         raw rgb [B, N, 3] and raw density [B, N, 1], of the parameters' dtype. Differentiable once in everything; the
         gradient to the features costs its products only where they require one.
 
-    Errors: RuntimeError for a second derivative.
+    Errors: RuntimeError for a second derivative. Few samples with TORCH take `mlp_few_samples`, which has it.
 
     Source: `performance` 1.2; the bottleneck is Barron et al. 2021, section 4 (the official code, models.py).
     """
+    if products == TORCH and are_few(features, parameters):
+        return few_samples_mlp(features, viewdirs_enc, parameters, architecture, dtype)
     inputs = (features, viewdirs_enc, *parameters)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     options = (*architecture, products, dtype)
@@ -109,19 +111,10 @@ def _define() -> None:
     def fake_forward(
         features: Tensor, viewdirs_enc: Tensor | None, parameters: list[Tensor], *options: Any
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        *architecture, products, dtype, training = options
+        *options_, training = options
         rays, samples, _ = features.shape
-        master = parameters[0]
-        rgb, density = master.new_empty(rays, samples, 3), master.new_empty(rays, samples, 1)
-        if not training:
-            return rgb, density, []
-        depth, view_depth, _ = architecture
-        widths = [master.shape[0]] * depth
-        if viewdirs_enc is not None and view_depth:
-            widths += [parameters[2 * (depth + 2)].shape[0]] * view_depth
-        stash = [master.new_empty(rays * samples, columns, dtype=dtype) for columns in widths]
-        if products != TORCH:
-            stash += [new_bit_mask(layer) for layer in stash]
+        rgb, density = (parameters[0].new_empty(rays, samples, columns) for columns in (3, 1))
+        stash = new_stash(features, viewdirs_enc, parameters, tuple(options_)) if training else []
         return rgb, density, stash
 
     def fake_backward(

@@ -2,130 +2,143 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .gemm import CublasLt, CublasLtTwin, Gemm, TorchGemm
+from .gemm import CublasLt, CublasLtTwin, Gemm, TorchGemm, new_bit_mask
 from .mlp_autograd import Architecture, loss_scale
 
 # Which products an operator uses; operators take numbers.
 TORCH, TWIN, CUBLASLT = range(3)
 
 
+class Plan(NamedTuple):
+    """What the shapes of a call decide.
+
+    view_depth: layers with a ReLU above the trunk. colour_rows: of the colour branch's matrix that reads the trunk.
+    widths: columns of the activations: of the trunk, of the view layers.
+    """
+
+    view_depth: int
+    colour_rows: int
+    widths: list[int]
+
+
+def plan(viewdirs_enc: Tensor | None, parameters: Sequence[Tensor], architecture: Architecture) -> Plan:
+    """Looks at nothing but shapes."""
+    depth, width = architecture.net_depth, parameters[0].shape[0]
+    if viewdirs_enc is None:
+        return Plan(0, 3, [width] * depth)
+    rows, view_depth = parameters[2 * (depth + 2)].shape[0], architecture.net_depth_condition
+    return Plan(view_depth, rows, [width] * depth + [rows] * view_depth)
+
+
+def new_stash(
+    features: Tensor, viewdirs_enc: Tensor | None, parameters: Sequence[Tensor], options: tuple[Any, ...]
+) -> list[Tensor]:
+    """Room for what the backward pass needs: activations, the bit masks of their ReLUs, the matrix over the trunk."""
+    *architecture, products, dtype = options
+    shapes, kind = plan(viewdirs_enc, parameters, Architecture(*architecture)), _KINDS[products]
+    rows, new = features.shape[0] * features.shape[1], parameters[0].new_empty
+    layers = [new(rows, columns, dtype=dtype) for columns in shapes.widths]
+    masks = [new_bit_mask(layer) for layer in layers] if kind.bit_masks else []
+    columns = parameters[2 * architecture[0]].shape[1]
+    top = new(_padded(shapes.colour_rows + 1, kind.align), columns, dtype=dtype)
+    return [*layers, *masks, top]
+
+
 class _Network:
-    """The parameters as operands: packed, folded, their columns split as the inputs of the layers are."""
+    """The parameters as operands, their columns split as the inputs of the layers are."""
 
     def __init__(
         self,
+        features: Tensor,
         viewdirs_enc: Tensor | None,
         parameters: Sequence[Tensor],
-        architecture: Architecture,
-        gemm: Gemm,
+        options: tuple[Any, ...],
     ) -> None:
-        detached = [parameter.detach() for parameter in parameters]
-        layers = list(zip(detached[0::2], detached[1::2], strict=True))
-        depth = architecture.net_depth
-        self.architecture, self.depth = architecture, depth
-        self.width, self.num_features = layers[0][0].shape
-        self.layers = layers
+        *architecture, products, dtype = options
+        self.architecture = Architecture(*architecture)
+        self.plan = plan(viewdirs_enc, parameters, self.architecture)
+        self.gemm = gemm = _gemm(products, dtype, features.device)
+        self.weights, self.biases = parameters[0::2], parameters[1::2]
+        self.depth = depth = self.architecture.net_depth
+        self.width = self.weights[0].shape[0]
+        view_depth = self.plan.view_depth
+        matrices = [*self.weights[:depth], *self.weights[depth + 3 : depth + 2 + view_depth]]
         self.has_views = viewdirs_enc is not None
-        density_weight, self.density_bias = layers[depth]
-        # The layer above the trunk that takes its output: the view layer with the bottleneck folded in, or rgb.
-        self.view_depth = architecture.net_depth_condition if self.has_views else 0
-        fold_weight, fold_bias = layers[depth + 2] if self.has_views else layers[depth + 1]
-        rows = fold_weight.shape[0]
-        self.rows = rows
-        # One matrix of everything that reads the trunk's output: the folded layer, density, rows of zeros.
-        top = fold_weight.new_zeros(_padded(rows + 1, gemm.align), density_weight.shape[1])
         if self.has_views:
-            bottleneck_weight, bottleneck_bias = layers[depth + 1]
-            from_bottleneck = fold_weight[:, : self.width]
-            torch.mm(from_bottleneck, bottleneck_weight, out=top[:rows])
-            assert viewdirs_enc is not None
-            constant = torch.addmv(fold_bias, from_bottleneck, bottleneck_bias)
-            from_views = fold_weight[:, self.width :]
-            self.offsets = _product(viewdirs_enc.detach().to(constant.dtype), from_views.t(), constant)
-        else:
-            top[:rows] = fold_weight
-            self.offsets = fold_bias[None]
-        top[rows] = density_weight[0]
-
-        trunk = [tensor for layer in layers[:depth] for tensor in layer]
-        views = [tensor for layer in layers[depth + 3 : depth + 2 + self.view_depth] for tensor in layer]
-        heads = [top]
-        if self.view_depth:
-            rgb_weight, self.rgb_bias = layers[-1]
-            self.rgb_rows = _padded(3, gemm.align)
-            heads.append(torch.nn.functional.pad(rgb_weight, (0, 0, 0, self.rgb_rows - 3)))
-        packed = _rounded([*trunk, *views, *heads], gemm.dtype)
-        self.trunk = list(zip(packed[0 : 2 * depth : 2], packed[1 : 2 * depth : 2], strict=True))
-        rest = packed[2 * depth : 2 * depth + len(views)]
-        self.views = list(zip(rest[0::2], rest[1::2], strict=True))
-        self.top = packed[2 * depth + len(views)]
-        self.rgb_weight = packed[-1]
+            self.from_bottleneck = self.weights[depth + 2][:, : self.width]
+            self.from_views = self.weights[depth + 2][:, self.width :]
+        if view_depth:
+            matrices.append(self.weights[-1])
+        matrices = _rounded(matrices, gemm.dtype)
+        self.trunk = [self.split(number, matrix) for number, matrix in enumerate(matrices[:depth])]
+        # Above the lowest of the view layers.
+        self.views = matrices[depth:]
+        self.rgb_rows = _padded(3, gemm.align) if view_depth else 3
+        if self.rgb_rows > 3:
+            self.views[-1] = torch.nn.functional.pad(self.views[-1], (0, 0, 0, self.rgb_rows - 3))
 
     def widened(self, layer: int) -> bool:
         """Whether this layer reads the features beside the activations; layer `depth` stands for the heads."""
         return layer > 1 and (layer - 1) % self.architecture.skip_layer == 0
 
-    def split(self, layer: int, matrix: Tensor) -> list[Tensor]:
-        """The columns of a matrix that multiply the layer's inputs: activations (layer 0: features), features."""
-        if self.widened(layer):
-            return [matrix[:, : self.width], matrix[:, self.width :]]
-        return [matrix]
+    def split(self, layer: int, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The columns of a matrix that multiply the layer's input, and those for the features beside it."""
+        return (matrix[:, : self.width], matrix[:, self.width :]) if self.widened(layer) else (matrix, None)
 
-    def inputs(self, layer: int, x: Tensor, features: Tensor) -> list[Tensor]:
-        """What the layer reads, of the rows of x."""
-        return [x, features] if self.widened(layer) else [x]
+    def heads(self) -> list[Tensor]:
+        """What of the colour branch and of density reads the trunk's output."""
+        density, colour = self.weights[self.depth], self.weights[self.depth + 1]
+        return [torch.mm(self.from_bottleneck, colour) if self.has_views else colour, density]
+
+    def top(self, heads: list[Tensor]) -> Tensor:
+        """Both as one matrix of operands, with rows of zeros up to a multiple of `align`."""
+        rows = self.plan.colour_rows + 1
+        zeros = _padded(rows, self.gemm.align) - rows
+        if zeros:
+            heads = [*heads, heads[0].new_zeros(zeros, heads[0].shape[1])]
+        return torch.cat(heads).to(self.gemm.dtype)
+
+    def ray_biases(self, viewdirs_enc: Tensor) -> Tensor:
+        """Of the layer that reads the directions, one row for every ray; of the dtype of its outputs."""
+        bias = torch.addmv(self.biases[self.depth + 2], self.from_bottleneck, self.biases[self.depth + 1])
+        rows = torch.nn.functional.linear(viewdirs_enc.to(bias.dtype), self.from_views, bias)
+        return rows.to(self.gemm.dtype) if self.plan.view_depth else rows
 
 
-class _Buffers:
-    """Activations of a pass: kept for the backward pass, or two of each kind in turn."""
+class _Activations:
+    """Outputs of the layers with their masks: kept for the backward pass, or two in turn for a chunk of rows."""
 
-    def __init__(
-        self,
-        network: _Network,
-        gemm: Gemm,
-        like: Tensor,
-        rows: int,
-        chunk: int,
-        stash: Sequence[Tensor] | None,
-        training: bool,
-    ) -> None:
-        depth, view_depth = network.depth, network.view_depth
-        self.kept = training
-        self.depth = depth
-        self.masks: list[Tensor] = []
-        if stash is not None:
-            self.layers, self.masks = list(stash[: depth + view_depth]), list(stash[depth + view_depth :])
+    def __init__(self, network: _Network, rows: int, chunk: int, stash: Sequence[Tensor] | None) -> None:
+        self.masks: Sequence[Tensor | None]
+        widths, self.rows = network.plan.widths, rows
+        self.kept = stash is not None
+        if stash is None:
+            new, dtype = network.weights[0].new_empty, network.gemm.dtype
+            turns = [new(chunk, max(widths), dtype=dtype) for _ in widths[:2]]
+            self.layers = [turns[n % 2][:, :columns] for n, columns in enumerate(widths)]
+            self.masks, self.rows = [None] * len(widths), chunk
             return
+        self.layers = list(stash[: len(widths)])
+        self.masks = self.layers
+        if network.gemm.bit_masks:
+            self.masks = list(stash[len(widths) : 2 * len(widths)])
 
-        def empty(count: int, columns: int) -> list[Tensor]:
-            size = rows if training else chunk
-            return [like.new_empty(size, columns, dtype=gemm.dtype) for _ in range(count)]
-
-        widths = [network.width] * depth + [network.rows] * view_depth
-        if training:
-            self.layers = [tensor for columns in widths for tensor in empty(1, columns)]
-            if gemm.bit_masks:
-                self.masks = [gemm.new_mask(layer) for layer in self.layers]
-        else:
-            turns = {columns: empty(2, columns) for columns in dict.fromkeys(widths)}
-            self.layers = [turns[columns][number % 2] for number, columns in enumerate(widths)]
-
-    def layer(self, number: int, rows: slice) -> Tensor:
-        """Output of a layer with a ReLU: the trunk's, then the view branch's."""
-        buffer = self.layers[number]
-        return buffer[rows] if self.kept else buffer[: rows.stop - rows.start]
-
-    def mask(self, number: int, rows: slice) -> Tensor | None:
-        """The mask of that ReLU; None where nobody will ask for it."""
+    def part(self, rows: slice) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+        """Those of these rows."""
+        if rows.stop - rows.start == self.rows:
+            return self.layers, self.masks
         if not self.kept:
-            return None
-        return self.masks[number][rows] if self.masks else self.layers[number][rows]
+            rows = slice(rows.stop - rows.start)
+        layers = [layer[rows] for layer in self.layers]
+        if self.masks is self.layers:
+            return layers, layers
+        return layers, [None if mask is None else mask[rows] for mask in self.masks]
 
 
 def forward_pass(
@@ -135,61 +148,70 @@ def forward_pass(
     options: tuple[Any, ...],
     training: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """raw rgb, raw density, and with `training` what the backward pass needs."""
-    *architecture, products, dtype = options
-    gemm = _gemm(products, dtype, features.device)
-    network = _Network(viewdirs_enc, parameters, Architecture(*architecture), gemm)
+    """raw rgb, raw density, and with `training` what the backward pass needs. Records no gradient."""
+    if torch.is_autocast_enabled(features.device.type):
+        with torch.autocast(features.device.type, enabled=False):
+            return forward_pass(features, viewdirs_enc, parameters, options, training)
+    network = _Network(features, viewdirs_enc, parameters, options)
+    gemm, depth, shapes, biases = network.gemm, network.depth, network.plan, network.biases
     rays, samples, num_features = features.shape
-    depth, view_depth, top_rows = network.depth, network.view_depth, network.rows
-    flat = features.detach().reshape(rays * samples, num_features)
-    master = parameters[0]
-    rgb, density = master.new_empty(rays, samples, 3), master.new_empty(rays, samples, 1)
-    spans = list(_spans(rays, samples, gemm.chunk_rows))
-    chunk = max((rows.stop - rows.start for _, rows in spans), default=0)
-    buffers = _Buffers(network, gemm, master.detach(), rays * samples, chunk, None, training)
-    top = network.split(depth, network.top)
+    flat = features.reshape(rays * samples, num_features)
+    spans, chunk = _spans(rays, samples, gemm.rows_at_a_time(rays * samples, network.width, training))
+    # A product makes its output itself where that serves: with few samples every call of torch counts.
+    alone = len(spans) == 1 and not (training and gemm.bit_masks)
+    stash: list[Tensor] = []
+    if training and not alone:
+        stash = new_stash(features, viewdirs_enc, parameters, options)[:-1]
+    outputs = stash if training and alone else None
+    heads = network.heads()
+    if training:
+        top = network.top(heads)
+        colour, to_density = top[: shapes.colour_rows], top[shapes.colour_rows : shapes.colour_rows + 1]
+    else:
+        colour, to_density = _rounded(heads, gemm.dtype)
+    of_colour, of_density = network.split(depth, colour), network.split(depth, to_density)
+    # A bias is of its product's dtype.
+    plain_biases = _rounded([*biases[:depth], *biases[depth + 3 : -1]], gemm.dtype)
+    ray_biases = None if viewdirs_enc is None else network.ray_biases(viewdirs_enc)
+    if alone:
+        rgb = density = None
+        layers: Any = [None] * len(shapes.widths)
+        masks: Any = layers
+    else:
+        rgb, density = (parameters[0].new_empty(rays, samples, columns) for columns in (3, 1))
+        activations = _Activations(network, rays * samples, chunk, stash if training else None)
+
     for part, rows in spans:
-        x = encoded = _operand(flat[rows], gemm.dtype)
-        for layer in range(depth):
-            weight, bias = network.trunk[layer]
-            out = buffers.layer(layer, rows)
-            inputs = network.inputs(layer, x, encoded)
-            _layer(
-                gemm,
-                inputs,
-                network.split(layer, weight),
-                out,
-                bias=bias,
-                relu=True,
-                mask=buffers.mask(layer, rows),
-            )
-            x = out
-        inputs = network.inputs(depth, x, encoded)
-        raw_rgb, raw_density = rgb[part].view(-1, 3), density[part].view(-1, 1)
-        raw_density.copy_(network.density_bias)
-        _layer(gemm, inputs, [matrix[top_rows : top_rows + 1] for matrix in top], raw_density, beta=1.0)
-        # The bias per ray is what the products are added to.
-        out = buffers.layer(depth, rows) if view_depth else raw_rgb
-        offsets = network.offsets[part] if network.has_views else network.offsets
-        out.view(-1, samples, top_rows).copy_(offsets[:, None, :])
-        fold = [matrix[:top_rows] for matrix in top]
-        _layer(
-            gemm,
-            inputs,
-            fold,
-            out,
-            beta=1.0,
-            relu=view_depth > 0,
-            mask=buffers.mask(depth, rows) if view_depth else None,
-        )
-        for number, (weight, bias) in enumerate(network.views, 1):
-            x, out = out, buffers.layer(depth + number, rows)
-            mask = buffers.mask(depth + number, rows)
-            gemm.forward(x, weight, out, bias=bias, relu=True, mask=mask)
-        if view_depth:
-            raw_rgb.copy_(network.rgb_bias)
-            gemm.forward(out, network.rgb_weight[:3], raw_rgb, beta=1.0)
-    return rgb, density, [*buffers.layers, *buffers.masks] if training else []
+        encoded = _operand(flat if alone else flat[rows], gemm.dtype)
+        raw_rgb = raw_density = None
+        if rgb is not None and density is not None:
+            layers, masks = activations.part(rows)
+            raw_rgb, raw_density = rgb[part].view(-1, 3), density[part].view(-1, 1)
+        x = encoded
+        for number, weights in enumerate(network.trunk):
+            x = _layer(gemm, x, encoded, weights, layers[number], plain_biases[number], True, masks[number])
+            if outputs is not None:
+                outputs.append(x)
+        raw_density = _layer(gemm, x, encoded, of_density, raw_density, biases[depth])
+        if ray_biases is None:
+            raw_rgb = _layer(gemm, x, encoded, of_colour, raw_rgb, biases[depth + 1])
+        else:
+            of_rays = ray_biases if alone else ray_biases[part]
+            if shapes.view_depth == 0:
+                raw_rgb = _layer(gemm, x, encoded, of_colour, raw_rgb, of_rays)
+            else:
+                x = _layer(gemm, x, encoded, of_colour, layers[depth], of_rays, True, masks[depth])
+                if outputs is not None:
+                    outputs.append(x)
+                for number, bias in enumerate(plain_biases[depth:], depth + 1):
+                    weight = network.views[number - depth - 1]
+                    x = gemm.forward(x, weight, layers[number], bias=bias, relu=True, mask=masks[number])
+                    if outputs is not None:
+                        outputs.append(x)
+                raw_rgb = gemm.forward(x, network.views[-1][:3], raw_rgb, bias=biases[-1])
+        if alone:
+            rgb, density = raw_rgb.view(rays, samples, 3), raw_density.view(rays, samples, 1)
+    return rgb, density, [*stash, top] if training else []
 
 
 def backward_pass(
@@ -202,103 +224,98 @@ def backward_pass(
     options: tuple[Any, ...],
     to_features: bool,
 ) -> list[Tensor]:
-    """Gradients of features (empty unless wanted), viewdirs_enc (empty without) and the parameters."""
-    *architecture, products, dtype = options
-    gemm = _gemm(products, dtype, features.device)
-    network = _Network(viewdirs_enc, parameters, Architecture(*architecture), gemm)
+    """Gradients of features (empty unless wanted), viewdirs_enc (empty without) and the parameters.
+
+    Records no gradient of its own.
+    """
+    inputs = (grad_rgb, grad_density, features, viewdirs_enc, parameters, stash, options, to_features)
+    if torch.is_autocast_enabled(features.device.type):
+        with torch.autocast(features.device.type, enabled=False):
+            return backward_pass(*inputs)
     rays, samples, num_features = features.shape
-    depth, view_depth, top_rows = network.depth, network.view_depth, network.rows
-    flat = features.detach().reshape(rays * samples, num_features)
-    master = parameters[0].detach()
-    spans = list(_spans(rays, samples, gemm.chunk_rows))
-    chunk = max((rows.stop - rows.start for _, rows in spans), default=0)
-    kept = _Buffers(network, gemm, master, rays * samples, chunk, stash, True)
+    if rays * samples == 0:
+        of_features = features.new_zeros(rays if to_features else 0, samples, num_features)
+        of_viewdirs = parameters[0].new_zeros(0 if viewdirs_enc is None else viewdirs_enc.shape)
+        return [of_features, of_viewdirs, *map(torch.zeros_like, parameters)]
+    network = _Network(features, viewdirs_enc, parameters, options)
+    gemm, depth, shapes = network.gemm, network.depth, network.plan
+    flat = features.reshape(rays * samples, num_features)
+    master = parameters[0]
     scale = loss_scale([g for g in (grad_rgb, grad_density) if g is not None], gemm.dtype)
+    spans, chunk = _spans(rays, samples, gemm.rows_at_a_time(rays * samples, network.width, True))
+    activations = _Activations(network, rays * samples, chunk, stash)
+    top, colour_rows = stash[-1], shapes.colour_rows
+    matrices = [*network.trunk, network.split(depth, top)]
+    alone = len(spans) == 1
 
-    # The first products overwrite, the others add; without samples there are none.
-    new = master.new_empty if spans else master.new_zeros
-    grads = [new(parameter.shape) for parameter in parameters]
-    layers = list(zip(grads[0::2], grads[1::2], strict=True))
-    # Of the padded matrices; their zero rows have no gradient.
-    grad_top, sums = new(network.top.shape), new(len(network.top))
-    grad_offsets = new(rays, top_rows)
+    def room(columns: int, count: int = 2) -> list[Any]:
+        """For deltas, in turn; a product makes its output itself where there is one chunk."""
+        return [None if alone else master.new_empty(chunk, columns, dtype=gemm.dtype) for _ in range(count)]
+
+    deltas, of_colours = room(network.width), room(colour_rows, 1)
+    delta_views = room(shapes.widths[-1]) if shapes.view_depth > 1 else []
+    zeros = [master.new_zeros(chunk, len(top) - colour_rows - 1, dtype=gemm.dtype)]
+    of_rays: list[Tensor] = []
     grad_features = flat.new_zeros(flat.shape if to_features else (0, num_features))
+    # Sums over the chunks so far.
+    view_totals: list[Any] = [None] * shapes.view_depth
+    totals: list[Any] = [None] * (depth + 1)
 
-    def empty(columns: int) -> Tensor:
-        return master.new_empty(chunk, columns, dtype=gemm.dtype)
-
-    deltas = [empty(network.width), empty(network.width)]
-    delta_top = empty(len(network.top)).zero_()
-    if view_depth:
-        delta_rgb = empty(network.rgb_rows).zero_()
-        delta_views = [empty(top_rows), empty(top_rows)] if view_depth > 1 else []
-        grad_rgb_weight, rgb_sums = new(network.rgb_rows, top_rows), new(network.rgb_rows)
-
-    beta = 0.0
     for part, rows in spans:
         count = rows.stop - rows.start
-        encoded = _operand(flat[rows], gemm.dtype)
-        feature_beta = 0.0
-        # Down the colour branch, into the columns of the top's delta.
-        above = delta_top[:count]
-        if view_depth:
-            delta = delta_rgb[:count]
-            _set(delta[:, :3], grad_rgb, part, scale)
-            x = kept.layer(depth + view_depth - 1, rows)
-            gemm.grad_weight(delta, x, grad_rgb_weight, beta=beta, grad_bias=rgb_sums)
-            weight = network.rgb_weight
-            for number in range(view_depth - 1, 0, -1):
-                out = delta_views[number % 2][:count]
-                gemm.grad_input(delta, weight, out, mask=kept.mask(depth + number, rows))
-                delta, weight = out, network.views[number - 1][0]
-                grad_weight, grad_bias = layers[depth + 2 + number]
-                x = kept.layer(depth + number - 1, rows)
-                gemm.grad_weight(delta, x, grad_weight, beta=beta, grad_bias=grad_bias)
-            gemm.grad_input(delta, weight, above[:, :top_rows], mask=kept.mask(depth, rows))
-        else:
-            _set(above[:, :3], grad_rgb, part, scale)
-        _set(above[:, top_rows : top_rows + 1], grad_density, part, scale)
+
+        def of_chunk(buffer: Tensor | None, count: int = count) -> Tensor | None:
+            return buffer if buffer is None else buffer[:count]
+
+        encoded = _operand(flat if alone else flat[rows], gemm.dtype)
+        layers, masks = activations.part(rows)
+        # Down the colour branch.
+        delta = _delta(grad_rgb, part, scale, network.rgb_rows, master, count, gemm.dtype)
+        for number in range(shapes.view_depth - 1, -1, -1):
+            layer = depth + number
+            view_totals[number] = gemm.grad_layer(delta, layers[layer], view_totals[number])
+            out = of_chunk(delta_views[number % 2] if number else of_colours[0])
+            delta = gemm.grad_input(delta, network.views[number], out, mask=masks[layer])
         if network.has_views:
-            per_ray = above[:, :top_rows].unflatten(0, (-1, samples))
-            torch.sum(per_ray, 1, dtype=master.dtype, out=grad_offsets[part])
+            of_rays.append(gemm.sums(delta.view(-1, samples, delta.shape[1]), 1))
+        of_density = _delta(grad_density, part, scale, 1, master, count, gemm.dtype)
+        delta = torch.cat([delta, of_density, *(zero[:count] for zero in zeros if zero.shape[1])], 1)
 
         # Down the trunk.
-        delta, number = above, depth
-        matrices = network.split(depth, network.top)
-        outs = network.split(depth, grad_top)
-        out_bias = sums
-        while True:
-            x = kept.layer(number - 1, rows) if number else encoded
-            for index, read in enumerate(network.inputs(number, x, encoded)):
-                gemm.grad_weight(delta, read, outs[index], beta=beta, grad_bias=None if index else out_bias)
-            if to_features and (network.widened(number) or number == 0):
-                gemm.grad_input(delta, matrices[-1], grad_features[rows], beta=feature_beta)
+        feature_beta = 0.0
+        for number in range(depth, -1, -1):
+            weight, beside = matrices[number]
+            x, total = layers[number - 1] if number else encoded, totals[number]
+            parts: tuple[Tensor, ...] = gemm.grad_layer(delta, x, total and total[:2])
+            if beside is not None:
+                parts = (*parts, gemm.grad_weight(delta, encoded, total and total[2]))
+            totals[number] = parts
+            if to_features and (beside is not None or number == 0):
+                to_encoded = weight if beside is None else beside
+                gemm.grad_input(delta, to_encoded, grad_features[rows], beta=feature_beta)
                 feature_beta = 1.0
-            if number == 0:
-                break
-            out = deltas[number % 2][:count]
-            gemm.grad_input(delta, matrices[0], out, mask=kept.mask(number - 1, rows))
-            delta, number = out, number - 1
-            matrices = network.split(number, network.trunk[number][0])
-            outs = network.split(number, layers[number][0])
-            out_bias = layers[number][1]
-        beta = 1.0
+            if number:
+                delta = gemm.grad_input(delta, weight, of_chunk(deltas[number % 2]), mask=masks[number - 1])
 
-    grad_density_weight, grad_density_bias = layers[depth]
-    grad_density_weight[0] = grad_top[top_rows]
-    grad_density_bias[0] = sums[top_rows]
-    if view_depth:
-        layers[-1][0].copy_(grad_rgb_weight[:3])
-        layers[-1][1].copy_(rgb_sums[:3])
+    # Those of a layer that reads the features too lie in two parts.
+    layered = [(total[0] if len(total) == 2 else torch.cat(total[0::2], 1), total[1]) for total in totals]
+    grad_top, sums = layered.pop()
+    layered.append(
+        (grad_top[colour_rows : colour_rows + 1].clone(), sums[colour_rows : colour_rows + 1].clone())
+    )
+    grad_colour = grad_top[:colour_rows], sums[:colour_rows]
     grad_viewdirs = master.new_empty(0)
     if viewdirs_enc is None:
-        layers[depth + 1][0].copy_(grad_top[:top_rows])
-        layers[depth + 1][1].copy_(sums[:top_rows])
+        layered.append(grad_colour)
     else:
-        views = viewdirs_enc.detach().to(master.dtype)
-        _unfold(network, layers, grad_top[:top_rows], sums[:top_rows], grad_offsets, views)
-        from_views = network.layers[depth + 2][0][:, network.width :]
-        grad_viewdirs = _product(grad_offsets, from_views)
+        grad_ray_biases = of_rays[0] if alone else torch.cat(of_rays)
+        views = viewdirs_enc.to(master.dtype)
+        layered += _unfolded(network, grad_colour, grad_ray_biases, views)
+        grad_viewdirs = torch.mm(grad_ray_biases, network.from_views)
+    layered += view_totals[:-1]
+    if shapes.view_depth:
+        layered.append((view_totals[-1][0][:3], view_totals[-1][1][:3]))
+    grads = [grad for layer in layered for grad in layer]
     if scale is not None:
         for grad in (*grads, grad_features, grad_viewdirs):
             grad.div_(scale)
@@ -306,59 +323,51 @@ def backward_pass(
     return [grad_features.view(shape), grad_viewdirs, *grads]
 
 
-def _unfold(
+def _unfolded(
     network: _Network,
-    layers: Sequence[tuple[Tensor, Tensor]],
-    grad_fold: Tensor,
-    sums: Tensor,
-    grad_offsets: Tensor,
+    grad_colour: tuple[Tensor, Tensor],
+    grad_ray_biases: Tensor,
     viewdirs_enc: Tensor,
-) -> None:
+) -> list[tuple[Tensor, Tensor]]:
     """The gradients of the two layers that were folded into one, from those of the one."""
-    depth, width = network.depth, network.width
-    bottleneck_weight, bottleneck_bias = network.layers[depth + 1]
-    from_bottleneck = network.layers[depth + 2][0][:, :width]
-    grad_bottleneck_weight, grad_bottleneck_bias = layers[depth + 1]
-    grad_fold_weight, grad_fold_bias = layers[depth + 2]
-    torch.mm(grad_fold, bottleneck_weight.t(), out=grad_fold_weight[:, :width])
-    grad_fold_weight[:, :width].addr_(sums, bottleneck_bias)
-    torch.mm(grad_offsets.t(), viewdirs_enc, out=grad_fold_weight[:, width:])
-    grad_fold_bias.copy_(sums)
-    torch.mm(from_bottleneck.t(), grad_fold, out=grad_bottleneck_weight)
-    torch.mv(from_bottleneck.t(), sums, out=grad_bottleneck_bias)
+    of_views = torch.mm(grad_ray_biases.t(), viewdirs_enc)
+    depth, from_bottleneck = network.depth, network.from_bottleneck
+    grad_fold, sums = grad_colour
+    of_bottleneck = torch.addmm(
+        torch.outer(sums, network.biases[depth + 1]), grad_fold, network.weights[depth + 1].t()
+    )
+    grad_bottleneck = torch.mm(from_bottleneck.t(), grad_fold), torch.mv(from_bottleneck.t(), sums)
+    return [grad_bottleneck, (torch.cat([of_bottleneck, of_views], 1), sums)]
 
 
 def _layer(
     gemm: Gemm,
-    inputs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    out: Tensor,
-    *,
-    beta: float = 0.0,
-    bias: Tensor | None = None,
+    x: Tensor,
+    encoded: Tensor,
+    weights: tuple[Tensor, Tensor | None],
+    out: Tensor | None,
+    bias: Tensor,
     relu: bool = False,
     mask: Tensor | None = None,
-) -> None:
-    """out = the sum of the products of inputs and weights + beta out + bias, then the ReLU."""
-    for index, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
-        last = index == len(inputs) - 1
-        gemm.forward(
-            x,
-            weight,
-            out,
-            beta=1.0 if index else beta,
-            bias=None if index else bias,
-            relu=relu and last,
-            mask=mask if last else None,
-        )
+) -> Tensor:
+    """x W^T + encoded W_features^T + bias, then the ReLU; the second product where it is one."""
+    weight, beside = weights
+    if beside is None:
+        return gemm.forward(x, weight, out, bias=bias, relu=relu, mask=mask)
+    out = gemm.forward(x, weight, out, bias=bias)
+    return gemm.forward(encoded, beside, out, beta=1.0, relu=relu, mask=mask)
 
 
-def _spans(rays: int, samples: int, chunk_rows: int) -> Iterator[tuple[slice, slice]]:
-    """Whole rays, and their samples, about chunk_rows of them at a time; none where there are none."""
-    step = max(1, chunk_rows // max(1, samples))
-    for start in range(0, rays if samples else 0, step):
-        stop = min(start + step, rays)
-        yield slice(start, stop), slice(start * samples, stop * samples)
+def _spans(rays: int, samples: int, at_a_time: int) -> tuple[list[tuple[slice, slice]], int]:
+    """Whole rays, and their samples, about so many samples at a time, none where there are none; the most samples."""
+    step = max(1, at_a_time // max(1, samples))
+    starts = range(0, rays if samples else 0, step)
+    stops = [min(start + step, rays) for start in starts]
+    spans = [
+        (slice(start, stop), slice(start * samples, stop * samples))
+        for start, stop in zip(starts, stops, strict=True)
+    ]
+    return spans, min(step, rays) * samples
 
 
 def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -367,33 +376,43 @@ def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rounded(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Copies of this dtype, of all tensors in one pass; the tensors themselves where they have it."""
-    if tensors[0].dtype == dtype:
+    """Copies of this dtype, on a GPU of all tensors in one launch; the tensors themselves where they have it."""
+    if not tensors or tensors[0].dtype == dtype:
         return tensors
+    if tensors[0].device.type == "cpu":
+        return [tensor.to(dtype) for tensor in tensors]
     rounded = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     torch._foreach_copy_(rounded, tensors)
     return rounded
-
-
-def _product(a: Tensor, b: Tensor, row: Tensor | None = None) -> Tensor:
-    """a b, + row where there is one; into an output, which autocast leaves alone."""
-    out = a.new_empty(a.shape[0], b.shape[1])
-    return torch.mm(a, b, out=out) if row is None else torch.addmm(row, a, b, out=out)
 
 
 def _padded(count: int, align: int) -> int:
     return -(-count // align) * align
 
 
-def _set(delta: Tensor, grad: Tensor | None, rays: slice, scale: Tensor | None) -> None:
-    """Round the gradient of an output for these rays into a delta; None is zero."""
+def _delta(
+    grad: Tensor | None,
+    rays: slice,
+    scale: Tensor | None,
+    columns: int,
+    master: Tensor,
+    count: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The gradient of an output for these rays as an operand [count, columns], zeros beside it; None is zero."""
     if grad is None:
-        delta.zero_()
-    else:
-        rows = grad[rays].flatten(0, 1)
-        delta.copy_(rows if scale is None else rows * scale)
+        return master.new_zeros(count, columns, dtype=dtype)
+    rows = grad[rays].flatten(0, 1)
+    rows = (rows if scale is None else rows * scale).to(dtype)
+    missing = columns - rows.shape[1]
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
 
 
+_KINDS: tuple[type[TorchGemm] | type[CublasLtTwin] | type[CublasLt], ...] = (
+    TorchGemm,
+    CublasLtTwin,
+    CublasLt,
+)
 _gemms: dict[tuple[int, torch.dtype, torch.device], Gemm] = {}
 
 
