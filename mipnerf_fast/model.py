@@ -87,9 +87,11 @@ class MipNerf(nn.Module):
         }
 
     def render_rays(self, rays: Rays, white_background: bool = True) -> Composite:
-        """The finest level alone, without randomness: bit by bit that of `forward`, in less time.
+        """The finest level alone, without randomness: that of `forward`, in less time.
 
-        Of the coarse levels only the weights are needed, so their colour branch is left out.
+        Of the coarse levels only the weights are needed, so their colour branch is left out. Bit by bit the same, but
+        for the fused network without gradients, which goes from rays to pixels in one kernel: then within the rounding
+        of its 16-bit features.
 
         Args:
             rays: of any leading shape.
@@ -100,8 +102,7 @@ class MipNerf(nn.Module):
         """
         flat = rays.flatten()
         t_vals, _ = self.propose(flat)
-        raw = self.finest(t_vals, flat)
-        level = ops.composite(*raw, t_vals, flat.directions, white_background, **self.activations)
+        level = self._pixels(t_vals, flat, white_background)
         return level.unflatten(rays.batch_shape)
 
     def propose(self, rays: Rays) -> tuple[Tensor, Tensor | None]:
@@ -117,31 +118,50 @@ class MipNerf(nn.Module):
         t_vals = sample_t_vals(rays.near, rays.far, config.num_samples, None, config.lindisp)
         acc = None
         for number in range(config.num_levels - 1):
-            raw_density = self._mlp(number).density(self._features(number, t_vals, rays))
-            no_rgb = raw_density.new_zeros(*raw_density.shape[:-1], 3)
-            level, t_vals = ops.composite_resample(
-                no_rgb,
-                raw_density,
-                t_vals,
-                rays.directions,
-                False,
-                **self.activations,
-                padding=config.resample_padding,
-            )
+            mlp = self._mlp(number)
+            if mlp.composites(config.num_samples, density_alone=True):
+                level = mlp.composited(
+                    self._frusta(t_vals, rays),
+                    self._encoding,
+                    None,
+                    False,
+                    self.activations,
+                    density_alone=True,
+                )
+                t_vals = ops.resample(t_vals, level.weights, padding=config.resample_padding)
+            else:
+                raw_density = mlp.density(self._features(number, t_vals, rays))
+                no_rgb = raw_density.new_zeros(*raw_density.shape[:-1], 3)
+                level, t_vals = ops.composite_resample(
+                    no_rgb,
+                    raw_density,
+                    t_vals,
+                    rays.directions,
+                    False,
+                    **self.activations,
+                    padding=config.resample_padding,
+                )
             acc = level.acc
         return t_vals, acc
 
     def finest(self, t_vals: Tensor, rays: Rays) -> tuple[Tensor, Tensor]:
         """Raw rgb [B, N, 3] and raw density [B, N, 1] of the finest network between the fenceposts t_vals [B, N+1]."""
-        config = self.config
-        viewdirs_enc = pos_enc(rays.viewdirs, 0, config.deg_view) if config.use_viewdirs else None
-        return self._raw(config.num_levels - 1, t_vals, rays, viewdirs_enc)
+        return self._raw(self.config.num_levels - 1, t_vals, rays, self._viewdirs_enc(rays))
+
+    def _pixels(self, t_vals: Tensor, rays: Rays, white_background: bool) -> Composite:
+        """The finest level between these fenceposts."""
+        mlp = self._mlp(self.config.num_levels - 1)
+        if mlp.composites(t_vals.shape[1] - 1):
+            frusta, viewdirs_enc = self._frusta(t_vals, rays), self._viewdirs_enc(rays)
+            return mlp.composited(frusta, self._encoding, viewdirs_enc, white_background, self.activations)
+        raw = self.finest(t_vals, rays)
+        return ops.composite(*raw, t_vals, rays.directions, white_background, **self.activations)
 
     def _levels(
         self, rays: Rays, randomized: bool, white_background: bool, generator: Generator
     ) -> list[Composite]:
         config = self.config
-        viewdirs_enc = pos_enc(rays.viewdirs, 0, config.deg_view) if config.use_viewdirs else None
+        viewdirs_enc = self._viewdirs_enc(rays)
 
         def uniforms(level: int) -> Tensor | None:
             if not randomized:
@@ -169,8 +189,24 @@ class MipNerf(nn.Module):
     def _raw(
         self, level: int, t_vals: Tensor, rays: Rays, viewdirs_enc: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        raw: tuple[Tensor, Tensor] = self._mlp(level)(self._features(level, t_vals, rays), viewdirs_enc)
+        mlp = self._mlp(level)
+        if mlp.encodes:
+            return mlp.encoded(self._frusta(t_vals, rays), self._encoding, viewdirs_enc)
+        raw: tuple[Tensor, Tensor] = mlp(self._features(level, t_vals, rays), viewdirs_enc)
         return raw
+
+    def _viewdirs_enc(self, rays: Rays) -> Tensor | None:
+        config = self.config
+        return pos_enc(rays.viewdirs, 0, config.deg_view) if config.use_viewdirs else None
+
+    def _frusta(self, t_vals: Tensor, rays: Rays) -> ops.Frusta:
+        return ops.Frusta(t_vals, rays.origins, rays.directions, rays.radii)
+
+    @property
+    def _encoding(self) -> ops.Encoding:
+        config = self.config
+        is_cylinder, integrated = config.ray_shape == "cylinder", not config.disable_integration
+        return ops.Encoding(config.min_deg_point, config.max_deg_point, is_cylinder, integrated)
 
     def _mlp(self, level: int) -> ops.MipMLP:
         mlp = self.mlps[level if self.config.separate_mlps else 0]

@@ -16,6 +16,7 @@ from .config import FastConfig, MipNerfConfig
 from .cpu_setup import free_memory
 from .errors import InputError
 from .model import MipNerf, Model
+from .ops import keeping_weights
 from .pictures import Picture, Video, VideoUnavailableError, colour_map, to_uint8, write_png
 from .progress import Progress
 from .rendering_modes import Deviation, check_mode, render_rays_fast
@@ -114,16 +115,17 @@ def render_image(
     shape, flat = rays.batch_shape, rays.flatten()
     count = flat.origins.shape[0]
     parts = []
-    for start in range(0, count, chunk_rays):
-        stop = min(start + chunk_rays, count)
-        chunk = Rays(*(field[start:stop].to(like) for field in flat))
-        if mode == "fast" and isinstance(model, MipNerf):
-            level = render_rays_fast(model, chunk, white_background)
-        else:
-            level = model.render_rays(chunk, white_background)
-        parts.append(Rendering(level.rgb, level.distance, level.acc))
-        if progress is not None:
-            progress(stop - start)
+    with keeping_weights(model):
+        for start in range(0, count, chunk_rays):
+            stop = min(start + chunk_rays, count)
+            chunk = Rays(*(field[start:stop].to(like) for field in flat))
+            if mode == "fast" and isinstance(model, MipNerf):
+                level = render_rays_fast(model, chunk, white_background)
+            else:
+                level = model.render_rays(chunk, white_background)
+            parts.append(Rendering(level.rgb, level.distance, level.acc))
+            if progress is not None:
+                progress(stop - start)
     if not parts:
         empty = like.new_zeros(*shape)
         return Rendering(like.new_zeros(*shape, 3), empty, empty)

@@ -18,6 +18,7 @@ from .data import RayBatches
 from .flat_parameters import FlatParameters
 from .losses import weighted_loss
 from .model import Model
+from .ops import keeping_weights
 from .ranks import ALONE, Ranks
 from .schedules import log_lerp, warm_up
 
@@ -135,9 +136,10 @@ class TrainingStep:
         part = self.ranks.part(self.config.batch_size)
         self.flat.sums.zero_()
         self._extra[2:].copy_(self.inputs)
-        self.accumulate_gradients(
-            number, Rays(*(field[part] for field in rays)), target[part], total, self.rows[part]
-        )
+        with keeping_weights(self.model):
+            self.accumulate_gradients(
+                number, Rays(*(field[part] for field in rays)), target[part], total, self.rows[part]
+            )
 
     def update(self) -> None:
         """The second half: from the gradients of the whole batch to new parameters, unless something is not finite."""

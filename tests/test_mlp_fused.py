@@ -15,10 +15,13 @@ from cuda_emulation.harness import run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mipnerf_fast import _native, reference
-from mipnerf_fast.ops import mlp_fused
+from mipnerf_fast import MipNerf, MipNerfConfig, _native, cameras, reference, use_backend
+from mipnerf_fast.ops import MipMLP, MlpChoice, keeping_weights, mlp_fused_network
+from mipnerf_fast.ops.arguments import DENSITY_ACTIVATIONS, RGB_ACTIVATIONS
 from mipnerf_fast.ops.mlp_autograd import Architecture
-from mipnerf_fast.ops.mlp_fused import Kernels, Sizes, fused_mlp, why_not_fused
+from mipnerf_fast.ops.mlp_fused import fused_mlp, why_not_composited, why_not_fused
+from mipnerf_fast.ops.mlp_fused_network import Kernels, Sizes
+from mipnerf_fast.rendering import render_image
 
 # features, view features (None: no views), width, depth, view width, view depth, skip
 SHAPES = [
@@ -109,11 +112,46 @@ def twin_backward(
     return gradients, ray_sums, grad_features if to_features else grad_features[:0]
 
 
-TWINS = Kernels(lambda flat, *_: flat.clone(), twin_forward, twin_backward)
+def twin_encoded(
+    t_vals: Tensor,
+    origins: Tensor,
+    directions: Tensor,
+    radii: Tensor,
+    ray_bias: Tensor | None,
+    packed: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    min_deg, max_deg, cylinder, integrated, *sizes, _ = options
+    shape = "cylinder" if cylinder else "cone"
+    features = reference.frustum_ipe(
+        t_vals, origins, directions, radii, min_deg, max_deg, shape, integrated=integrated
+    )
+    rgb, density = twin_network(features.flatten(0, 1), ray_bias, packed, t_vals.shape[1] - 1, Sizes(*sizes))
+    return rgb, density
+
+
+def twin_composited(t_vals: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *inputs, white_background, density, density_bias, rgb, rgb_padding = rest
+    raw_rgb, raw_density = twin_encoded(t_vals, *inputs)
+    count, samples = t_vals.shape[0], t_vals.shape[1] - 1
+    return reference.composite(
+        raw_rgb.view(count, samples, 3),
+        raw_density.view(count, samples, 1),
+        t_vals,
+        inputs[1],
+        white_background,
+        density_activation=list(DENSITY_ACTIVATIONS)[density],
+        density_bias=density_bias,
+        rgb_activation=list(RGB_ACTIVATIONS)[rgb],
+        rgb_padding=rgb_padding,
+    )
+
+
+TWINS = Kernels(lambda flat, *_: flat.clone(), twin_forward, twin_backward, twin_encoded, twin_composited)
 
 
 def take(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlp_fused, "operators", lambda: kernels)
+    monkeypatch.setattr(mlp_fused_network, "operators", lambda: kernels)
 
 
 def make(shape: tuple[Any, ...], seed: int = 0) -> tuple[Tensor, Tensor | None, list[Tensor], Architecture]:
@@ -254,6 +292,121 @@ def test_why_not() -> None:
     assert "on cpu" in why_not_fused(96, sizes, cpu, torch.float32, bfloat16)
 
 
+# ---- inference from rays
+
+SMALL = {"num_samples": 64, "net_width": 16, "net_depth": 3, "net_width_condition": 8, "max_deg_point": 4}
+
+
+def fused_model(monkeypatch: pytest.MonkeyPatch, kernels: Kernels = TWINS, **changes: Any) -> MipNerf:
+    """A float64 model whose networks take the fused engine, over twins of its kernels."""
+    take(kernels, monkeypatch)
+    choice = MlpChoice("fused", torch.float64, "for a test")
+    monkeypatch.setattr(MipMLP, "implementation", property(lambda _: choice))
+    torch.manual_seed(0)
+    model = MipNerf(MipNerfConfig(**{**SMALL, **changes})).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def some_rays() -> cameras.Rays:
+    rays = cameras.pinhole_rays(torch.eye(4)[:3], height=3, width=4, focal=3.0)
+    return cameras.Rays(*(field.double() for field in rays))
+
+
+@pytest.mark.parametrize(
+    ("changes", "composites"),
+    [
+        ({}, 2),
+        ({"num_samples": 100}, 0),  # too many rows of a tile without a sample
+        ({"num_levels": 3, "use_viewdirs": False}, 3),
+        ({"net_depth": 5, "use_viewdirs": False}, 0),  # heads that read the features
+        ({"ray_shape": "cylinder", "disable_integration": True, "density_activation": "relu"}, 2),
+        ({"separate_mlps": True, "min_deg_point": 1}, 2),
+    ],
+)
+def test_a_model_renders_through_the_kernels_that_encode(
+    changes: dict[str, Any], composites: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pixels without features or samples in between, those of the reference; where that serves in every level."""
+    called = []
+
+    def composited(*inputs: Any) -> tuple[Tensor, ...]:
+        called.append(inputs)
+        return twin_composited(*inputs)
+
+    def forward(*_: Any) -> Any:
+        raise AssertionError("inference has made features in memory")
+
+    model = fused_model(monkeypatch, TWINS._replace(composited_forward=composited), **changes)
+    rays = some_rays()
+    with torch.no_grad():
+        if composites:  # where not, the density alone has no kernel that encodes
+            take(TWINS._replace(composited_forward=composited, forward=forward), monkeypatch)
+        given = model.render_rays(rays)
+    assert len(called) == composites
+    monkeypatch.undo()
+    with torch.no_grad(), use_backend("reference"):
+        wanted = model.render_rays(rays)
+    for one, other in zip(given, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_with_gradients_features_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fused_model(monkeypatch)
+    assert not model.mlp.encodes and not model.mlp.composites(128)
+    with torch.no_grad():
+        assert model.mlp.encodes and model.mlp.composites(128) and not model.mlp.composites(100)
+
+
+@pytest.mark.parametrize(
+    ("samples", "serves"),
+    [(1, True), (32, True), (60, True), (50, False), (100, False), (128, True), (129, False), (250, True)],
+)
+def test_which_rays_are_composited_in_the_kernel(samples: int, serves: bool) -> None:
+    assert (why_not_composited(samples, Architecture(8, 1, 4), True) == "") is serves
+
+
+def test_weights_are_packed_once_where_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = []
+
+    def pack(flat: Tensor, *_: Any) -> Tensor:
+        packed.append(flat)
+        return flat.clone()
+
+    model, rays = fused_model(monkeypatch, TWINS._replace(pack=pack)), some_rays()
+
+    def step() -> list[Tensor]:
+        coarse, fine = model(rays)
+        return list(torch.autograd.grad(coarse.rgb.sum() + fine.rgb.square().sum(), list(model.parameters())))
+
+    wanted = step()
+    assert len(packed) == 2  # once a level
+    with keeping_weights(model):
+        given = step()
+        assert len(packed) == 3
+        with keeping_weights(model):
+            step()
+        assert len(packed) == 3
+    for one, other in zip(given, wanted, strict=True):
+        assert torch.equal(one, other)
+    with torch.no_grad():
+        model.mlp.linears[0].weight.zero_()
+    assert not torch.equal(step()[-1], wanted[-1])  # nothing of before is left
+
+
+def test_a_picture_packs_its_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = []
+
+    def pack(flat: Tensor, *_: Any) -> Tensor:
+        packed.append(flat)
+        return flat.clone()
+
+    model = fused_model(monkeypatch, TWINS._replace(pack=pack))
+    render_image(model, some_rays(), chunk_rays=5)
+    assert len(packed) == 2  # the density's, and the whole network's
+
+
 # ---- through the emulated kernels
 
 
@@ -261,7 +414,7 @@ class Emulated:
     """The operators by csrc/mlp in the CUDA emulation, bfloat16, with the sums split in three."""
 
     def kernels(self) -> Kernels:
-        return Kernels(lambda flat, *_: flat.clone(), self.forward, self.backward)
+        return TWINS._replace(forward=self.forward, backward=self.backward)
 
     def _run(
         self,

@@ -14,8 +14,9 @@ from .frustum_ipe import frustum_ipe
 from .hash_encode import hash_encode
 from .implementations import FAST_OPERATIONS, OPERATIONS, Implementation, backend_in_use, implementations
 from .march import march
-from .mlp import MipMLP
+from .mlp import MipMLP, keeping_weights
 from .mlp_backends import MLP_BACKENDS, MLP_DTYPES, MlpChoice, MlpShape, choose_mlp
+from .mlp_fused import Encoding, Frusta
 from .packed_composite import packed_composite
 from .resample import resample
 from .tiny_mlp import tiny_mlp
@@ -26,6 +27,8 @@ __all__ = [
     "MLP_DTYPES",
     "OPERATIONS",
     "Composite",
+    "Encoding",
+    "Frusta",
     "Implementation",
     "MipMLP",
     "MlpChoice",
@@ -40,6 +43,7 @@ __all__ = [
     "frustum_ipe",
     "hash_encode",
     "implementations",
+    "keeping_weights",
     "march",
     "occupancy_masks",
     "occupancy_update",

@@ -12,6 +12,10 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+# What the raw operators call them: csrc/composite/composite_math.h.
+DENSITY_ACTIVATIONS: dict[str | None, int] = {None: 0, "softplus": 1, "relu": 2}
+RGB_ACTIVATIONS: dict[str | None, int] = {None: 0, "sigmoid": 1}
+
 
 def require(holds: bool, operator: str, argument: str, wanted: str, got: object) -> None:
     """Raises ValueError "operator: argument must be wanted, got got" unless `holds`."""

@@ -9,18 +9,13 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..reference import Composite
-from .arguments import check_float, check_like, check_shape, require
+from .arguments import DENSITY_ACTIVATIONS, RGB_ACTIVATIONS, check_float, check_like, check_shape, require
 from .finite import reports_non_finite
 from .implementations import takes_kernel
 from .resample import check_resample, resample
 
 # The longest ray of the CUDA kernels: 32 tiles of 128 samples, the sum before each of them kept by a lane of the warp.
 MAX_CUDA_SAMPLES = 4096
-
-
-# What the raw operators call them: csrc/composite/composite_math.h.
-_DENSITY_ACTIVATIONS: dict[str | None, int] = {None: 0, "softplus": 1, "relu": 2}
-_RGB_ACTIVATIONS: dict[str | None, int] = {None: 0, "sigmoid": 1}
 
 
 @reports_non_finite("composite", "level")
@@ -72,9 +67,9 @@ def composite(
     check_composite("composite", rgb, density, t_vals, directions, density_activation, rgb_activation)
     if takes_kernel("composite", rgb, _unsupported(rgb, density, t_vals)):
         options = (
-            _DENSITY_ACTIVATIONS[density_activation],
+            DENSITY_ACTIVATIONS[density_activation],
             density_bias,
-            _RGB_ACTIVATIONS[rgb_activation],
+            RGB_ACTIVATIONS[rgb_activation],
             rgb_padding,
         )
         inputs = (rgb, density, t_vals, directions, white_background, *options)
@@ -136,9 +131,9 @@ def composite_resample(
     unsupported = _unsupported(rgb, density, t_vals)
     if takes_kernel("composite", rgb, unsupported):
         options = (
-            _DENSITY_ACTIVATIONS[density_activation],
+            DENSITY_ACTIVATIONS[density_activation],
             density_bias,
-            _RGB_ACTIVATIONS[rgb_activation],
+            RGB_ACTIVATIONS[rgb_activation],
             rgb_padding,
         )
         inputs = (rgb, density, t_vals, directions, white_background, *options, num_samples, u, padding)
@@ -183,9 +178,9 @@ def check_composite(
         check_float(name, argument, tensor)
         if tensor.device != t_vals.device:
             require(False, name, argument, f"on {t_vals.device} as t_vals", tensor.device)
-    if density_activation not in _DENSITY_ACTIVATIONS:
+    if density_activation not in DENSITY_ACTIVATIONS:
         require(False, name, "density_activation", 'None, "softplus" or "relu"', repr(density_activation))
-    if rgb_activation not in _RGB_ACTIVATIONS:
+    if rgb_activation not in RGB_ACTIVATIONS:
         require(False, name, "rgb_activation", 'None or "sigmoid"', repr(rgb_activation))
 
 

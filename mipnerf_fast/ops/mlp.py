@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from .. import reference
 from ..backend import current_backend
+from ..reference import Activations, Composite
 from .arguments import check_float, require
 from .finite import reports_non_finite
 from .mlp_autograd import Architecture
 from .mlp_backends import MLP_BACKENDS, MLP_DTYPES, MlpChoice, MlpShape, choose_mlp
 from .mlp_folded import CUBLASLT, TORCH, TWIN, folded_mlp
-from .mlp_fused import fused_mlp
+from .mlp_fused import (
+    Encoding,
+    Frusta,
+    fused_mlp,
+    fused_mlp_composited,
+    fused_mlp_encoded,
+    why_not_composited,
+)
+from .mlp_fused_network import KeptNetworks
 from .mlp_tcnn import WHAT, TcnnNetworks
 
 _PRODUCTS = {"folded": TORCH, "emulated": TWIN, "cublaslt": CUBLASLT}
@@ -85,6 +95,7 @@ class MipMLP(nn.Module):
             net_width_condition,
             skip_layer,
         )
+        self._kept: KeptNetworks | None = None
         self.tcnn = TcnnNetworks(self.shape, compute_dtype) if backend == "tcnn" else None
         shapes = [] if backend == "tcnn" else reference.mip_mlp_shapes(*self.shape)
         self.linears = nn.ModuleList(nn.Linear(i, o) for i, o in shapes)
@@ -134,13 +145,88 @@ class MipMLP(nn.Module):
                 self.net_depth_condition,
                 self.skip_layer,
             )
-        parameters = [p for linear in self.linears for p in (linear.weight, linear.bias)]
-        architecture = Architecture(self.net_depth, self.net_depth_condition, self.skip_layer)
-        return _compute(choice, features, viewdirs_enc, parameters, architecture)
+        return self._compute(choice, features, viewdirs_enc, *self._network())
+
+    @property
+    def encodes(self) -> bool:
+        """Whether, as things are now, `encoded` and `composited` serve: in the fused kernels, without gradients."""
+        return self.tcnn is None and not torch.is_grad_enabled() and self.implementation.engine == "fused"
+
+    def composites(self, samples: int, density_alone: bool = False) -> bool:
+        """Whether `composited` serves rays of so many samples."""
+        _, architecture = self._network(density_alone)
+        has_views = self.shape.view_features is not None and not density_alone
+        return self.encodes and not why_not_composited(samples, architecture, has_views)
+
+    @reports_non_finite("mlp", "rgb", "density")
+    def encoded(
+        self, frusta: Frusta, encoding: Encoding, viewdirs_enc: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The forward pass from rays, where `encodes`: the features are made in the network's kernel.
+
+        Rounded otherwise than `frustum_ipe` and forward: the features are not float32 in between.
+
+        Args: as of `ops.frustum_ipe` and of the forward pass.
+
+        Returns: raw rgb [B, N, 3] and raw density [B, N, 1]; not differentiable.
+        """
+        parameters, architecture = self._network()
+        dtype = self.implementation.dtype
+        return fused_mlp_encoded(
+            frusta, encoding, viewdirs_enc, parameters, architecture, dtype, kept=self._kept
+        )
+
+    @reports_non_finite("mlp", "level")
+    def composited(
+        self,
+        frusta: Frusta,
+        encoding: Encoding,
+        viewdirs_enc: Tensor | None,
+        white_background: bool,
+        activations: Activations,
+        density_alone: bool = False,
+    ) -> Composite:
+        """The forward pass from rays to pixels, where `composites`: one kernel, samples leave nothing but weights.
+
+        Args:
+            frusta, encoding, viewdirs_enc: as of `encoded`.
+            white_background, activations: as of `ops.composite`.
+            density_alone: whether nobody asks for colours (then without meaning), which spares the colour branch.
+
+        Returns: Composite of rgb [B, 3], distance [B], acc [B], weights [B, N]; not differentiable.
+        """
+        parameters, architecture = self._network(density_alone)
+        return fused_mlp_composited(
+            frusta,
+            encoding,
+            None if density_alone else viewdirs_enc,
+            parameters,
+            architecture,
+            self.implementation.dtype,
+            white_background=white_background,
+            kept=self._kept,
+            **activations,
+        )
+
+    def _network(self, density_alone: bool = False) -> tuple[list[Tensor], Architecture]:
+        """Parameters and architecture as the engines take them.
+
+        Of the density alone: the same trunk under a colour that is no function of the direction, and nothing: three
+        rows of zeros.
+        """
+        layers = self.linears[: self.net_depth + 1] if density_alone else self.linears
+        parameters = [p for linear in layers for p in (linear.weight, linear.bias) if isinstance(p, Tensor)]
+        if not density_alone:
+            return parameters, Architecture(self.net_depth, self.net_depth_condition, self.skip_layer)
+        columns = parameters[-2].shape[1]
+        parameters += [parameters[-2].new_zeros(size) for size in ((3, columns), (3,))]
+        return parameters, Architecture(self.net_depth, 0, self.skip_layer)
 
     def _weight(self) -> Tensor:
         # Of the first layer: going through all parameters takes as long as a small product.
-        return next(self.parameters()) if self.tcnn is not None else self.linears[0].weight
+        weight = next(self.parameters()) if self.tcnn is not None else self.linears[0].weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def _check(self, features: Tensor, viewdirs_enc: Tensor | None) -> None:
         device = self._weight().device
@@ -186,24 +272,36 @@ class MipMLP(nn.Module):
             return alone
         if choice.engine == "reference":
             return reference.mip_mlp_density(features, self.linears, depth, self.skip_layer)
-        # The same trunk under a colour that is no function of the direction, and nothing: three rows of zeros.
-        parameters: list[Tensor] = [p for linear in self.linears[: depth + 1] for p in linear.parameters()]
-        columns = parameters[-2].shape[1]
-        parameters += [features.new_zeros(size, dtype=torch.float32) for size in ((3, columns), (3,))]
-        _, density = _compute(choice, features, None, parameters, Architecture(depth, 0, self.skip_layer))
-        return density
+        return self._compute(choice, features, None, *self._network(density_alone=True))[1]
+
+    def _compute(
+        self,
+        choice: MlpChoice,
+        features: Tensor,
+        viewdirs_enc: Tensor | None,
+        parameters: Sequence[Tensor],
+        architecture: Architecture,
+    ) -> tuple[Tensor, Tensor]:
+        """Raw rgb and raw density from an engine that takes parameters, not layers."""
+        inputs = (features, viewdirs_enc, parameters, architecture)
+        if choice.engine == "fused":
+            return fused_mlp(*inputs, choice.dtype, kept=self._kept)
+        return folded_mlp(*inputs, _PRODUCTS[choice.engine], choice.dtype)
 
 
-def _compute(
-    choice: MlpChoice,
-    features: Tensor,
-    viewdirs_enc: Tensor | None,
-    parameters: Sequence[Tensor],
-    architecture: Architecture,
-) -> tuple[Tensor, Tensor]:
-    """Raw rgb and raw density from an engine that takes parameters, not layers."""
-    if choice.engine == "fused":
-        return fused_mlp(features, viewdirs_enc, parameters, architecture, choice.dtype)
-    return folded_mlp(
-        features, viewdirs_enc, parameters, architecture, _PRODUCTS[choice.engine], choice.dtype
-    )
+@contextmanager
+def keeping_weights(module: nn.Module) -> Iterator[None]:
+    """Within the context the parameters of every `MipMLP` in a module do not change.
+
+    What the fused kernels make of them is then made once, and kept: folded and packed weights, in one pass of a
+    training step and the next, or from chunk to chunk of a picture.
+    """
+    networks = [part for part in module.modules() if isinstance(part, MipMLP)]
+    before = [network._kept for network in networks]
+    for network in networks:
+        network._kept = {} if network._kept is None else network._kept
+    try:
+        yield
+    finally:
+        for network, kept in zip(networks, before, strict=True):
+            network._kept = kept

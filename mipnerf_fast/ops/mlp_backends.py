@@ -9,7 +9,8 @@ import torch
 from .. import _native
 from ..backend import current_backend
 from .gemm import has_cublaslt
-from .mlp_fused import Sizes, why_not_fused
+from .mlp_fused import why_not_fused
+from .mlp_fused_network import Sizes
 
 # auto: the fastest exact one. tcnn is another architecture, and emulated is for checks: neither is ever chosen by auto.
 MLP_BACKENDS = ("auto", "reference", "folded", "cublaslt", "fused", "tcnn", "emulated")

@@ -7,13 +7,16 @@ and give the gradients as one; what is here is the way there and back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _native
+from ..reference import Composite
+from . import mlp_fused_network
+from .arguments import DENSITY_ACTIVATIONS, RGB_ACTIVATIONS
 from .mlp_autograd import (
     Architecture,
     MlpFunction,
@@ -24,28 +27,38 @@ from .mlp_autograd import (
     saved_inputs,
     wanted_of_inputs,
 )
+from .mlp_fused_network import (
+    HAS_KERNELS,
+    TILE_ROWS,
+    WHY_NO_KERNELS,
+    FoldedNetwork,
+    KeptNetworks,
+    Sizes,
+    folded_network,
+)
 
 _HALVES = (torch.bfloat16, torch.float16)
-_TILE_ROWS = 128
-_OPERATORS = ("mlp_pack", "mlp_forward", "mlp_encoded_forward", "mlp_backward")
+# Of the rows of the tiles that a ray's samples are computed in; with fewer of them filled, compositing is worth a
+# launch of its own.
+_FILLED = 0.9
 
 
-class Sizes(NamedTuple):
-    """The network as the operators take it; without views the last two are 0."""
+class Frusta(NamedTuple):
+    """What `ops.frustum_ipe` makes features of: t_vals [B, N+1], origins, directions [B, 3], radii [B, 1], float32."""
 
-    width: int
-    depth: int
-    skip_layer: int
-    view_width: int
-    view_depth: int
+    t_vals: Tensor
+    origins: Tensor
+    directions: Tensor
+    radii: Tensor
 
 
-class Kernels(NamedTuple):
-    """What packs, and goes forward and back: the raw operators."""
+class Encoding(NamedTuple):
+    """How; degrees min_deg to max_deg - 1."""
 
-    pack: Callable[..., Tensor]
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    min_deg: int = 0
+    max_deg: int = 16
+    cylinder: bool = False
+    integrated: bool = True
 
 
 def fused_mlp(
@@ -56,6 +69,7 @@ def fused_mlp(
     dtype: torch.dtype,
     *,
     deterministic: bool = True,
+    kept: KeptNetworks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.mip_mlp` in the fused kernels.
 
@@ -71,6 +85,7 @@ def fused_mlp(
         architecture: of the network.
         dtype: of the operands: activations, weights, deltas; bfloat16 or float16 (scaled, and scaled back).
         deterministic: whether the gradients are the same in every run; without, their sums are a little faster.
+        kept: where folded and packed parameters are kept from call to call, as long as they do not change.
 
     Returns:
         raw rgb [B, N, 3] and raw density [B, N, 1], float32. Differentiable once in everything; the gradient to the
@@ -88,57 +103,104 @@ def fused_mlp(
             features, viewdirs_enc, list(parameters), *options, training
         )
         return rgb, density
+    network = folded_network(parameters, architecture, viewdirs_enc is not None, kept)
     if training:
-        rgb, density = MlpFunction.apply(Passes(_forward, _backward), options, *inputs)
+        passes = Passes(functools.partial(_forward, network), functools.partial(_backward, network))
+        rgb, density = MlpFunction.apply(passes, options, *inputs)
         return rgb, density
-    rgb, density, _ = _forward(features, viewdirs_enc, parameters, options, False)
+    rgb, density, _ = _forward(network, features, viewdirs_enc, parameters, options, False)
     return rgb, density
 
 
+@torch.no_grad()
 def fused_mlp_encoded(
-    t_vals: Tensor,
-    origins: Tensor,
-    directions: Tensor,
-    radii: Tensor,
+    frusta: Frusta,
+    encoding: Encoding,
     viewdirs_enc: Tensor | None,
     parameters: Sequence[Tensor],
     architecture: Architecture,
     dtype: torch.dtype,
     *,
-    min_deg: int = 0,
-    max_deg: int = 16,
-    cylinder: bool = False,
-    integrated: bool = True,
+    kept: KeptNetworks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`frustum_ipe` and `fused_mlp` in one kernel, for inference: features never reach memory.
 
-    Args: of `ops.frustum_ipe` (t_vals [B, N+1], origins and directions [B, 3], radii [B, 1], float32) and of
-        `fused_mlp`.
+    Args: frusta, encoding: of `ops.frustum_ipe`; the others of `fused_mlp`.
 
     Returns:
         raw rgb [B, N, 3] and raw density [B, N, 1], float32; not differentiable.
 
     Source: Barron et al. 2021, equations 7, 8 and 14, then as `fused_mlp`.
     """
-    rays, samples = t_vals.shape[0], t_vals.shape[1] - 1
-    with torch.no_grad(), torch.autocast(t_vals.device.type, enabled=False):
-        network = _Folded(viewdirs_enc, parameters, architecture)
-        packed = torch.ops.mipnerf_fast.mlp_pack(
-            network.flat(), 6 * (max_deg - min_deg), *network.sizes, dtype
-        )
-        encoding = (min_deg, max_deg, cylinder, integrated)
-        rgb, density = torch.ops.mipnerf_fast.mlp_encoded_forward(
-            t_vals,
-            origins,
-            directions,
-            radii,
-            network.ray_bias,
-            packed,
-            *encoding,
-            *network.sizes,
-            dtype,
-        )
+    rays, samples = frusta.t_vals.shape[0], frusta.t_vals.shape[1] - 1
+    inputs = _encoded_inputs(frusta, encoding, viewdirs_enc, parameters, architecture, dtype, kept)
+    rgb, density = mlp_fused_network.operators().encoded_forward(*inputs)
     return rgb.view(rays, samples, 3), density.view(rays, samples, 1)
+
+
+@torch.no_grad()
+def fused_mlp_composited(
+    frusta: Frusta,
+    encoding: Encoding,
+    viewdirs_enc: Tensor | None,
+    parameters: Sequence[Tensor],
+    architecture: Architecture,
+    dtype: torch.dtype,
+    *,
+    white_background: bool = True,
+    density_activation: str | None = None,
+    density_bias: float = 0.0,
+    rgb_activation: str | None = None,
+    rgb_padding: float = 0.0,
+    kept: KeptNetworks | None = None,
+) -> Composite:
+    """`frustum_ipe`, `fused_mlp` and `composite` in one kernel, for inference: of samples only weights reach memory.
+
+    Args: as of `fused_mlp_encoded` and of `ops.composite`.
+
+    Returns:
+        Composite of rgb [B, 3], distance [B], acc [B], weights [B, N], float32; not differentiable.
+
+    Errors: ValueError for a network that `why_not_composited` names.
+
+    Source: Barron et al. 2021, equations 3, 5, 7, 8 and 14. Kernels: csrc/mlp/mlp_composite.cuh.
+    """
+    inputs = _encoded_inputs(frusta, encoding, viewdirs_enc, parameters, architecture, dtype, kept)
+    options = (
+        white_background,
+        DENSITY_ACTIVATIONS[density_activation],
+        density_bias,
+        RGB_ACTIVATIONS[rgb_activation],
+        rgb_padding,
+    )
+    return Composite(*mlp_fused_network.operators().composited_forward(*inputs, *options))
+
+
+def _encoded_inputs(
+    frusta: Frusta,
+    encoding: Encoding,
+    viewdirs_enc: Tensor | None,
+    parameters: Sequence[Tensor],
+    architecture: Architecture,
+    dtype: torch.dtype,
+    kept: KeptNetworks | None,
+) -> tuple[Any, ...]:
+    with torch.autocast(frusta.t_vals.device.type, enabled=False):
+        network = folded_network(parameters, architecture, viewdirs_enc is not None, kept)
+        packed = network.packed(6 * (encoding.max_deg - encoding.min_deg), dtype)
+        return (*frusta, network.ray_bias(viewdirs_enc), packed, *encoding, *network.sizes, dtype)
+
+
+def why_not_composited(samples: int, architecture: Architecture, has_views: bool) -> str:
+    """Why compositing `samples` a ray is left to a launch of its own; empty where the network's kernel does it."""
+    last = architecture.net_depth - 1
+    if not has_views and last > 0 and last % architecture.skip_layer == 0:
+        return "the heads of a network without views read the features"
+    rows = TILE_ROWS // samples * samples if samples <= TILE_ROWS else samples
+    tiles = -(-rows // TILE_ROWS)
+    if rows < _FILLED * tiles * TILE_ROWS:
+        return f"rays of {samples} samples fill {rows} of the {tiles * TILE_ROWS} rows of their tiles"
+    return ""
 
 
 def why_not_fused(
@@ -147,8 +209,8 @@ def why_not_fused(
     """Why the fused kernels cannot serve this network, these float parameters or this device; empty where they can."""
     if device.type != "cuda":
         return f"it runs on a GPU, and the parameters are on {device.type}"
-    if not _HAS_KERNELS:
-        return _WHY_NO_KERNELS
+    if not HAS_KERNELS:
+        return WHY_NO_KERNELS
     if (gpu := torch.cuda.get_device_properties(device)).major < 8:
         return f"it needs compute capability 8.0, and {gpu.name} has {gpu.major}.{gpu.minor}"
     if operands not in _HALVES:
@@ -168,69 +230,11 @@ def why_not_fused(
     return ""
 
 
-# ------------------------------------------------------------------------------------------------- folding
-
-
-class _Folded:
-    """The folded parameters of a network, and the way back for their gradients."""
-
-    def __init__(
-        self, viewdirs_enc: Tensor | None, parameters: Sequence[Tensor], architecture: Architecture
-    ) -> None:
-        depth, view_depth, skip_layer = architecture
-        detached = [parameter.detach() for parameter in parameters]
-        self.layers = list(zip(detached[0::2], detached[1::2], strict=True))
-        self.depth = depth
-        self.width = self.layers[0][0].shape[0]
-        self.viewdirs_enc = None if viewdirs_enc is None else viewdirs_enc.detach().to(detached[0].dtype)
-        self.ray_bias: Tensor | None = None
-        if self.viewdirs_enc is None:
-            self.sizes = Sizes(self.width, depth, skip_layer, 0, 0)
-            self.matrices = self.layers
-        else:
-            bottleneck_weight, bottleneck_bias = self.layers[depth + 1]
-            weight, bias = self.layers[depth + 2]
-            self.sizes = Sizes(self.width, depth, skip_layer, len(weight), view_depth)
-            from_bottleneck, from_views = weight[:, : self.width], weight[:, self.width :]
-            folded = from_bottleneck @ bottleneck_weight
-            self.ray_bias = self.viewdirs_enc @ from_views.t() + (bias + from_bottleneck @ bottleneck_bias)
-            # In the place of the bias, which is each ray's, stands one that nobody reads.
-            self.matrices = [*self.layers[: depth + 1], (folded, bias), *self.layers[depth + 3 :]]
-
-    def _parts(self, flat: Tensor) -> list[Tensor]:
-        """The weights and biases in the array that the kernels know, each at a multiple of 4."""
-        parts, at = [], 0
-        for tensor in (tensor for matrix in self.matrices for tensor in matrix):
-            parts.append(flat[at : at + tensor.numel()].view(tensor.shape))
-            at += -(-tensor.numel() // 4) * 4
-        return parts
-
-    def flat(self) -> Tensor:
-        tensors = [tensor for matrix in self.matrices for tensor in matrix]
-        flat = tensors[0].new_empty(sum(-(-tensor.numel() // 4) * 4 for tensor in tensors))
-        torch._foreach_copy_(self._parts(flat), tensors)
-        return flat
-
-    def unfold(self, gradients: Tensor, ray_sums: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Gradients of the parameters in their order, and of the encoded directions (empty without)."""
-        parts = self._parts(gradients)
-        if self.viewdirs_enc is None:
-            return parts, gradients.new_empty(0)
-        bottleneck_weight, bottleneck_bias = self.layers[self.depth + 1]
-        weight, _ = self.layers[self.depth + 2]
-        from_bottleneck, from_views = weight[:, : self.width], weight[:, self.width :]
-        at = 2 * (self.depth + 1)
-        grad, sums = parts[at : at + 2]
-        of_bottleneck = torch.addr(grad @ bottleneck_weight.t(), sums, bottleneck_bias)
-        of_weight = torch.cat([of_bottleneck, ray_sums.t() @ self.viewdirs_enc], 1)
-        unfolded = [from_bottleneck.t() @ grad, from_bottleneck.t() @ sums, of_weight, sums]
-        return [*parts[:at], *unfolded, *parts[at + 2 :]], ray_sums @ from_views
-
-
 # ------------------------------------------------------------------------------------------------- autograd
 
 
 def _forward(
+    network: FoldedNetwork,
     features: Tensor,
     viewdirs_enc: Tensor | None,
     parameters: Sequence[Tensor],
@@ -238,14 +242,12 @@ def _forward(
     training: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """raw rgb, raw density, and with `training` what the backward pass needs: packed weights, activations, masks."""
-    *architecture, dtype, _ = options
+    *_, dtype, _ = options
     rays, samples, columns = features.shape
-    kernels = operators()
     with torch.autocast(features.device.type, enabled=False):
-        network = _Folded(viewdirs_enc, parameters, Architecture(*architecture))
-        packed = kernels.pack(network.flat(), columns, *network.sizes, dtype)
-        rgb, density, *stash = kernels.forward(
-            _rows(features, dtype), network.ray_bias, packed, max(samples, 1), *network.sizes, training
+        packed, ray_bias = network.packed(columns, dtype), network.ray_bias(viewdirs_enc)
+        rgb, density, *stash = mlp_fused_network.operators().forward(
+            _rows(features, dtype), ray_bias, packed, max(samples, 1), *network.sizes, training
         )
     return rgb.view(rays, samples, 3), density.view(rays, samples, 1), [packed, *stash] if training else []
 
@@ -255,6 +257,7 @@ def _rows(features: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _backward(
+    network: FoldedNetwork,
     grad_rgb: Tensor | None,
     grad_density: Tensor | None,
     features: Tensor,
@@ -265,10 +268,9 @@ def _backward(
     to_features: bool,
 ) -> list[Tensor]:
     """Gradients of features (empty unless wanted), viewdirs_enc (empty without) and the parameters."""
-    *architecture, dtype, deterministic = options
+    *_, dtype, deterministic = options
     rays, samples, columns = features.shape
     with torch.autocast(features.device.type, enabled=False):
-        network = _Folded(viewdirs_enc, parameters, Architecture(*architecture))
         scale = loss_scale([grad for grad in (grad_rgb, grad_density) if grad is not None], dtype)
 
         def rows(grad: Tensor | None, *shape: int) -> Tensor | None:
@@ -276,7 +278,7 @@ def _backward(
                 return None
             return grad.reshape(shape) if scale is None else grad.reshape(shape) * scale
 
-        gradients, ray_sums, grad_features = operators().backward(
+        gradients, ray_sums, grad_features = mlp_fused_network.operators().backward(
             rows(grad_rgb, rays * samples, 3),
             rows(grad_density, rays * samples),
             _rows(features, dtype),
@@ -288,7 +290,7 @@ def _backward(
         )
         if scale is not None:
             gradients, ray_sums, grad_features = gradients / scale, ray_sums / scale, grad_features / scale
-        grads, grad_viewdirs = network.unfold(gradients, ray_sums)
+        grads, grad_viewdirs = network.unfold(gradients, ray_sums, viewdirs_enc)
     shape = (rays if to_features else 0, samples, columns)
     return [grad_features.view(shape), grad_viewdirs, *grads]
 
@@ -305,7 +307,8 @@ def _define() -> None:
     def forward(
         features: Tensor, viewdirs_enc: Tensor | None, parameters: list[Tensor], *options: Any
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        return _forward(features, viewdirs_enc, parameters, tuple(options[:-1]), options[-1])
+        network = folded_network(parameters, Architecture(*options[:3]), viewdirs_enc is not None)
+        return _forward(network, features, viewdirs_enc, parameters, tuple(options[:-1]), options[-1])
 
     def backward(
         grad_rgb: Tensor | None,
@@ -316,7 +319,8 @@ def _define() -> None:
         stash: list[Tensor],
         *options: Any,
     ) -> list[Tensor]:
-        inputs = (grad_rgb, grad_density, features, viewdirs_enc, parameters, stash)
+        network = folded_network(parameters, Architecture(*options[:3]), viewdirs_enc is not None)
+        inputs = (network, grad_rgb, grad_density, features, viewdirs_enc, parameters, stash)
         grads = _backward(*inputs, tuple(options[:-1]), options[-1])
         # An operator's outputs are tensors of their own, and those of the parameters are parts of one.
         return [*grads[:2], *[grad.clone() for grad in grads[2:]]]
@@ -346,76 +350,4 @@ def _define() -> None:
     operator.register_autograd(no_second_derivative)
 
 
-# ------------------------------------------------------------------------------------------------- operators
-
-
-# Decided when the package is imported: torch.compile can read module globals, but not ask for them.
-_HAS_KERNELS = _native.available() and all(
-    torch._C._dispatch_has_kernel_for_dispatch_key(f"mipnerf_fast::{name}", "CUDA") for name in _OPERATORS
-)
-_HAS_HOPPER = "9.0a" in _native.build_info().get("architectures", [])
-_WHY_NO_KERNELS = _native.why_missing() or "the native library was built without its CUDA kernels"
-
-
-def operators() -> Kernels:
-    """The raw operators; tests put twins in this function's place."""
-    library = torch.ops.mipnerf_fast
-    return Kernels(library.mlp_pack, library.mlp_forward, library.mlp_backward)
-
-
-def _no_derivative(*_: Any) -> None:
-    raise RuntimeError("mlp: the raw operators have no derivative of their own; ops.mlp_fused.fused_mlp has")
-
-
-def _register() -> None:
-    """What the raw operators need beside their kernels: shapes for the compiler, and derivatives."""
-
-    def bytes_of(features: int, sizes: tuple[Any, ...], device: torch.device) -> dict[str, int]:
-        module = _native.load()
-        assert module is not None
-        hopper = _HAS_HOPPER and device.type == "cuda" and torch.cuda.get_device_properties(device).major == 9
-        return dict(module.mlp_sizes(features, *sizes, hopper))
-
-    def fake_pack(parameters: Tensor, features: int, *options: Any) -> Tensor:
-        return parameters.new_empty(
-            bytes_of(features, options[:5], parameters.device)["packed"], dtype=torch.uint8
-        )
-
-    def fake_forward(
-        features: Tensor, ray_bias: Tensor | None, packed: Tensor, samples_per_ray: int, *options: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *sizes, training = options
-        count, columns = features.shape
-        tiles = (count + _TILE_ROWS - 1) // _TILE_ROWS if training else 0
-        per_tile = bytes_of(columns, tuple(sizes), features.device)
-        rgb, density = (features.new_empty(shape, dtype=torch.float32) for shape in ((count, 3), (count,)))
-        activations, masks = (
-            features.new_empty(tiles * per_tile[name], dtype=torch.uint8) for name in ("activations", "masks")
-        )
-        return rgb, density, activations, masks
-
-    def fake_encoded_forward(t_vals: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        count = t_vals.shape[0] * (t_vals.shape[1] - 1)
-        return t_vals.new_empty(count, 3), t_vals.new_empty(count)
-
-    def fake_backward(
-        grad_rgb: Tensor | None, grad_density: Tensor | None, features: Tensor, *rest: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        samples_per_ray, *sizes, _, to_features = rest[3:]
-        count, columns = features.shape
-        floats = bytes_of(columns, tuple(sizes), features.device)["gradients"]
-        shapes = ((floats,), (count // samples_per_ray, sizes[3]), (count if to_features else 0, columns))
-        gradients, ray_sums, grad_features = (
-            features.new_empty(shape, dtype=torch.float32) for shape in shapes
-        )
-        return gradients, ray_sums, grad_features
-
-    fakes: tuple[Callable[..., Any], ...] = (fake_pack, fake_forward, fake_encoded_forward, fake_backward)
-    for name, fake in zip(_OPERATORS, fakes, strict=True):
-        torch.library.register_fake(f"mipnerf_fast::{name}", fake)
-        torch.library.register_autograd(f"mipnerf_fast::{name}", _no_derivative)
-
-
 _define()
-if _native.available():
-    _register()
