@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,13 +135,15 @@ class MipMLP(nn.Module):
                 self.net_depth_condition,
                 self.skip_layer,
             )
-        parameters = [p for linear in self.linears for p in (linear.weight, linear.bias)]
+        parameters: list[Any] = [p for linear in self.linears for p in (linear.weight, linear.bias)]
         architecture = Architecture(self.net_depth, self.net_depth_condition, self.skip_layer)
         return _compute(choice, features, viewdirs_enc, parameters, architecture)
 
     def _weight(self) -> Tensor:
         # Of the first layer: going through all parameters takes as long as a small product.
-        return next(self.parameters()) if self.tcnn is not None else self.linears[0].weight
+        weight = next(self.parameters()) if self.tcnn is not None else self.linears[0].weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def _check(self, features: Tensor, viewdirs_enc: Tensor | None) -> None:
         device = self._weight().device
