@@ -223,7 +223,7 @@ def living_bytes(name: str, run: Callable[[], Any], device: torch.device) -> int
         return None
     with PeakMemory() as memory:
         run()
-    return memory.peak
+    return int(memory.peak)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -403,7 +403,7 @@ def markdown(operation: str, report: dict[str, Any]) -> str:
             f"Copy bandwidth here: {copied * 1e-9:.1f} GB/s (read plus written).",
             "",
             "| case | variant | error | bound | median ms | p10 - p90 | min ms | GB/s | of copy | GFLOP/s "
-            f"| M samples/s | peak MiB | of the first | speed-up median | min |"
+            "| M samples/s | peak MiB | of the first | speed-up median | min |"
             + "".join(f" {name} |" for name in more),
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
             + " --- |" * len(more),

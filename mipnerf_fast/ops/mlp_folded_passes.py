@@ -211,6 +211,7 @@ def forward_pass(
                 raw_rgb = gemm.forward(x, network.views[-1][:3], raw_rgb, bias=biases[-1])
         if alone:
             rgb, density = raw_rgb.view(rays, samples, 3), raw_density.view(rays, samples, 1)
+    assert rgb is not None and density is not None
     return rgb, density, [*stash, top] if training else []
 
 
