@@ -72,6 +72,8 @@ EXP2 = r"MUFU\.EX2"
 COPY_BULK, COPY_MULTICAST = r"UBLKCP\.S\.G", r"UBLKCP\.S\.G\.MULTICAST"
 SHARE_REGISTERS = r"USETMAXREG\.TRY_ALLOC"
 HMMA = r"HMMA\.16816\.F32"
+HMMA_TF32 = r"HMMA\.1688\.F32\.TF32"
+TENSOR_CORES = "(?!7)"  # architectures from 8.0 on; those before compile the kernels in TF32 but never launch them
 LDSM, LDSM_TRANSPOSED = r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4"
 COPY_128 = r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128"
 
@@ -79,6 +81,15 @@ COPY_128 = r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128"
 def hgmma(columns: int) -> str:
     """A warpgroup's product with sums in float: 64 rows, so many columns, 16 to sum over."""
     return rf"HGMMA\.64x{columns}x16\.F32"
+
+
+def networks(kernel: str) -> tuple[Expectation, ...]:
+    """Of a kernel with the fast model's networks, whose last template argument says whether in TF32."""
+    wide = (LOAD_128, SHARED_128)
+    return (
+        Expectation(rf"{kernel}.*\bfalse>", wide, ("HMMA",)),
+        Expectation(rf"{kernel}.*\btrue>", (HMMA_TF32, *wide), architectures=TENSOR_CORES),
+    )
 
 
 # Every kernel must match at least one row of its operation; all rows that match apply.
@@ -151,18 +162,17 @@ EXPECTED: dict[str, tuple[Expectation, ...]] = {
         Expectation(r"^sparse_adam_kernel<1>"),
     ),
     "draw_rays": (Expectation(r"^draw_rays_kernel"),),
-    # Weights come from global memory and samples from shared memory, four at a time.
+    # <products in TF32>: weights come from global memory and samples from shared memory, four at a time.
     "tiny_mlp": (
-        Expectation(r"^tiny_mlp_(forward|backward)_kernel", (LOAD_128, SHARED_128)),
+        *networks(r"^tiny_mlp_(forward|backward)_kernel<"),
         Expectation(r"^(pack_networks|sum_parts)_kernel"),
     ),
-    # <number type of the tables, features>: entries of four halves are gathered by one load of 64 bits.
+    # <number type of the tables, features, products in TF32>: entries of four halves are gathered by one load of 64
+    # bits.
     "fast_step": (
-        Expectation(
-            r"^(step_(density|colour|density_backward|colour_backward)|fast_render)_kernel<",
-            (LOAD_128, SHARED_128),
-        ),
-        Expectation(r"^(step_density|fast_render)_kernel<Half, 4>", (LOAD_64,)),
+        *networks(r"^(step_(density|colour|density_backward|colour_backward)|fast_render)_kernel<"),
+        Expectation(r"^(step_density|fast_render)_kernel<Half, 4, ", (LOAD_64,), architectures=TENSOR_CORES),
+        Expectation(r"^(step_density|fast_render)_kernel<Half, 4, false>", (LOAD_64,)),
         Expectation(r"^step_samples_kernel", (STORE_128,)),
         Expectation(r"^step_scatter_kernel<", (LOAD_128, ADD)),
         Expectation(r"^step_scatter_kernel<\w+, 4>", (ADD_4,), (ADD_1,), architectures=VECTOR_ADDS),
@@ -170,7 +180,7 @@ EXPECTED: dict[str, tuple[Expectation, ...]] = {
         Expectation(r"^step_(begin|scan|list|loss|finish|pace)_kernel"),
     ),
     "occupancy": (
-        Expectation(r"^occupancy_visit_kernel<", (LOAD_128, SHARED_128)),
+        *networks(r"^occupancy_visit_kernel<"),
         Expectation(r"^occupancy_sum_kernel", (LOAD_128,)),
         Expectation(r"^occupancy_(bits|dilate|skip)_kernel", ("VOTE",)),
         Expectation(r"^occupancy_(threshold|summary|count)_kernel"),
