@@ -73,7 +73,9 @@ COPY_BULK, COPY_MULTICAST = r"UBLKCP\.S\.G", r"UBLKCP\.S\.G\.MULTICAST"
 SHARE_REGISTERS = r"USETMAXREG\.TRY_ALLOC"
 HMMA = r"HMMA\.16816\.F32"
 HMMA_TF32 = r"HMMA\.1688\.F32\.TF32"
-TENSOR_CORES = "(?!7)"  # architectures from 8.0 on; those before compile the kernels in TF32 but never launch them
+TENSOR_CORES = (
+    "(?!7)"  # architectures from 8.0 on; those before compile the kernels in TF32 but never launch them
+)
 LDSM, LDSM_TRANSPOSED = r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4"
 COPY_128 = r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128"
 

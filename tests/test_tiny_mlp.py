@@ -172,9 +172,7 @@ def test_the_kernel_is_a_proper_operator(layers: int) -> None:
     torch.library.opcheck(torch.ops.mipnerf_fast.tiny_mlp_forward, (*leaves, False))
     plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in leaves)
     cotangents = torch.rand(40, 3), torch.rand(40)
-    torch.library.opcheck(
-        torch.ops.mipnerf_fast.tiny_mlp_backward, (*cotangents, *plain, False, True, False)
-    )
+    torch.library.opcheck(torch.ops.mipnerf_fast.tiny_mlp_backward, (*cotangents, *plain, False, True, False))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

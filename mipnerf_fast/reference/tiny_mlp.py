@@ -79,9 +79,7 @@ def linear(x: Tensor, weight: Tensor, tf32: bool = False) -> Tensor:
     return product
 
 
-def density_network(
-    features: Tensor, density_in: Tensor, density_out: Tensor, tf32: bool = False
-) -> Tensor:
+def density_network(features: Tensor, density_in: Tensor, density_out: Tensor, tf32: bool = False) -> Tensor:
     """The 16 geometry features [S, 16] of encoded samples [S, I]: density_out relu(density_in f), without biases.
 
     Inputs that are missing at the end of f count as zero: the rows are padded to a multiple of 4.
