@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -866,9 +865,13 @@ def test_a_fault_of_the_products_in_tf32_is_caught(name: str, tmp_path: Path) ->
     found = case.emulated(0, True, program=program, checks=["memory"])
     rounded, truth = (case.by_reference(dtype, True) for dtype in (torch.float32, torch.float64))
     exact = case.by_reference(torch.float64, False)
-    with pytest.raises(AssertionError):
-        for output, *numbers in zip(case.NAMES, rounded, truth, exact, strict=True):
+    far = 0
+    for output, *numbers in zip(case.NAMES, rounded, truth, exact, strict=True):
+        try:
             within_tf32(found[output], *numbers)
+        except AssertionError:
+            far += 1
+    assert far > 0
 
 
 @pytest.mark.parametrize(("file", "line"), PLACES)

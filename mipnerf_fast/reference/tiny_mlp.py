@@ -75,7 +75,7 @@ def linear(x: Tensor, weight: Tensor, tf32: bool = False) -> Tensor:
     """
     if not tf32:
         return x @ weight.T
-    product: Tensor = _Tf32Linear.apply(x, weight)  # type: ignore[no-untyped-call]
+    product: Tensor = _Tf32Linear.apply(x, weight)
     return product
 
 
