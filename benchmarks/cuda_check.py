@@ -63,7 +63,6 @@ NEVER = {"LDL": "local memory", "STL": "local memory", "D(?:ADD|MUL|FMA|SETP|MNM
 LOAD_128, STORE_128 = r"LDG\.E\.128", r"STG\.E\.128"
 STREAM_128 = r"STG\.E\.EF\.128"
 LOAD_64, STORE_64 = r"LDG\.E\.64", r"STG\.E\.64"
-SHARED_128 = r"LDS\.(?:U\.)?128"
 # Additions in global memory that return nothing: any, one float at a time, two, four.
 ADD, ADD_1 = r"(?:RED|REDG)\.E\.ADD", r"(?:RED|REDG)\.E\.ADD\.F32\.FTZ"
 ADD_2, ADD_4 = r"REDG\.E\.ADD\.F32x2", r"REDG\.E\.ADD\.F32x4"
@@ -87,10 +86,9 @@ def hgmma(columns: int) -> str:
 
 def networks(kernel: str) -> tuple[Expectation, ...]:
     """Of a kernel with the fast model's networks, whose last template argument says whether in TF32."""
-    wide = (LOAD_128, SHARED_128)
     return (
-        Expectation(rf"{kernel}.*\bfalse>", wide, ("HMMA",)),
-        Expectation(rf"{kernel}.*\btrue>", (HMMA_TF32, *wide), architectures=TENSOR_CORES),
+        Expectation(rf"{kernel}.*\bfalse>", (LOAD_128, r"LDS\.(?:U\.)?64"), ("HMMA",)),
+        Expectation(rf"{kernel}.*\btrue>", (LOAD_128, "LDS", HMMA_TF32), architectures=TENSOR_CORES),
     )
 
 
@@ -164,7 +162,8 @@ EXPECTED: dict[str, tuple[Expectation, ...]] = {
         Expectation(r"^sparse_adam_kernel<1>"),
     ),
     "draw_rays": (Expectation(r"^draw_rays_kernel"),),
-    # <products in TF32>: weights come from global memory and samples from shared memory, four at a time.
+    # <products in TF32>: weights come from global memory four at a time, samples from shared memory: see
+    # tiny_mlp_products.cuh.
     "tiny_mlp": (
         *networks(r"^tiny_mlp_(forward|backward)_kernel<"),
         Expectation(r"^(pack_networks|sum_parts)_kernel"),

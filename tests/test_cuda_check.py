@@ -163,7 +163,7 @@ def test_a_bad_kernel_is_told_why(changes: dict[str, object], said: str) -> None
 )
 def test_the_networks_in_tf32_are_on_tensor_cores(operation: str, kernel: str) -> None:
     expected = cuda_check.EXPECTED[operation]
-    plain = {"LDG.E.128.CONSTANT": 1, "LDG.E.64.CONSTANT": 1, "LDS.128": 1, "FFMA": 64}
+    plain = {"LDG.E.128.CONSTANT": 1, "LDG.E.64.CONSTANT": 1, "LDS.64": 1, "FFMA": 64}
     on_tensor_cores = {**plain, "HMMA.1688.F32.TF32": 16}
     in_float32, in_tf32 = kernel.format("false"), kernel.format("true")
     assert judge(compiled(name=in_float32, instructions=plain), expected) == []

@@ -70,7 +70,7 @@ MIPNERF_DEVICE void load_harmonics(const TinyMlpArguments& in, std::int64_t own,
 
 // Block b writes everything of samples 64 b to 64 b + 63.
 template <bool kTf32>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 6)
     tiny_mlp_forward_kernel(const __grid_constant__ TinyMlpArguments in, float* rgb, float* density) {
     const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileSamples;
     float* const features = shared_memory<float>();
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kTileThreads)
 // Block b goes over tiles b, b + parts, ... and sums weight gradients into part b; of its samples it writes
 // the gradients of the features and adds those of the harmonics to their rays.
 template <bool kTf32>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 6)
     tiny_mlp_backward_kernel(const __grid_constant__ TinyMlpArguments in, TinyMlpCotangents given) {
     const DeviceNetworks& networks = in.networks;
     const FastSizes& sizes = networks.sizes;
