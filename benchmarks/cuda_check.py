@@ -63,7 +63,6 @@ NEVER = {"LDL": "local memory", "STL": "local memory", "D(?:ADD|MUL|FMA|SETP|MNM
 LOAD_128, STORE_128 = r"LDG\.E\.128", r"STG\.E\.128"
 STREAM_128 = r"STG\.E\.EF\.128"
 LOAD_64, STORE_64 = r"LDG\.E\.64", r"STG\.E\.64"
-SHARED_128 = r"LDS\.(?:U\.)?128"
 # Additions in global memory that return nothing: any, one float at a time, two, four.
 ADD, ADD_1 = r"(?:RED|REDG)\.E\.ADD", r"(?:RED|REDG)\.E\.ADD\.F32\.FTZ"
 ADD_2, ADD_4 = r"REDG\.E\.ADD\.F32x2", r"REDG\.E\.ADD\.F32x4"
@@ -73,6 +72,10 @@ EXP2 = r"MUFU\.EX2"
 COPY_BULK, COPY_MULTICAST = r"UBLKCP\.S\.G", r"UBLKCP\.S\.G\.MULTICAST"
 SHARE_REGISTERS = r"USETMAXREG\.TRY_ALLOC"
 HMMA = r"HMMA\.16816\.F32"
+HMMA_TF32 = r"HMMA\.1688\.F32\.TF32"
+TENSOR_CORES = (
+    "(?!7)"  # architectures from 8.0 on; those before compile the kernels in TF32 but never launch them
+)
 LDSM, LDSM_TRANSPOSED = r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4"
 COPY_128 = r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128"
 
@@ -88,6 +91,15 @@ FIXED_SUMS = (
     Expectation(r"^(hash_encode|step)_largest_kernel<", (MAX, "SHFL")),
     Expectation(r"^add_sums_kernel<", (LOAD_128, STORE_128)),
 )
+
+
+def networks(kernel: str) -> tuple[Expectation, ...]:
+    """Of a kernel with the fast model's networks, whose last template argument says whether in TF32."""
+    return (
+        Expectation(rf"{kernel}.*\bfalse>", (LOAD_128, r"LDS\.(?:U\.)?64"), ("HMMA",)),
+        Expectation(rf"{kernel}.*\btrue>", (LOAD_128, "LDS", HMMA_TF32), architectures=TENSOR_CORES),
+    )
+
 
 # Every kernel must match at least one row of its operation; all rows that match apply.
 EXPECTED: dict[str, tuple[Expectation, ...]] = {
@@ -166,18 +178,18 @@ EXPECTED: dict[str, tuple[Expectation, ...]] = {
     # A thread's ray is three floats here, one there: nothing wide to expect, as of draw_rays.
     "ray_batch": (Expectation(r"^ray_batch_kernel"),),
     "draw_rays": (Expectation(r"^draw_rays_kernel"),),
-    # Weights come from global memory and samples from shared memory, four at a time.
+    # <products in TF32>: weights come from global memory four at a time, samples from shared memory: see
+    # tiny_mlp_products.cuh.
     "tiny_mlp": (
-        Expectation(r"^tiny_mlp_(forward|backward)_kernel", (LOAD_128, SHARED_128)),
+        *networks(r"^tiny_mlp_(forward|backward)_kernel<"),
         Expectation(r"^(pack_networks|sum_parts)_kernel"),
     ),
-    # <number type of the tables, features>: entries of four halves are gathered by one load of 64 bits.
+    # <number type of the tables, features, products in TF32>: entries of four halves are gathered by one load of 64
+    # bits.
     "fast_step": (
-        Expectation(
-            r"^(step_(density|colour|density_backward|colour_backward)|fast_render)_kernel<",
-            (LOAD_128, SHARED_128),
-        ),
-        Expectation(r"^(step_density|fast_render)_kernel<Half, 4>", (LOAD_64,)),
+        *networks(r"^(step_(density|colour|density_backward|colour_backward)|fast_render)_kernel<"),
+        Expectation(r"^(step_density|fast_render)_kernel<Half, 4, ", (LOAD_64,), architectures=TENSOR_CORES),
+        Expectation(r"^(step_density|fast_render)_kernel<Half, 4, false>", (LOAD_64,)),
         Expectation(r"^step_samples_kernel", (STORE_128,)),
         Expectation(r"^step_scatter_kernel<", (LOAD_128, ADD)),
         Expectation(r"^step_scatter_kernel<4, FloatSums>", (ADD_4,), (ADD_1,), architectures=VECTOR_ADDS),
@@ -186,7 +198,7 @@ EXPECTED: dict[str, tuple[Expectation, ...]] = {
         Expectation(r"^step_(begin|scan|list|loss|finish|pace)_kernel"),
     ),
     "occupancy": (
-        Expectation(r"^occupancy_visit_kernel<", (LOAD_128, SHARED_128)),
+        *networks(r"^occupancy_visit_kernel<"),
         Expectation(r"^occupancy_sum_kernel", (LOAD_128,)),
         Expectation(r"^occupancy_(bits|dilate|skip)_kernel", ("VOTE",)),
         Expectation(r"^occupancy_(threshold|summary|count)_kernel"),

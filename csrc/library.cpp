@@ -113,17 +113,18 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "march(Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far, Tensor phase, "
         "Tensor masks, int occupancy_resolution, float box_half, float step_scale, float min_step, "
         "float max_step) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-    // Encoded samples [S, E] and the harmonics [B, 16] of their rays to rgb [S, 3], density [S].
+    // Encoded samples [S, E] and the harmonics [B, 16] of their rays to rgb [S, 3], density [S]. tf32, here
+    // and below: products with operands rounded to TF32, of CUDA devices from compute capability 8.0 on.
     m.def(
         "tiny_mlp_forward(Tensor features, Tensor harmonics, Tensor rays, Tensor density_in, "
-        "Tensor density_out, Tensor colour_in, Tensor? colour_hidden, Tensor colour_out) -> (Tensor, "
-        "Tensor)");
+        "Tensor density_out, Tensor colour_in, Tensor? colour_hidden, Tensor colour_out, bool tf32) "
+        "-> (Tensor, Tensor)");
     // Gradients of features, harmonics (without rows unless wanted), density_in, density_out, colour_in,
     // colour_hidden (without rows unless given), colour_out.
     m.def(
         "tiny_mlp_backward(Tensor grad_rgb, Tensor grad_density, Tensor features, Tensor harmonics, "
         "Tensor rays, Tensor density_in, Tensor density_out, Tensor colour_in, Tensor? colour_hidden, "
-        "Tensor colour_out, bool wants_features, bool wants_harmonics) "
+        "Tensor colour_out, bool tf32, bool wants_features, bool wants_harmonics) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     // Packed samples to rgb [B, 3], distance [B], acc [B], weights [S].
     m.def(
@@ -148,7 +149,7 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "int[] resolutions, int table_size, int attenuation, float cutoff, bool scale_input, float "
         "scale_low, "
         "float scale_high, int occupancy_resolution, float box_half, float step_scale, float min_step, "
-        "float max_step, "
+        "float max_step, bool tf32, "
         "Tensor(a!) grad_tables, Tensor(b!) grad_density_in, Tensor(c!) grad_density_out, "
         "Tensor(d!) grad_colour_in, Tensor(e!)? grad_colour_hidden, Tensor(f!) grad_colour_out, "
         "Tensor(g!)? table_sums) -> Tensor");
@@ -161,7 +162,7 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "int[] resolutions, int table_size, int attenuation, float cutoff, bool scale_input, float "
         "scale_low, "
         "float scale_high, int occupancy_resolution, float box_half, float step_scale, float min_step, "
-        "float max_step) -> (Tensor, Tensor, Tensor)");
+        "float max_step, bool tf32) -> (Tensor, Tensor, Tensor)");
     // Raises the densities of drawn cells, decays those visited, and makes the masks anew; returns float64
     // [2]: share of cells occupied, threshold used.
     m.def(
@@ -172,7 +173,7 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "int[] resolutions, int table_size, int attenuation, float cutoff, bool scale_input, float "
         "scale_low, "
         "float scale_high, int occupancy_resolution, float box_half, float step_scale, float min_step, "
-        "float max_step) -> Tensor");
+        "float max_step, bool tf32) -> Tensor");
     // The masks of a grid of densities: cells above the smaller of max_threshold and the grid's mean.
     m.def("occupancy_masks(Tensor densities, float max_threshold, Tensor(a!) masks) -> Tensor");
     // Adam in place, where the gradient is not zero; the gradient is zeroed.
@@ -194,7 +195,7 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "Tensor tables, Tensor density_in, Tensor density_out, Tensor colour_in, Tensor? colour_hidden, "
         "Tensor colour_out, Tensor masks, int[] resolutions, int table_size, int attenuation, float cutoff, "
         "bool scale_input, float scale_low, float scale_high, int occupancy_resolution, float box_half, "
-        "float step_scale, float min_step, float max_step, "
+        "float step_scale, float min_step, float max_step, bool tf32, "
         "Tensor(a!) grad_tables, Tensor(b!) grad_density_in, Tensor(c!) grad_density_out, "
         "Tensor(d!) grad_colour_in, Tensor(e!)? grad_colour_hidden, Tensor(f!) grad_colour_out, "
         "Tensor(g!)? table_sums) -> Tensor");

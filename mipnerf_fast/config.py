@@ -11,6 +11,7 @@ from .errors import InputError
 # As `ops.MLP_BACKENDS` and `ops.MLP_DTYPES`, which need torch.
 MlpBackend = Literal["auto", "reference", "folded", "cublaslt", "fused", "tcnn", "emulated"]
 MlpDtype = Literal["auto", "bf16", "fp16", "fp32"]
+FastMlpDtype = Literal["auto", "fp32", "tf32"]
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,9 @@ class FastConfig:
     """Neurons of the hidden layers: a multiple of 8."""
     colour_layers: int = 1
     """Hidden layers of the colour network: 1 or 2."""
+    mlp_dtype: FastMlpDtype = "auto"
+    """Of the operands of the networks' products; sums and weights are float32. tf32: rounded to 10 fraction bits, for
+    tensor cores; it needs a GPU of compute capability 8.0 or higher, where auto takes it. Elsewhere auto is fp32."""
     occupancy_resolution: int = 0
     """Cells per side of the occupancy grid, a multiple of 32; 0: by image width."""
     box_half: float = 1.5
@@ -193,6 +197,7 @@ class FastConfig:
         _one_of(self, "features", 2, 4)
         _one_of(self, "attenuation", "gaussian", "erf", "none")
         _one_of(self, "colour_layers", 1, 2)
+        _one_of(self, "mlp_dtype", *get_args(FastMlpDtype))
         _one_of(self, "sampling", "occupancy", "proposal")
         _at_least(self, 1, "proposal_samples", "num_samples")
         if self.levels > 16:
@@ -439,7 +444,7 @@ def from_dict(values: dict[str, Any], where: str = "config") -> TrainConfig:
 # Fields that files from before them lack; their defaults mean what the package did then.
 _ADDED_LATER: dict[type[Any], set[str]] = {
     MipNerfConfig: {"mlp_backend", "mlp_dtype"},
-    FastConfig: {"sampling", "proposal_samples", "num_samples", "lindisp"},
+    FastConfig: {"sampling", "proposal_samples", "num_samples", "lindisp", "mlp_dtype"},
     TrainConfig: {"capture", "deterministic", "max_skips_in_row", "max_skips"},
 }
 

@@ -95,8 +95,22 @@ class FastModel(nn.Module):
         with torch.no_grad():
             self.colour_out.mul_(0.5)
 
+    def uses_tf32(self) -> bool:
+        """Whether the fused kernels take the networks' products in TF32 where the parameters are: config.mlp_dtype.
+
+        Errors: InputError for "tf32" on a device that has no such products.
+        """
+        wanted = self.config.mlp_dtype
+        missing = "" if wanted == "fp32" else ops.why_no_tf32(self.tables.device)
+        if wanted == "tf32" and missing:
+            raise InputError(f"FastConfig.mlp_dtype: is tf32, but {missing}; auto and fp32 run everywhere")
+        return wanted == "tf32" or (wanted == "auto" and not missing and current_backend() != "reference")
+
     def fields(self) -> FastFields:
-        """The model as the operators take it; shares the parameters' memory."""
+        """The model as the operators take it; shares the parameters' memory.
+
+        Errors: as `uses_tf32`.
+        """
         config = self.config
         low, high = self.scale_range.tolist()
         return FastFields(
@@ -119,6 +133,7 @@ class FastModel(nn.Module):
             config.step_scale,
             config.min_step,
             config.max_step,
+            self.uses_tf32(),
         )
 
     def render_rays(self, rays: Rays, white_background: bool = True) -> Composite:
@@ -190,5 +205,6 @@ class FastModel(nn.Module):
             fields.colour_in,
             fields.colour_hidden,
             fields.colour_out,
+            tf32=fields.tf32,
         )
         return rgb, torch.where(inside, density, torch.zeros_like(density))

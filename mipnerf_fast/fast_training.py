@@ -58,6 +58,9 @@ class FastTrainer(TrainerBase):
         device: the CPU, or a GPU that the native library has kernels for.
         max_seconds: of training; the learning rate follows max(step / max_steps, seconds / max_seconds).
         checkpoint: to go on from, or None.
+
+    Errors: ValueError where it cannot train on the device; InputError where config.model.mlp_dtype is "tf32" and the
+    device has no products in TF32.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class FastTrainer(TrainerBase):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model: FastModel = self._build_model(config.model).to(self.device)
+        self.model.uses_tf32()  # raises where it should and cannot
         # Both have the same functions; what is chosen now stays for the whole run.
         self._engine = fast_reference if current_backend() == "reference" else ops
         source = pixel_source(dataset, self.settings.scale_ratio)

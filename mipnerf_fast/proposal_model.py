@@ -138,6 +138,7 @@ class ProposalModel(FastModel):
             self.colour_in,
             self.colour_hidden,
             self.colour_out,
+            tf32=self.uses_tf32(),
         )
 
     def render_rays(self, rays: Rays, white_background: bool = True) -> Composite:

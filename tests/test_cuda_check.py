@@ -149,6 +149,32 @@ def test_a_bad_kernel_is_told_why(changes: dict[str, object], said: str) -> None
     assert said in sentence
 
 
+@pytest.mark.parametrize(
+    ("operation", "kernel"),
+    [
+        ("tiny_mlp", "tiny_mlp_backward_kernel<{}>"),
+        ("fast_step", "step_density_kernel<Half, 4, {}>"),
+        ("fast_step", "step_density_backward_kernel<float, 2, {}>"),
+        ("fast_step", "step_colour_kernel<{}>"),
+        ("fast_step", "step_colour_backward_kernel<{}>"),
+        ("fast_step", "fast_render_kernel<Half, 2, {}>"),
+        ("occupancy", "occupancy_visit_kernel<Half, 4, {}>"),
+    ],
+)
+def test_the_networks_in_tf32_are_on_tensor_cores(operation: str, kernel: str) -> None:
+    expected = cuda_check.EXPECTED[operation]
+    plain = {"LDG.E.128.CONSTANT": 1, "LDG.E.64.CONSTANT": 1, "LDS.64": 1, "FFMA": 64}
+    on_tensor_cores = {**plain, "HMMA.1688.F32.TF32": 16}
+    in_float32, in_tf32 = kernel.format("false"), kernel.format("true")
+    assert judge(compiled(name=in_float32, instructions=plain), expected) == []
+    assert judge(compiled(name=in_tf32, instructions=on_tensor_cores), expected) == []
+    (said,) = judge(compiled(name=in_tf32, instructions=plain), expected)
+    assert "has no HMMA" in said
+    (said,) = judge(compiled(name=in_float32, instructions=on_tensor_cores), expected)
+    assert "has HMMA" in said
+    assert judge(compiled(name=in_tf32, instructions=plain, architecture="7.5"), expected) == []
+
+
 def test_an_opcode_is_matched_as_a_whole_word() -> None:
     assert cuda_check.count({"LDGSTS.E.128": 1, "LDG.E": 2}, "LDG") == 2
     assert cuda_check.count({"LDG.E.128.CONSTANT": 1}, r"LDG\.E\.128") == 1

@@ -171,7 +171,7 @@ def test_step_and_render(device: torch.device, is_deterministic: bool) -> None:
         result, parameters = _composed(rays, model.fields(), dtype)
         torch.nn.functional.smooth_l1_loss(result.rgb, target.to(dtype), beta=0.1).backward()
         wanted[dtype] = result, {name: parameter.grad for name, parameter in parameters.items()}
-    fields = model.to(device).fields()
+    fields = model.to(device).fields()._replace(tf32=False)
     values = [getattr(fields, name) for name in FastGradients._fields]
     gradients, again = (
         FastGradients(*(None if v is None else torch.zeros_like(v) for v in values))  # type: ignore[arg-type]

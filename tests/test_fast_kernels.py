@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from cuda_emulation.harness import EmulationError
 from test_fast_step import SMALL, VARIANTS, _composed, _model, _rays, _source
 from torch import Tensor
 
-from mipnerf_fast import ops, reference
+from mipnerf_fast import fast_reference, ops, reference
 from mipnerf_fast.fast_model import FastModel
 from mipnerf_fast.ops.fast_step import FastFields, FastGradients, MarchRays
 
@@ -51,6 +52,23 @@ def emulate(
         for name, value in outputs.items()
     }
     return harness.run(program, given, wanted, {"kernel": kernel, **(scalars or {})}, seed, **options)
+
+
+def within_tf32(
+    found: np.ndarray, rounded: Tensor, truth: Tensor, exact: Tensor, floor: float = FLOOR
+) -> None:
+    """The rule for products in TF32, by norms.
+
+    truth: float64 with operands rounded where the kernels round them; rounded: the same in float32; exact: float64
+    without that rounding. Where a sum in float32 lands on the other side of a rounding's boundary, which happens to
+    one operand in a thousand, an operand differs by a whole unit: hence a share of what the rounding itself makes, far
+    below what one operand of them left out, or rounded twice or by cutting, makes.
+    """
+    size = max(truth.norm().item(), 1e-30)
+    error = np.linalg.norm(found.astype(np.float64).reshape(truth.shape) - truth.detach().numpy())
+    of_float32 = (rounded.double() - truth).norm().item()
+    of_rounding = (truth - exact).norm().item()
+    assert error <= 2 * of_float32 + of_rounding / 8 + floor * size
 
 
 def bounded(found: np.ndarray, rounded: Tensor, truth: Tensor, floor: float = FLOOR) -> None:
@@ -271,47 +289,85 @@ def test_draw_rays(channels: int, active: int | None, seed: int) -> None:
         assert np.isnan(found[name][drawn:]).all()  # untouched
 
 
+class TinyMlpCase:
+    """Numbers for the kernels of the two networks, and what they should give."""
+
+    NAMES = ("out_rgb", "out_density", "grad_features", "grad_harmonics", "grad_weights")
+
+    def __init__(self, samples: int, encoded: int, hidden: int, layers: int) -> None:
+        inputs, rays = (encoded + 3) // 4 * 4, 9
+        shapes = {"density_in": (hidden, inputs), "density_out": (16, hidden), "colour_in": (hidden, 32)}
+        shapes |= {"colour_hidden": (hidden, hidden)} if layers == 2 else {}
+        shapes |= {"colour_out": (3, hidden)}
+        self.given = {"features": torch.randn(samples, encoded), "harmonics": torch.randn(rays, 16)}
+        self.index = torch.randint(rays, (samples,))
+        self.weights = {name: torch.randn(shape) / math.sqrt(shape[1]) for name, shape in shapes.items()}
+        self.cotangents = torch.randn(samples, 3), torch.randn(samples)
+
+    def emulated(
+        self, seed: int, tf32: bool, program: str = OPERATORS, **options: Any
+    ) -> dict[str, np.ndarray]:
+        samples, encoded = self.given["features"].shape
+        arrays = {**self.given, "rays": self.index, **self.weights}
+        arrays |= dict(zip(("cot_rgb", "cot_density"), self.cotangents, strict=True))
+        outputs: dict[str, Any] = {"out_rgb": (samples, 3), "out_density": (samples,)}
+        outputs |= {"grad_features": (samples, encoded), "grad_harmonics": torch.zeros(9, 16)}
+        outputs |= {"grad_weights": (sum(w.numel() for w in self.weights.values()),)}
+        return emulate(program, "tiny_mlp", arrays, outputs, {"parts": 2, "tf32": int(tf32)}, seed, **options)
+
+    def by_reference(self, dtype: torch.dtype, tf32: bool) -> list[Tensor]:
+        named = {name: x.to(dtype).requires_grad_() for name, x in (self.given | self.weights).items()}
+        order = ("density_in", "density_out", "colour_in", "colour_hidden", "colour_out")
+        out = reference.tiny_mlp(
+            named["features"],
+            named["harmonics"],
+            self.index,
+            *(named.get(name) for name in order),  # type: ignore[arg-type]
+            tf32=tf32,
+        )
+        grads = torch.autograd.grad(out, list(named.values()), [c.to(dtype) for c in self.cotangents])
+        flat = torch.cat([grad.reshape(-1) for grad in grads[2:]])
+        return [out.rgb.detach(), out.density.detach(), *grads[:2], flat]
+
+
 @pytest.mark.parametrize(
     ("samples", "encoded", "hidden", "layers", "seed"),
     [(150, 27, 64, 2, 0), (64, 67, 16, 1, 1), (1, 3, 40, 1, 2)],
 )
 def test_tiny_mlp(samples: int, encoded: int, hidden: int, layers: int, seed: int) -> None:
-    inputs, rays = (encoded + 3) // 4 * 4, 9
-    shapes = {"density_in": (hidden, inputs), "density_out": (16, hidden), "colour_in": (hidden, 32)}
-    shapes |= {"colour_hidden": (hidden, hidden)} if layers == 2 else {}
-    shapes |= {"colour_out": (3, hidden)}
-    given = {"features": torch.randn(samples, encoded), "harmonics": torch.randn(rays, 16)}
-    index = torch.randint(rays, (samples,))
-    weights = {name: torch.randn(shape) / math.sqrt(shape[1]) for name, shape in shapes.items()}
-    cotangents = torch.randn(samples, 3), torch.randn(samples)
-    count = sum(w.numel() for w in weights.values())
-    found = emulate(
-        OPERATORS,
-        "tiny_mlp",
-        {**given, "rays": index, **weights, "cot_rgb": cotangents[0], "cot_density": cotangents[1]},
-        {
-            "out_rgb": (samples, 3),
-            "out_density": (samples,),
-            "grad_features": (samples, encoded),
-            "grad_harmonics": torch.zeros(rays, 16),
-            "grad_weights": (count,),
-        },
-        {"parts": 2},
-        seed,
-    )
+    case = TinyMlpCase(samples, encoded, hidden, layers)
+    found = case.emulated(seed, tf32=False)
     raw, results = torch.ops.mipnerf_fast, []
     for dtype in (torch.float32, torch.float64):
-        w = {name: value.to(dtype) for name, value in weights.items()}
+        w = {name: value.to(dtype) for name, value in case.weights.items()}
         matrices = [
             w.get(n) for n in ("density_in", "density_out", "colour_in", "colour_hidden", "colour_out")
         ]
-        arguments = (given["features"].to(dtype), given["harmonics"].to(dtype), index, *matrices)
-        grads = raw.tiny_mlp_backward(*(c.to(dtype) for c in cotangents), *arguments, True, True)
+        arguments = (
+            case.given["features"].to(dtype),
+            case.given["harmonics"].to(dtype),
+            case.index,
+            *matrices,
+            False,
+        )
+        grads = raw.tiny_mlp_backward(*(c.to(dtype) for c in case.cotangents), *arguments, True, True)
         flat = torch.cat([g.reshape(-1) for g in grads[2:]])
         results.append((*raw.tiny_mlp_forward(*arguments), *grads[:2], flat))
-    names = ("out_rgb", "out_density", "grad_features", "grad_harmonics", "grad_weights")
-    for name, rounded, truth in zip(names, *results, strict=True):
+    for name, rounded, truth in zip(case.NAMES, *results, strict=True):
         bounded(found[name], rounded, truth)
+
+
+@pytest.mark.parametrize(
+    ("samples", "encoded", "hidden", "layers", "seed"),
+    [(150, 35, 64, 2, 0), (64, 67, 16, 1, 1), (1, 3, 40, 1, 2), (200, 93, 56, 2, 3)],
+)
+def test_tiny_mlp_in_tf32(samples: int, encoded: int, hidden: int, layers: int, seed: int) -> None:
+    case = TinyMlpCase(samples, encoded, hidden, layers)
+    found = case.emulated(seed, tf32=True)
+    rounded, truth = (case.by_reference(dtype, True) for dtype in (torch.float32, torch.float64))
+    exact = case.by_reference(torch.float64, False)
+    for name, *numbers in zip(case.NAMES, rounded, truth, exact, strict=True):
+        within_tf32(found[name], *numbers)
 
 
 # --------------------------------------------------------------------------------------------- the training step
@@ -327,6 +383,7 @@ def model_arrays(fields: FastFields) -> tuple[dict[str, Any], dict[str, Any]]:
         n: getattr(fields, n) for n in FastFields._fields if isinstance(getattr(fields, n), int | float)
     }
     scalars |= {"attenuation": kinds.get(kind, kind), "scale_input": int(fields.scale_input)}  # type: ignore[call-overload]
+    scalars["tf32"] = int(fields.tf32)
     return arrays, scalars
 
 
@@ -393,6 +450,35 @@ def test_step(variant: str, seed: int, fixed: bool) -> None:
         rounded = wanted[torch.float32][name]
         assert truth is not None and rounded is not None and truth.abs().max() > 0
         bounded(found[f"grad_{name}"], rounded, truth)
+
+
+def by_autograd(rays: MarchRays, target: Tensor, fields: FastFields, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Gradients of the step, and its loss as `loss`."""
+    result, parameters = _composed(rays, fields, dtype)
+    loss = torch.nn.functional.smooth_l1_loss(result.rgb, target.to(dtype), beta=0.1)
+    loss.backward()
+    grads = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    return {**grads, "loss": loss.detach()}
+
+
+@pytest.mark.parametrize(("variant", "seed"), [("gaussian", 0), ("two colour layers", 1)])
+def test_step_in_tf32(variant: str, seed: int) -> None:
+    model, rays = _model(VARIANTS[variant]), _rays()
+    with torch.no_grad():
+        model.density_out[0] += 1.2
+    fields, target = model.fields(), torch.rand(70, 3)
+    rounding = fields._replace(tf32=True)
+    found = emulate_step(rays, target, rounding, seed)
+    rounded, truth = (by_autograd(rays, target, rounding, d) for d in (torch.float32, torch.float64))
+    exact = by_autograd(rays, target, fields, torch.float64)
+    assert found["statistics"][4] == 1 and found["statistics"][3] > 64
+    within_tf32(found["statistics"][:1], *(x["loss"] for x in (rounded, truth, exact)))
+    for name in parameter_names(fields):
+        within_tf32(found[f"grad_{name}"], rounded[name], truth[name], exact[name])
+
+
+def parameter_names(fields: FastFields) -> list[str]:
+    return [name for name in FastGradients._fields if getattr(fields, name) is not None]
 
 
 def half_model() -> FastModel:
@@ -486,6 +572,27 @@ def test_render(variant: str, blocks: int, seed: int) -> None:
     assert found["out_acc"][1] == 0 and found["out_distance"][1] == 2
 
 
+@pytest.mark.parametrize(("variant", "blocks", "seed"), [("gaussian", 1, 0), ("two colour layers", 2, 1)])
+def test_render_in_tf32(variant: str, blocks: int, seed: int) -> None:
+    model, rays = _model(VARIANTS[variant]), _rays(100)
+    fields = model.fields()
+    rounding = fields._replace(tf32=True)
+    arrays, scalars = model_arrays(rounding)
+    found = emulate(
+        STEP,
+        "render",
+        {**dict(zip(RAYS, rays[:6], strict=True)), "background": rays.background, **arrays},
+        {"out_rgb": (100, 3), "out_distance": (100,), "out_acc": (100,), "next_ray": np.zeros(1, np.int32)},
+        {**scalars, "blocks": blocks},
+        seed,
+    )
+    with torch.no_grad():
+        rounded, truth = (_composed(rays, rounding, d)[0] for d in (torch.float32, torch.float64))
+        exact = _composed(rays, fields, torch.float64)[0]
+    for name, *numbers in zip(("out_rgb", "out_distance", "out_acc"), rounded, truth, exact, strict=False):
+        within_tf32(found[name], *numbers)
+
+
 def test_pace() -> None:
     statistics = np.array([0.1, 0.2, 3000.0, 2000.0, 1.0, 500.0])
     for given, batch, wanted_pace, wanted_rays in (
@@ -530,6 +637,26 @@ def test_masks(highest: float, seed: int) -> None:
     assert found["summary"][0] == masks[0][0].double().mean().item()
 
 
+def test_visits_in_tf32() -> None:
+    model = _model(SMALL)
+    model.densities.zero_()  # so that a visited cell takes what is found
+    fields, stride = model.fields(), 300
+    arrays, scalars = model_arrays(fields._replace(tf32=True))
+    numbers = {"seed": 7, "step": 48, "visits": -(-(32**3) // stride), "cell_scale": 0.01, "decay": 0.5}
+    found = emulate(STEP, "visits", arrays, {"densities": model.densities}, {**scalars, **numbers})
+
+    def wanted(dtype: torch.dtype, tf32: bool) -> Tensor:
+        of_dtype = (x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in fields)
+        own = FastFields(*of_dtype)._replace(masks=fields.masks.clone(), tf32=tf32)  # type: ignore[arg-type]
+        densities = model.densities.to(dtype, copy=True)
+        fast_reference.occupancy_update(densities, 0.01, 7, 48, stride, 0.5, 0.9, own)
+        return densities
+
+    truth = wanted(torch.float64, True)
+    assert 100 < (truth > 0).sum() < 300
+    within_tf32(found["densities"], wanted(torch.float32, True), truth, wanted(torch.float64, False))
+
+
 @pytest.mark.parametrize("stride", [1000, 150])
 def test_visits(stride: int) -> None:
     model = _model(SMALL)
@@ -567,13 +694,13 @@ def test_visits(stride: int) -> None:
 TWIN = dataclasses.replace(SMALL, levels=1, net_width=8, min_step=0.1, max_step=0.1)
 
 
-def small_step(seed: int, checks: list[str]) -> None:
+def small_step(seed: int, checks: list[str], tf32: bool = False) -> None:
     """Two tiles of counted samples, one after the other in the one block that sums weight gradients."""
     model, rays = _model(TWIN), _rays(6)
     model.masks.fill_(-1)
     with torch.no_grad():
         model.density_out.zero_()  # so that all of them count
-    arrays, scalars = model_arrays(model.fields())
+    arrays, scalars = model_arrays(model.fields()._replace(tf32=tf32))
     outputs = {
         f"grad_{n}": np.zeros(arrays[n].shape, np.float32) for n in FastGradients._fields if n != HIDDEN
     }
@@ -593,10 +720,10 @@ def small_step(seed: int, checks: list[str]) -> None:
     )
 
 
-def small_render(seed: int, checks: list[str]) -> None:
+def small_render(seed: int, checks: list[str], tf32: bool = False) -> None:
     model, rays = _model(dataclasses.replace(TWIN, min_step=0.6, max_step=0.6)), _rays(66)
     model.masks.fill_(-1)
-    arrays, scalars = model_arrays(model.fields())
+    arrays, scalars = model_arrays(model.fields()._replace(tf32=tf32))
     emulate(
         STEP,
         "render",
@@ -608,9 +735,9 @@ def small_render(seed: int, checks: list[str]) -> None:
     )
 
 
-def small_visits(seed: int, checks: list[str]) -> None:
+def small_visits(seed: int, checks: list[str], tf32: bool = False) -> None:
     model = _model(TWIN)
-    arrays, scalars = model_arrays(model.fields())
+    arrays, scalars = model_arrays(model.fields()._replace(tf32=tf32))
     numbers = {"seed": 1, "step": 2, "visits": 64, "cell_scale": 0.01, "decay": 0.5}
     emulate(
         STEP, "visits", arrays, {"densities": model.densities}, {**scalars, **numbers}, seed, checks=checks
@@ -623,7 +750,7 @@ def small_masks(seed: int, checks: list[str]) -> None:
     emulate(STEP, "masks", {"densities": densities}, outputs, {"max_threshold": 1.0}, seed, checks=checks)
 
 
-def small_tiny_mlp(seed: int, checks: list[str]) -> None:
+def small_tiny_mlp(seed: int, checks: list[str], tf32: bool = False) -> None:
     samples, encoded, hidden = 70, 3, 8
     shapes = {"density_in": (hidden, 4), "density_out": (16, hidden), "colour_in": (hidden, 32)}
     arrays = {name: torch.randn(shape) for name, shape in {**shapes, "colour_out": (3, hidden)}.items()}
@@ -633,7 +760,7 @@ def small_tiny_mlp(seed: int, checks: list[str]) -> None:
     outputs = {"out_rgb": (samples, 3), "out_density": (samples,), "grad_features": (samples, encoded)}
     weights = sum(torch.Size(shape).numel() for shape in shapes.values()) + 3 * hidden
     outputs |= {"grad_harmonics": torch.zeros(2, 16), "grad_weights": (weights,)}  # type: ignore[dict-item]
-    emulate(OPERATORS, "tiny_mlp", arrays, outputs, {"parts": 1}, seed, checks=checks)
+    emulate(OPERATORS, "tiny_mlp", arrays, outputs, {"parts": 1, "tf32": int(tf32)}, seed, checks=checks)
 
 
 def small_hash_encode(seed: int, checks: list[str]) -> None:
@@ -686,6 +813,81 @@ def test_every_file_with_barriers_is_listed() -> None:
 def test_the_sound_twin_passes_for_every_seed(run: Callable[[int, list[str]], None]) -> None:
     for seed in SEEDS:
         run(seed, ["races"])
+
+
+@pytest.mark.parametrize("run", [small_step, small_render, small_visits, small_tiny_mlp])
+def test_the_sound_twin_in_tf32_passes_for_every_seed(run: Callable[..., None]) -> None:
+    for seed in SEEDS:
+        run(seed, ["races"], tf32=True)
+
+
+# Faults of the products in TF32: what stands in the kernels, what the fault puts in its place, and the sentence with
+# which the emulation stops; without one, the results are wrong.
+FAULTS = {
+    "inputs of a fragment exchanged": (
+        "(register_index >> 1) * 4 + lane % 4",
+        "lane % 4 * 2 + (register_index >> 1)",
+        "",
+    ),
+    "a sample's neighbour": ("x[8 * j + 4 * kRowStride]", "x[8 * j + 3 * kRowStride]", ""),
+    "rows of a weight gradient exchanged": (
+        "{low.value[0], high.value[0], low.value[1], high.value[1]}",
+        "{low.value[0], low.value[1], high.value[0], high.value[1]}",
+        "",
+    ),
+    "hidden layers not rounded": (
+        "value.value[j] = operand<kTf32>(value.value[j])",
+        "value.value[j] = operand<false>(value.value[j])",
+        "was not rounded to TF32",
+    ),
+    "padding not written": (
+        "for (int k = 0; k < rows; ++k)",
+        "for (int k = 0; k < sizes.encoded; ++k)",
+        "was not rounded to TF32",
+    ),
+}
+
+
+def faulty(tmp_path: Path, sound: str, fault: str) -> str:
+    """A program of the operator tiny_mlp alone, whose kernels have one fault."""
+    text = ""
+    for name in ("products", "device", "kernels"):
+        text += (harness.ROOT / f"csrc/tiny_mlp/tiny_mlp_{name}.cuh").read_text()
+    assert text.count(sound) == 1, sound
+    text = re.sub(r'#pragma once|#include "tiny_mlp_(products|device)\.cuh"', "", text.replace(sound, fault))
+    text = re.sub(
+        r'#include "(tiny_mlp_\w+\.h)"', r'#include "tiny_mlp/\1"', text.replace('"../common', '"common')
+    )
+    program = (harness.HERE / f"emulate_{OPERATORS}.cpp").read_text()
+    scratch = program[
+        program.index("template <typename T>\nstatic T* scratch") : program.index("static float number")
+    ]
+    run = program[program.index("static void tiny_mlp(") : program.index("int main")]
+    path = tmp_path / "emulate_faulty.cpp"
+    main = "int main(int argc, char** argv) { tiny_mlp(emulation::Program(argc, argv)); }\n"
+    path.write_text(f'#include "program.h"\n{text}using namespace mipnerf;\n{scratch}{run}{main}')
+    return str(path)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_the_products_in_tf32_is_caught(name: str, tmp_path: Path) -> None:
+    sound, fault, sentence = FAULTS[name]
+    program = faulty(tmp_path, sound, fault)
+    case = TinyMlpCase(70, 27, 64, 1)
+    if sentence:
+        with pytest.raises(EmulationError, match=sentence):
+            case.emulated(0, True, program=program, checks=["memory"])
+        return
+    found = case.emulated(0, True, program=program, checks=["memory"])
+    rounded, truth = (case.by_reference(dtype, True) for dtype in (torch.float32, torch.float64))
+    exact = case.by_reference(torch.float64, False)
+    far = 0
+    for output, *numbers in zip(case.NAMES, rounded, truth, exact, strict=True):
+        try:
+            within_tf32(found[output], *numbers)
+        except AssertionError:
+            far += 1
+    assert far > 0
 
 
 @pytest.mark.parametrize(("file", "line"), PLACES)

@@ -190,6 +190,7 @@ def test_a_gradient_that_is_not_finite_adds_nothing() -> None:
         ("masks", torch.zeros(3, dtype=torch.int32), "masks must be"),
         ("occupancy_resolution", 33, "occupancy_resolution must be"),
         ("table_size", 100, "table_size must be"),
+        ("tf32", True, "tf32 must be false on the CPU"),
     ],
 )
 def test_wrong_fields_are_named(field: str, value: object, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from tiny_runs import write_scene
 
-from mipnerf_fast import FastConfig, FastModel, InputError, _native, preset, use_backend
+from mipnerf_fast import FastConfig, FastModel, InputError, _native, ops, preset, use_backend
 from mipnerf_fast.cameras import pinhole_rays
 from mipnerf_fast.checkpoint import load_checkpoint
 from mipnerf_fast.config import TrainConfig, from_dict, to_dict
@@ -101,7 +102,14 @@ def test_configuration_survives_json() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("features", 3), ("attenuation", "sinc"), ("net_width", 60), ("levels", 17), ("min_step", 1.0)],
+    [
+        ("features", 3),
+        ("attenuation", "sinc"),
+        ("mlp_dtype", "bf16"),
+        ("net_width", 60),
+        ("levels", 17),
+        ("min_step", 1.0),
+    ],
 )
 def test_bad_configurations_are_refused(field: str, value: object) -> None:
     with pytest.raises(InputError, match=f"FastConfig.{'max_step' if field == 'min_step' else field}"):
@@ -119,6 +127,37 @@ def test_it_learns_a_scene(demo: Dataset) -> None:
     after = _psnr(trainer.model, demo, 0)
     assert after > max(before, constant) + 4
     assert trainer.model.skipped_steps == 0
+
+
+def test_tf32_needs_tensor_cores(demo: Dataset) -> None:
+    for dtype in ("auto", "fp32"):
+        model = FastModel(dataclasses.replace(TINY, mlp_dtype=dtype))  # type: ignore[arg-type]
+        assert not model.fields().tf32
+    config = _config(10, dataclasses.replace(TINY, mlp_dtype="tf32"))
+    with pytest.raises(InputError, match=r"FastConfig.mlp_dtype: is tf32, but .* not of cpu"):
+        FastTrainer(config, demo)
+    with pytest.raises(InputError, match=r"FastConfig.mlp_dtype: is tf32"):
+        FastModel(dataclasses.replace(TINY, mlp_dtype="tf32")).render_rays(demo.rays(0))
+
+
+@pytest.mark.parametrize(("capability", "has_them"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_the_gpu_decides_what_auto_is(
+    capability: tuple[int, int], has_them: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert (ops.why_no_tf32(torch.device("cuda")) == "") == has_them
+    module = importlib.import_module("mipnerf_fast.ops.implementations")
+    monkeypatch.setattr(module, "_WHY_NO_LIBRARY", "")
+    monkeypatch.setattr(module, "_WHY_NO_CUDA", "")
+    entry = module._implementation("fast_step", torch.device("cuda"), torch.float32)
+    assert ("products in TF32 unless" in entry.why) == has_them and ("need compute" in entry.why) != has_them
+    # The model asks the same about the device of its parameters.
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(ops, "why_no_tf32", lambda _, ask=ops.why_no_tf32: ask(cuda))
+    assert FastModel(TINY).uses_tf32() == has_them
+    assert not FastModel(dataclasses.replace(TINY, mlp_dtype="fp32")).uses_tf32()
+    with use_backend("reference"):
+        assert not FastModel(TINY).uses_tf32()
 
 
 def test_resuming_goes_on_bit_by_bit(demo: Dataset, tmp_path: Path) -> None:

@@ -169,6 +169,21 @@ def test_it_learns_and_looks_where_matter_is() -> None:
     assert near_surface >= 4  # even ones would be 1 or 2
 
 
+def test_products_in_tf32_learn_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Colour and density networks whose products have operands rounded to TF32 (in plain PyTorch), and in float32."""
+    dataset, found = _spheres(12, 20), {}
+    for tf32 in (False, True):
+        monkeypatch.setattr(ProposalModel, "uses_tf32", lambda _, rounds=tf32: rounds)
+        trainer = ProposalTrainer(_config(150), dataset)
+        while not trainer.is_done:
+            trainer.train_step()
+        found[tf32] = sum(_psnr(trainer.model, dataset, index) for index in range(len(dataset))) / len(
+            dataset
+        )
+        assert trainer.model.skipped_steps == 0
+    assert found[True] != found[False] and abs(found[True] - found[False]) < 0.2
+
+
 def test_resuming_goes_on_bit_by_bit(tmp_path: Path) -> None:
     dataset, config = _spheres(24, 6), _config(8, batch_size=480)
     whole, first = ProposalTrainer(config, dataset), ProposalTrainer(config, dataset)

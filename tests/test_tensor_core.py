@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from cuda_emulation import harness
 from cuda_emulation.harness import EmulationError, from_bfloat16, run, to_bfloat16
+
+from mipnerf_fast import reference
 
 SEEDS = range(20)
 LANES = np.arange(32)
@@ -53,6 +56,55 @@ def test_a_product_by_part_of_a_warp_is_found(fault, sentence):
     for seed in SEEDS:
         with pytest.raises(EmulationError, match=sentence):
             product("bfloat16", zeros, zeros[:, :8], zeros[:, :8], seed, fault, checks=["memory"])
+
+
+def to_tf32(x):
+    """float32 rounded to 10 fraction bits, ties away from zero, by the bits (finite values and infinities)."""
+    return ((np.asarray(x, np.float32).view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
+
+
+def tf32_product(a, b, c, seed=0, fault=0, checks=harness.CHECKS):
+    arrays, outputs = {"a": a, "b": b, "c": c}, {"d": (c.shape, np.float32)}
+    scalars = {"kernel": "tf32_product", "fault": fault}
+    return run("tensor_core", arrays, outputs, scalars, seed, checks=checks)["d"]
+
+
+def test_tf32_product_of_a_warp():
+    rng = np.random.default_rng(1)
+    a, b, c = (rng.normal(size=shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8)))
+    # Whole numbers: exact, so that one misplaced element shows.
+    numbers = np.arange(128.0).reshape(16, 8), np.arange(64.0).reshape(8, 8) - 30
+    for left, right in ((a, b), numbers):
+        exact = c + to_tf32(left).astype(np.float64) @ to_tf32(right).astype(np.float64)
+        d = tf32_product(left.astype(np.float32), right.astype(np.float32), c)
+        assert (np.abs(d - exact) <= 2.0**-24 * np.abs(exact)).all()  # the sum is rounded once
+
+
+def test_rounding_to_tf32():
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=1000).astype(np.float32) * np.float32(2) ** rng.integers(-120, 120, 1000)
+    ties = (1 + (2 * np.arange(50) + 1) * 2.0**-11).astype(np.float32)
+    x = np.concatenate([x, ties, -ties, [0.0, -0.0, np.inf, -np.inf]]).astype(np.float32)
+    found = run("tensor_core", {"x": x}, {"y": (x.shape, np.float32)}, {"kernel": "rounded"})["y"]
+    np.testing.assert_array_equal(found.view(np.uint32), to_tf32(x).view(np.uint32))
+    np.testing.assert_array_equal(found[1000:1050], ties + np.float32(2.0**-11))  # away from zero
+    # The reference rounds alike, in float32 and in float64.
+    for dtype in (torch.float32, torch.float64):
+        rounded = reference.round_to_tf32(torch.from_numpy(x).to(dtype))
+        np.testing.assert_array_equal(rounded.float().numpy(), found)
+    nan = np.array([np.nan, 0x7FFFFFFF, 0xFFFFFFFF], np.float32)
+    nan[1:] = np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
+    found = run("tensor_core", {"x": nan}, {"y": (nan.shape, np.float32)}, {"kernel": "rounded"})["y"]
+    assert np.isnan(found).all() and reference.round_to_tf32(torch.from_numpy(nan)).isnan().all()
+
+
+@pytest.mark.parametrize(("fault", "sentence"), [(1, "divergence"), (3, "was not rounded to TF32")])
+def test_a_broken_tf32_product_is_found(fault, sentence):
+    rng = np.random.default_rng(1)
+    a, b, c = (rng.normal(size=shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8)))
+    for seed in SEEDS:
+        with pytest.raises(EmulationError, match=sentence):
+            tf32_product(a, b, c, seed, fault, checks=["memory"])
 
 
 THREADS, ROUNDS = 64, 7

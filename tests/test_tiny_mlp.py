@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -168,11 +169,10 @@ def test_gradients_agree_with_finite_differences(layers: int) -> None:
 def test_the_kernel_is_a_proper_operator(layers: int) -> None:
     values = _arguments((40, 5, 7, 8, 16, layers), torch.float32)
     leaves = [v if v is None or n == "rays" else v.requires_grad_() for n, v in values.items()]
-    torch.library.opcheck(torch.ops.mipnerf_fast.tiny_mlp_forward, tuple(leaves))
+    torch.library.opcheck(torch.ops.mipnerf_fast.tiny_mlp_forward, (*leaves, False))
     plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in leaves)
-    torch.library.opcheck(
-        torch.ops.mipnerf_fast.tiny_mlp_backward, (torch.rand(40, 3), torch.rand(40), *plain, True, False)
-    )
+    cotangents = torch.rand(40, 3), torch.rand(40)
+    torch.library.opcheck(torch.ops.mipnerf_fast.tiny_mlp_backward, (*cotangents, *plain, False, True, False))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -243,6 +243,32 @@ def test_rays_out_of_range_and_unserved_sizes_are_refused() -> None:
     with use_backend("native"), pytest.raises(RuntimeError, match="multiples of 8"):
         ops.tiny_mlp(*odd.values())
     torch.testing.assert_close(ops.tiny_mlp(*odd.values()), reference.tiny_mlp(*odd.values()))
+
+
+def test_products_in_tf32_are_the_references_where_there_are_no_tensor_cores() -> None:
+    values = _arguments((60, 4, 7, 8, 16, 2), torch.float32)
+    found = _with_gradients(functools.partial(ops.tiny_mlp, tf32=True), values)
+    wanted = _with_gradients(functools.partial(reference.tiny_mlp, tf32=True), values)
+    exact = _with_gradients(reference.tiny_mlp, values)
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value)
+        # Rounded, and not by more than the few operands of 11 bits on a value's way can make.
+        assert 0 < (value - exact[name]).norm() <= 2.0**-8 * exact[name].norm()
+    with use_backend("native"), pytest.raises(RuntimeError, match="TF32 are of CUDA devices, not of cpu"):
+        ops.tiny_mlp(*values.values(), tf32=True)
+    with pytest.raises(RuntimeError, match="tiny_mlp_forward: tf32 must be false on the CPU"):
+        torch.ops.mipnerf_fast.tiny_mlp_forward(*values.values(), True)
+
+
+def test_rounding_passes_the_gradient_of_the_rounded_product() -> None:
+    x, weight = torch.randn(9, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    grad = torch.randn(9, 4)
+    out = reference.linear(x, weight, tf32=True)
+    rounded = [reference.round_to_tf32(value.detach()) for value in (x, weight, grad)]
+    assert all(torch.equal(reference.round_to_tf32(value), value) for value in rounded)
+    assert torch.equal(out, rounded[0] @ rounded[1].T)
+    of_x, of_weight = torch.autograd.grad(out, (x, weight), grad)
+    assert torch.equal(of_x, rounded[2] @ rounded[1]) and torch.equal(of_weight, rounded[2].T @ rounded[0])
 
 
 def test_a_second_derivative_is_refused() -> None:

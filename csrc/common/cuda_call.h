@@ -93,6 +93,16 @@ class CudaRoom {
     std::vector<torch::stable::Tensor> held_;
 };
 
+// The current device must have products in TF32 where they are asked for.
+inline void check_tf32(const Checker& check, bool tf32) {
+    if (!tf32) return;
+    int device = 0, major = 0;
+    detail::check_cuda(cudaGetDevice(&device), "check_tf32");
+    detail::check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+                       "check_tf32");
+    check.that(major >= 8, "tf32", "false on a GPU of a compute capability below 8.0", "true");
+}
+
 // One number from the device: waits for the stream.
 template <typename T>
 T read_back(const T* address, Stream stream) {

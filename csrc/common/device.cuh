@@ -39,7 +39,7 @@
 //                                        there during the launch), aligned global store
 //   store_pack_streaming(p, pack)        for results that nobody reads again soon
 //   load_pack_shared<N>(p), store_pack_shared(p, pack)   the same in shared memory
-//   load_pack_written<N>(p)              aligned load of global memory that the launch also writes
+//   load_pack_written<N>(p)              aligned load, by value, of global or shared memory that the launch also writes
 //   ldg128(p), stg128(p, pack)           the 16-byte ones: 4 floats, 8 Bfloat16 or 8 Half
 //   pack_to_float(pack), pack_from_float<T>(floats)
 //   lane_index(), warp_index()           of a one-dimensional block

@@ -10,6 +10,14 @@
 //                                          a[1]: row g+8, columns 2q, 2q+1      a[3]: row g+8, columns 2q+8, 2q+9
 //                                          b0: rows 2q, 2q+1, column g          b1: rows 2q+8, 2q+9, column g
 //                                          d[0], d[1]: row g, columns 2q, 2q+1  d[2], d[3]: row g+8, the same
+//   mma_m16n8k8_tf32(d, a, b0, b1)       d += a b of floats that round_to_tf32 has rounded, sums in float. Of lane i
+//                                        (PTX ISA, "Matrix fragments for mma.m16n8k8"):
+//                                          a[0]: row g,   column q              a[2]: row g,   column q+4
+//                                          a[1]: row g+8, column q              a[3]: row g+8, column q+4
+//                                          b0: row q, column g                  b1: row q+4, column g
+//                                          d as above
+//   round_to_tf32(x)                     to the nearest number of 10 fraction bits, ties away from zero; infinities and
+//                                        NaN stay. Its last 13 bits, which products do not read, mean nothing
 //   ldmatrix_x4(r, row)                  four 8 x 8 matrices of 16-bit numbers from shared memory: lane i gives
 //                                        the address of row i % 8 of matrix i / 8 (16 bytes, aligned) and gets in
 //                                        r[j] of matrix j row g, columns 2q and 2q+1
@@ -21,6 +29,8 @@
 //   async_wait<N>()                      until all but the N latest groups of this thread have landed
 //
 // clang-format on
+//
+// mma_m16n8k8_tf32 compiles for 7.5 too, where a kernel that calls it stops.
 //
 // mma and ldmatrix are executed by all 32 lanes of a warp together.
 #pragma once
@@ -56,6 +66,26 @@ MIPNERF_DEVICE void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned
 template <typename T>
 MIPNERF_DEVICE void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     detail::mma_m16n8k16(d, a, b0, b1, T{});
+}
+
+// What cvt.rna.tf32.f32 does, but for clearing the 13 bits, which costs an instruction. (A NaN has to be told
+// apart: 0x7fffffff would become a zero.)
+MIPNERF_DEVICE float round_to_tf32(float x) {
+    return fabsf(x) < __int_as_float(0x7f800000) ? __uint_as_float(__float_as_uint(x) + 0x1000u) : x;
+}
+
+MIPNERF_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const Pack<float, 4>& a, float b0, float b1) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a.value[0])), "r"(__float_as_uint(a.value[1])),
+          "r"(__float_as_uint(a.value[2])), "r"(__float_as_uint(a.value[3])), "r"(__float_as_uint(b0)),
+          "r"(__float_as_uint(b1)));
+#else
+    __trap();  // kernels for several architectures contain it; launches are by capability
+#endif
 }
 
 MIPNERF_DEVICE void ldmatrix_x4(unsigned (&r)[4], const void* row) {

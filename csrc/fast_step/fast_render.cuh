@@ -7,9 +7,10 @@
 
 namespace mipnerf {
 
-// Rows for the ring: encoding and hidden layers; the colour network's 32 inputs; two flags behind them.
+// Rows for the ring: encoding and hidden layers; the colour network's 32 inputs; the raw density, as it is
+// before it becomes one of them; two flags behind them.
 MIPNERF_HOST_DEVICE int render_rows(const FastSizes& sizes) {
-    return encoding_rows(sizes) + kGeometryFeatures + kHarmonics;
+    return encoding_rows(sizes) + kGeometryFeatures + kHarmonics + 1;
 }
 inline std::size_t render_bytes(const FastSizes& sizes) {
     return tile_bytes(render_rows(sizes)) + 16;
@@ -37,12 +38,13 @@ MIPNERF_DEVICE void write_ray(const MarchArguments& in, const RenderArrays& out,
 // thread that has a ray brings one sample, and the block evaluates the 64 of them; so neither rays that end
 // early nor empty space leave threads without work until the rays run out. A ray's result does not depend on
 // who follows it.
-template <typename S, int F>
+template <typename S, int F, bool kTf32>
 __global__ void __launch_bounds__(kTileThreads, 6)
     fast_render_kernel(const __grid_constant__ DeviceModel<S> model, MarchArguments in, RenderArrays out) {
     float* const rows = shared_memory<float>();
     float* const colour_inputs = rows + encoding_rows(model.networks.sizes) * kRowStride;
     std::int32_t* const flags = shared_memory<std::int32_t>(tile_bytes(render_rows(model.networks.sizes)));
+    float* const raw_density = colour_inputs + (kGeometryFeatures + kHarmonics) * kRowStride;
     float* const column = rows + threadIdx.x;
     float* const colour_column = colour_inputs + threadIdx.x;
     for (int g = 0; g < kGeometryFeatures + kHarmonics; ++g) colour_column[g * kRowStride] = 0.0f;
@@ -59,8 +61,8 @@ __global__ void __launch_bounds__(kTileThreads, 6)
                 ray.march = begin_marching(in, ray.index);
                 ray.state = {1.0f, {0.0f, 0.0f, 0.0f}, 0.0f};
                 ray.is_done = false;
-                store_harmonics(in.directions + 3 * static_cast<std::int64_t>(ray.index),
-                                colour_column + kGeometryFeatures * kRowStride);
+                store_harmonics<kTf32>(in.directions + 3 * static_cast<std::int64_t>(ray.index),
+                                       colour_column + kGeometryFeatures * kRowStride);
             }
             has_sample = march_next(ray.march, in.layout.mask[ray.march.mask], in.masks, t0, t1);
             if (!has_sample) write_ray(in, out, ray);
@@ -72,19 +74,20 @@ __global__ void __launch_bounds__(kTileThreads, 6)
             const MarchSample<float> found = march_sample(ray.march, t0, t1);
             sample = {{found.mean[0], found.mean[1], found.mean[2], found.scale}};
         }
-        encode_column<F>(model, sample, column, [](int, const Pack<S, F>&) {});
+        encode_column<F, kTf32>(model, sample, column, [](int, const Pack<S, F>&) {});
         block_sync();
         if ((flags[0] | flags[1]) == 0) return;
-        const TileSums<kGeometryFeatures> geometry = density_layers(model.networks, rows, rows);
-        store_layer<LayerEnd::kNone>(geometry, colour_inputs);
+        const TileSums<kGeometryFeatures> geometry = density_layers<kTf32>(model.networks, rows, rows);
+        store_layer<kTf32, LayerEnd::kOperand>(geometry, colour_inputs);
+        if (tile_x() == 0) store_samples(raw_density, geometry.of[0]);
         block_sync();
-        const float raw_density = colour_column[0];
-        const TileSums<8> raw = colour_layers(model.networks, colour_inputs, rows, rows);
+        const TileSums<8> raw = colour_layers<kTf32>(model.networks, colour_inputs, rows, rows);
         block_sync();
-        store_layer<LayerEnd::kNone>(raw, rows);
+        store_layer<kTf32, LayerEnd::kNone>(raw, rows);
         block_sync();
         if (has_sample) {
-            const float keep = exp_nonpositive(-(fast_density(raw_density) * ((t1 - t0) * ray.march.norm)));
+            const float keep =
+                exp_nonpositive(-(fast_density(raw_density[threadIdx.x]) * ((t1 - t0) * ray.march.norm)));
             const float weight = ray.state.transmittance * (1.0f - keep);
 #pragma unroll
             for (int k = 0; k < 3; ++k) ray.state.rgb[k] += weight * fast_colour(column[k * kRowStride]);
@@ -99,8 +102,10 @@ template <typename S, int F>
 void launch_fast_render(const DeviceModel<S>& model, const MarchArguments& rays, const RenderArrays& arrays,
                         int blocks, Stream stream) {
     const std::int64_t most = ceil_div(rays.rays, std::int64_t{kTileThreads});
-    MIPNERF_LAUNCH((fast_render_kernel<S, F>), grid_size(std::min<std::int64_t>(most, blocks)),
-                   dim3(kTileThreads), render_bytes(model.networks.sizes), stream, model, rays, arrays);
+    const auto fast_render =
+        model.networks.tf32 ? fast_render_kernel<S, F, true> : fast_render_kernel<S, F, false>;
+    MIPNERF_LAUNCH(fast_render, grid_size(std::min<std::int64_t>(most, blocks)), dim3(kTileThreads),
+                   render_bytes(model.networks.sizes), stream, model, rays, arrays);
 }
 
 }  // namespace mipnerf

@@ -28,6 +28,7 @@ struct FastModelArguments {
     double scale_low, scale_high;
     int64_t occupancy_resolution;
     double box_half, step_scale, min_step, max_step;
+    bool tf32;
 };
 
 template <typename T>
@@ -100,6 +101,7 @@ inline FastModelNumbers checked_numbers(const Checker& check, const FastModelArg
     check.dtype("masks", given.masks, {ScalarType::Int});
     check.shape("masks", given.masks, {numbers.occupancy.total_words}, "[words]");
     is_there("masks", given.masks);
+    check.that(on_cuda || !given.tf32, "tf32", "false on the CPU", "true");
     check.that(given.box_half > 0, "box_half", "positive", given.box_half);
     check.that(given.min_step > 0 && given.max_step >= given.min_step, "min_step",
                "positive and at most max_step", given.min_step);

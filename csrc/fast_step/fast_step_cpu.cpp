@@ -96,16 +96,16 @@ Tensor fast_train_step_cpu(Tensor origins, Tensor directions, Tensor radii, Tens
                            std::vector<int64_t> resolutions, int64_t table_size, int64_t attenuation,
                            double cutoff, bool scale_input, double scale_low, double scale_high,
                            int64_t occupancy_resolution, double box_half, double step_scale, double min_step,
-                           double max_step, Tensor grad_tables, Tensor grad_density_in,
+                           double max_step, bool tf32, Tensor grad_tables, Tensor grad_density_in,
                            Tensor grad_density_out, Tensor grad_colour_in,
                            std::optional<Tensor> grad_colour_hidden, Tensor grad_colour_out,
                            std::optional<Tensor> table_sums) {
     const Checker check{"fast_train_step"};
     check.that(!table_sums.has_value(), "table_sums", "none on the CPU", "a tensor");
-    const CheckedModel checked(
-        check, {tables, density_in, density_out, colour_in, colour_hidden, colour_out, masks, resolutions,
-                table_size, attenuation, cutoff, scale_input, scale_low, scale_high, occupancy_resolution,
-                box_half, step_scale, min_step, max_step});
+    const CheckedModel checked(check, {tables,     density_in,  density_out, colour_in,  colour_hidden,
+                                       colour_out, masks,       resolutions, table_size, attenuation,
+                                       cutoff,     scale_input, scale_low,   scale_high, occupancy_resolution,
+                                       box_half,   step_scale,  min_step,    max_step,   tf32});
     CheckedRays checked_rays(check, origins, directions, radii, near, far, phase, background);
     const float* target_rgb = checked_rays.hold(check, "target", target, 3);
     check.that(loss_beta > 0, "loss_beta", "positive", loss_beta);
@@ -184,12 +184,12 @@ std::tuple<Tensor, Tensor, Tensor> fast_render_cpu(
     std::optional<Tensor> colour_hidden, Tensor colour_out, Tensor masks, std::vector<int64_t> resolutions,
     int64_t table_size, int64_t attenuation, double cutoff, bool scale_input, double scale_low,
     double scale_high, int64_t occupancy_resolution, double box_half, double step_scale, double min_step,
-    double max_step) {
+    double max_step, bool tf32) {
     const Checker check{"fast_render"};
-    const CheckedModel checked(
-        check, {tables, density_in, density_out, colour_in, colour_hidden, colour_out, masks, resolutions,
-                table_size, attenuation, cutoff, scale_input, scale_low, scale_high, occupancy_resolution,
-                box_half, step_scale, min_step, max_step});
+    const CheckedModel checked(check, {tables,     density_in,  density_out, colour_in,  colour_hidden,
+                                       colour_out, masks,       resolutions, table_size, attenuation,
+                                       cutoff,     scale_input, scale_low,   scale_high, occupancy_resolution,
+                                       box_half,   step_scale,  min_step,    max_step,   tf32});
     const CheckedRays checked_rays(check, origins, directions, radii, near, far, phase, background);
     const FastRays& rays = checked_rays.rays();
     const Tensor rgb = torch::stable::new_empty(origins, {rays.count, 3});

@@ -88,7 +88,7 @@ Tensor fast_train_step_cuda(Tensor origins, Tensor directions, Tensor radii, Ten
                             std::vector<int64_t> resolutions, int64_t table_size, int64_t attenuation,
                             double cutoff, bool scale_input, double scale_low, double scale_high,
                             int64_t occupancy_resolution, double box_half, double step_scale, double min_step,
-                            double max_step, Tensor grad_tables, Tensor grad_density_in,
+                            double max_step, bool tf32, Tensor grad_tables, Tensor grad_density_in,
                             Tensor grad_density_out, Tensor grad_colour_in,
                             std::optional<Tensor> grad_colour_hidden, Tensor grad_colour_out,
                             std::optional<Tensor> table_sums) {
@@ -97,7 +97,7 @@ Tensor fast_train_step_cuda(Tensor origins, Tensor directions, Tensor radii, Ten
     const FastModelArguments given{tables,     density_in,  density_out, colour_in,  colour_hidden,
                                    colour_out, masks,       resolutions, table_size, attenuation,
                                    cutoff,     scale_input, scale_low,   scale_high, occupancy_resolution,
-                                   box_half,   step_scale,  min_step,    max_step};
+                                   box_half,   step_scale,  min_step,    max_step,   tf32};
     CudaModel model(check, given);
     CudaRays rays(check, model, origins, directions, radii, near, far, phase, background);
     const Tensor statistics = train_step(check, given, model, rays, target, loss_beta, -1,
@@ -114,14 +114,14 @@ Tensor fast_train_step_captured_cuda(
     Tensor colour_out, Tensor masks, std::vector<int64_t> resolutions, int64_t table_size,
     int64_t attenuation, double cutoff, bool scale_input, double scale_low, double scale_high,
     int64_t occupancy_resolution, double box_half, double step_scale, double min_step, double max_step,
-    Tensor grad_tables, Tensor grad_density_in, Tensor grad_density_out, Tensor grad_colour_in,
+    bool tf32, Tensor grad_tables, Tensor grad_density_in, Tensor grad_density_out, Tensor grad_colour_in,
     std::optional<Tensor> grad_colour_hidden, Tensor grad_colour_out, std::optional<Tensor> table_sums) {
     const Checker check{"fast_train_step_captured"};
     const torch::stable::accelerator::DeviceGuard guard(tables.get_device_index());
     const FastModelArguments given{tables,     density_in,  density_out, colour_in,  colour_hidden,
                                    colour_out, masks,       resolutions, table_size, attenuation,
                                    cutoff,     scale_input, scale_low,   scale_high, occupancy_resolution,
-                                   box_half,   step_scale,  min_step,    max_step};
+                                   box_half,   step_scale,  min_step,    max_step,   tf32};
     CudaModel model(check, given);
     CudaRays rays(check, model, origins, directions, radii, near, far, phase, background);
     rays.march().active_rays =
@@ -160,13 +160,13 @@ std::tuple<Tensor, Tensor, Tensor> fast_render_cuda(
     std::optional<Tensor> colour_hidden, Tensor colour_out, Tensor masks, std::vector<int64_t> resolutions,
     int64_t table_size, int64_t attenuation, double cutoff, bool scale_input, double scale_low,
     double scale_high, int64_t occupancy_resolution, double box_half, double step_scale, double min_step,
-    double max_step) {
+    double max_step, bool tf32) {
     const Checker check{"fast_render"};
     const torch::stable::accelerator::DeviceGuard guard(tables.get_device_index());
-    const CudaModel model(
-        check, {tables, density_in, density_out, colour_in, colour_hidden, colour_out, masks, resolutions,
-                table_size, attenuation, cutoff, scale_input, scale_low, scale_high, occupancy_resolution,
-                box_half, step_scale, min_step, max_step});
+    const CudaModel model(check, {tables,     density_in,  density_out, colour_in,  colour_hidden,
+                                  colour_out, masks,       resolutions, table_size, attenuation,
+                                  cutoff,     scale_input, scale_low,   scale_high, occupancy_resolution,
+                                  box_half,   step_scale,  min_step,    max_step,   tf32});
     CudaRays rays(check, model, origins, directions, radii, near, far, phase, background);
     const int64_t count = rays.march().rays;
     check.that(count < (int64_t{1} << 31) - kRenderBlocks * kTileThreads, "origins", "fewer than 2^31 rays",

@@ -19,7 +19,10 @@ class CudaModel {
                   {cuda_data<float>(given.density_in), cuda_data<float>(given.density_out),
                    cuda_data<float>(given.colour_in),
                    given.colour_hidden.has_value() ? cuda_data<float>(*given.colour_hidden) : nullptr,
-                   cuda_data<float>(given.colour_out)}) {}
+                   cuda_data<float>(given.colour_out)},
+                  given.tf32) {
+        check_tf32(check, given.tf32);
+    }
 
     const FastModelNumbers& numbers() const { return numbers_; }
     const NetworkLayout& layout() const { return layout_; }

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kRayThreads) step_samples_kernel(MarchArgument
 
 // Block b owns samples 64 b to 64 b + 63: thread i encodes one of them into its column of the rows in shared
 // memory; the layers are the block's (tiny_mlp_device.cuh). Writes encoding, geometry and tau.
-template <typename S, int F>
+template <typename S, int F, bool kTf32>
 __global__ void __launch_bounds__(kTileThreads, 8)
     step_density_kernel(const __grid_constant__ DeviceModel<S> model, StepScratch s) {
     const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileSamples;
@@ -50,18 +50,20 @@ __global__ void __launch_bounds__(kTileThreads, 8)
     const std::int64_t own = first + threadIdx.x;
     const Pack<float, 4> sample = own < count ? load_pack<4>(s.positions + 4 * own) : padding_sample();
     S* const kept = static_cast<S*>(s.encoding) + F * own;
-    encode_column<F>(model, sample, rows + threadIdx.x,
-                     [&](int l, const Pack<S, F>& pack) { store_pack(kept + l * F * s.capacity, pack); });
+    encode_column<F, kTf32>(model, sample, rows + threadIdx.x, [&](int l, const Pack<S, F>& pack) {
+        store_pack(kept + l * F * s.capacity, pack);
+    });
     block_sync();
-    const TileSums<kGeometryFeatures> sums = density_layers(model.networks, rows, rows);
-    const std::int64_t column = first + 8 * tile_y();
+    const TileSums<kGeometryFeatures> sums = density_layers<kTf32>(model.networks, rows, rows);
 #pragma unroll
     for (int i = 0; i < kGeometryFeatures / 8; ++i)
-        store_eight(s.geometry + (tile_x() + 8 * i) * s.capacity + column, sums.of[i]);
+        store_samples(s.geometry + (tile_x() + 8 * i) * s.capacity + first, sums.of[i]);
     if (tile_x() != 0) return;
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-        if (column + j < count) s.tau[column + j] = fast_density(sums.of[0].value[j]) * s.lengths[column + j];
+    for (int j = 0; j < 8; ++j) {
+        const std::int64_t at = first + tile_sample(j);
+        if (at < count) s.tau[at] = fast_density(sums.of[0].value[j]) * s.lengths[at];
+    }
 }
 
 // Thread i of block b counts those samples of its ray in front of which transmittance is left.
@@ -95,32 +97,35 @@ __global__ void __launch_bounds__(kRayThreads) step_list_kernel(StepScratch s) {
 
 // A counted sample's 32 inputs of the colour network into the thread's column; zeros for the padding of a
 // tile.
+template <bool kTf32>
 MIPNERF_DEVICE void load_colour_inputs(const StepScratch& s, const float* directions, std::int64_t own,
                                        std::int64_t count, float* column) {
     if (own < count) {
         const Pack<std::int32_t, 2> place = load_pack<2>(s.list + 2 * own);
 #pragma unroll
         for (int g = 0; g < kGeometryFeatures; ++g)
-            column[g * kRowStride] = load_pack<1>(s.geometry + g * s.capacity + place.value[0]).value[0];
-        store_harmonics(directions + 3 * static_cast<std::int64_t>(place.value[1]),
-                        column + kGeometryFeatures * kRowStride);
+            column[g * kRowStride] =
+                operand<kTf32>(load_pack<1>(s.geometry + g * s.capacity + place.value[0]).value[0]);
+        store_harmonics<kTf32>(directions + 3 * static_cast<std::int64_t>(place.value[1]),
+                               column + kGeometryFeatures * kRowStride);
     } else {
         for (int g = 0; g < kGeometryFeatures + kHarmonics; ++g) column[g * kRowStride] = 0.0f;
     }
 }
 
 // Block b owns counted samples 64 b to 64 b + 63 and writes their raw colours.
-template <typename S>
+template <bool kTf32>
 __global__ void __launch_bounds__(kTileThreads, 8)
-    step_colour_kernel(const __grid_constant__ DeviceModel<S> model, const float* directions, StepScratch s) {
+    step_colour_kernel(const __grid_constant__ DeviceNetworks networks, const float* directions,
+                       StepScratch s) {
     const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileSamples;
     const std::int64_t count = s.counters->counted;
     if (first >= count) return;
     float* const rows = shared_memory<float>();
-    load_colour_inputs(s, directions, first + threadIdx.x, count, rows + threadIdx.x);
+    load_colour_inputs<kTf32>(s, directions, first + threadIdx.x, count, rows + threadIdx.x);
     block_sync();
-    const TileSums<8> sums = colour_layers(model.networks, rows, rows, rows);
-    if (tile_x() < 3) store_eight(s.raw + tile_x() * s.capacity + first + 8 * tile_y(), sums.of[0]);
+    const TileSums<8> sums = colour_layers<kTf32>(networks, rows, rows, rows);
+    if (tile_x() < 3) store_samples(s.raw + tile_x() * s.capacity + first, sums.of[0]);
 }
 
 // Thread i of block b composites its ray's counted samples, compares with the target and writes the gradients
@@ -183,12 +188,12 @@ __global__ void __launch_bounds__(kRayThreads) step_loss_kernel(StepTargets targ
 // Block b goes over tiles b, b + parts, ... of counted samples: evaluates the colour network again, writes
 // the gradients of its geometry inputs and sums those of its weights into part b. Shared memory: 32 rows of
 // inputs, 8 of the outputs' gradients, 64 per hidden layer, whose gradients take the place of its values.
-template <typename S>
+template <bool kTf32>
 __global__ void __launch_bounds__(kTileThreads)
-    step_colour_backward_kernel(const __grid_constant__ DeviceModel<S> model, const float* directions,
+    step_colour_backward_kernel(const __grid_constant__ DeviceNetworks networks, const float* directions,
                                 StepScratch s) {
     const std::int64_t count = s.counters->counted;
-    const FastSizes& sizes = model.networks.sizes;
+    const FastSizes& sizes = networks.sizes;
     float* const inputs = shared_memory<float>();
     float* const outputs = inputs + sizes.colour_inputs() * kRowStride;
     float* const hidden = outputs + 8 * kRowStride;
@@ -198,23 +203,25 @@ __global__ void __launch_bounds__(kTileThreads)
     for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileSamples; first < count;
          first += static_cast<std::int64_t>(gridDim.x) * kTileSamples) {
         const std::int64_t own = first + threadIdx.x;
-        load_colour_inputs(s, directions, own, count, inputs + threadIdx.x);
+        load_colour_inputs<kTf32>(s, directions, own, count, inputs + threadIdx.x);
 #pragma unroll
         for (int k = 0; k < 8; ++k)
-            outputs[k * kRowStride + threadIdx.x] = k < 3 && own < count ? s.raw[k * s.capacity + own] : 0.0f;
+            outputs[k * kRowStride + threadIdx.x] =
+                k < 3 && own < count ? operand<kTf32>(s.raw[k * s.capacity + own]) : 0.0f;
         block_sync();
-        hidden_colour_layers(model.networks, inputs, hidden, last);
+        hidden_colour_layers<kTf32>(networks, inputs, hidden, last);
         TileSums<kGeometryFeatures> sums =
-            colour_layers_backward(model.networks, inputs, outputs, hidden, last, is_first, part);
-        const std::int64_t column = first + 8 * tile_y();
+            colour_layers_backward<kTf32>(networks, inputs, outputs, hidden, last, is_first, part);
         if (tile_x() == 0) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j)
-                if (column + j < count) sums.of[0].value[j] += s.raw[3 * s.capacity + column + j];
+            for (int j = 0; j < 8; ++j) {
+                const std::int64_t at = first + tile_sample(j);
+                if (at < count) sums.of[0].value[j] += s.raw[3 * s.capacity + at];
+            }
         }
 #pragma unroll
         for (int i = 0; i < kGeometryFeatures / 8; ++i)
-            store_eight(s.grad_geometry + (tile_x() + 8 * i) * s.capacity + column, sums.of[i]);
+            store_samples(s.grad_geometry + (tile_x() + 8 * i) * s.capacity + first, sums.of[i]);
         is_first = false;
         block_sync();
     }
@@ -225,7 +232,7 @@ __global__ void __launch_bounds__(kTileThreads)
 
 // As step_colour_backward_kernel for the density network, from the kept encoding; writes the gradients of the
 // encoding. Shared memory: 16 rows of the outputs' gradients, 64 of the hidden layer, the encoding.
-template <typename S, int F>
+template <typename S, int F, bool kTf32>
 __global__ void __launch_bounds__(kTileThreads)
     step_density_backward_kernel(const __grid_constant__ DeviceModel<S> model, StepScratch s) {
     const std::int64_t count = s.counters->counted;
@@ -246,15 +253,16 @@ __global__ void __launch_bounds__(kTileThreads)
             Floats<F> features{};
             if (is_one) features = pack_to_float(load_pack<F>(kept + l * F * s.capacity));
 #pragma unroll
-            for (int f = 0; f < F; ++f) column[(l * F + f) * kRowStride] = features.value[f];
+            for (int f = 0; f < F; ++f) column[(l * F + f) * kRowStride] = operand<kTf32>(features.value[f]);
         }
-        store_scale_inputs(model, is_one ? load_pack<1>(s.positions + 4 * sample + 3).value[0] : 1.0f,
-                           column);
+        store_scale_inputs<kTf32>(model, is_one ? load_pack<1>(s.positions + 4 * sample + 3).value[0] : 1.0f,
+                                  column);
 #pragma unroll
         for (int g = 0; g < kGeometryFeatures; ++g)
-            outputs[g * kRowStride + threadIdx.x] = is_one ? s.grad_geometry[g * s.capacity + own] : 0.0f;
+            outputs[g * kRowStride + threadIdx.x] =
+                is_one ? operand<kTf32>(s.grad_geometry[g * s.capacity + own]) : 0.0f;
         block_sync();
-        density_layers_backward(model.networks, inputs, outputs, hidden, is_first, part);
+        density_layers_backward<kTf32>(model.networks, inputs, outputs, hidden, is_first, part);
         if (is_one)
             for (int l = 0; l < model.grid.levels; ++l) {
                 Pack<float, F> gradient;
@@ -399,17 +407,23 @@ void launch_train_step(const DeviceModel<S>& model, const MarchArguments& rays, 
     const std::size_t sum_bytes = 2 * kRayThreads / kWarpSize * sizeof(float);
     const int inputs = std::max(padded_inputs(sizes), gradient_rows(sizes));
     MIPNERF_LAUNCH(step_samples_kernel, of_rays, ray_block, 0, stream, rays, s);
-    MIPNERF_LAUNCH((step_density_kernel<S, F>), of_tiles, tile_block, tile_bytes(encoding_rows(sizes)),
-                   stream, model, s);
+    const auto step_density =
+        model.networks.tf32 ? step_density_kernel<S, F, true> : step_density_kernel<S, F, false>;
+    MIPNERF_LAUNCH(step_density, of_tiles, tile_block, tile_bytes(encoding_rows(sizes)), stream, model, s);
     MIPNERF_LAUNCH(step_scan_kernel, of_rays, ray_block, sum_bytes, stream, s);
     MIPNERF_LAUNCH(step_list_kernel, of_rays, ray_block, kRayStartBytes, stream, s);
-    MIPNERF_LAUNCH(step_colour_kernel<S>, of_tiles, tile_block, tile_bytes(kTileWidth), stream, model,
+    const auto step_colour = model.networks.tf32 ? step_colour_kernel<true> : step_colour_kernel<false>;
+    MIPNERF_LAUNCH(step_colour, of_tiles, tile_block, tile_bytes(kTileWidth), stream, model.networks,
                    rays.directions, s);
     MIPNERF_LAUNCH(step_loss_kernel, of_rays, ray_block, sum_bytes, stream, targets, s);
-    MIPNERF_LAUNCH(step_colour_backward_kernel<S>, parts, tile_block,
-                   tile_bytes(sizes.colour_inputs() + 8 + sizes.colour_layers * kTileWidth), stream, model,
-                   rays.directions, s);
-    MIPNERF_LAUNCH((step_density_backward_kernel<S, F>), parts, tile_block,
+    const auto step_colour_backward =
+        model.networks.tf32 ? step_colour_backward_kernel<true> : step_colour_backward_kernel<false>;
+    MIPNERF_LAUNCH(step_colour_backward, parts, tile_block,
+                   tile_bytes(sizes.colour_inputs() + 8 + sizes.colour_layers * kTileWidth), stream,
+                   model.networks, rays.directions, s);
+    const auto step_density_backward = model.networks.tf32 ? step_density_backward_kernel<S, F, true>
+                                                           : step_density_backward_kernel<S, F, false>;
+    MIPNERF_LAUNCH(step_density_backward, parts, tile_block,
                    tile_bytes(kGeometryFeatures + kTileWidth + inputs), stream, model, s);
     launch_sum_parts(sizes.weights(), s.parts, s.weight_parts, s.weight_sums, &s.counters->not_finite,
                      stream);

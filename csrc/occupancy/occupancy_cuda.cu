@@ -56,13 +56,14 @@ Tensor occupancy_update_cuda(Tensor densities, double cell_scale, int64_t seed, 
                              Tensor colour_out, Tensor masks, std::vector<int64_t> resolutions,
                              int64_t table_size, int64_t attenuation, double cutoff, bool scale_input,
                              double scale_low, double scale_high, int64_t occupancy_resolution,
-                             double box_half, double step_scale, double min_step, double max_step) {
+                             double box_half, double step_scale, double min_step, double max_step,
+                             bool tf32) {
     const Checker check{"occupancy_update"};
     const torch::stable::accelerator::DeviceGuard guard(densities.get_device_index());
-    const CudaModel model(
-        check, {tables, density_in, density_out, colour_in, colour_hidden, colour_out, masks, resolutions,
-                table_size, attenuation, cutoff, scale_input, scale_low, scale_high, occupancy_resolution,
-                box_half, step_scale, min_step, max_step});
+    const CudaModel model(check, {tables,     density_in,  density_out, colour_in,  colour_hidden,
+                                  colour_out, masks,       resolutions, table_size, attenuation,
+                                  cutoff,     scale_input, scale_low,   scale_high, occupancy_resolution,
+                                  box_half,   step_scale,  min_step,    max_step,   tf32});
     CudaArrays arrays(check, "tables", tables);
     const int32_t resolution = checked_resolution(check, densities);
     check.that(resolution == occupancy_resolution, "densities", "of occupancy_resolution cells a side",

@@ -161,7 +161,7 @@ MIPNERF_DEVICE std::int32_t occupied_cell(const OccupiedCells& in, std::int64_t 
 // Block b draws from strata 64 b to 64 b + 63 of all cells (part 0) or of the occupied ones (part 1), takes
 // the density at a point in each cell and raises the cell to it. No cell comes twice in a part. Shared
 // memory: rows of the encoding, and one of the cells.
-template <typename S, int F>
+template <typename S, int F, bool kTf32>
 __global__ void __launch_bounds__(kTileThreads)
     occupancy_visit_kernel(const __grid_constant__ DeviceModel<S> model,
                            const __grid_constant__ VisitArguments in, std::uint32_t part) {
@@ -192,13 +192,13 @@ __global__ void __launch_bounds__(kTileThreads)
         }
     }
     cells[threadIdx.x] = cell;
-    encode_column<F>(model, sample, rows + threadIdx.x, [](int, const Pack<S, F>&) {});
+    encode_column<F, kTf32>(model, sample, rows + threadIdx.x, [](int, const Pack<S, F>&) {});
     block_sync();
-    const TileSums<kGeometryFeatures> sums = density_layers(model.networks, rows, rows);
+    const TileSums<kGeometryFeatures> sums = density_layers<kTf32>(model.networks, rows, rows);
     if (tile_x() != 0) return;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-        const std::int32_t at = cells[8 * tile_y() + j];
+        const std::int32_t at = cells[tile_sample(j)];
         if (at < 0) continue;
         const float decayed = in.densities[at] * in.decay, found = fast_density(sums.of[0].value[j]);
         in.densities[at] = decayed < found ? found : decayed;
@@ -231,12 +231,14 @@ void launch_occupancy_visits(const DeviceModel<S>& model, const VisitArguments& 
     const std::size_t bytes =
         tile_bytes(encoding_rows(model.networks.sizes)) + kTileSamples * sizeof(std::int32_t);
     const dim3 tiles = grid_size(ceil_div(in.visits, std::int64_t{kTileSamples}));
-    MIPNERF_LAUNCH((occupancy_visit_kernel<S, F>), tiles, dim3(kTileThreads), bytes, stream, model, in, 0u);
+    const auto occupancy_visit =
+        model.networks.tf32 ? occupancy_visit_kernel<S, F, true> : occupancy_visit_kernel<S, F, false>;
+    MIPNERF_LAUNCH(occupancy_visit, tiles, dim3(kTileThreads), bytes, stream, model, in, 0u);
     MIPNERF_LAUNCH(occupancy_count_kernel, grid_size(ray_blocks(in.occupied.chunks)), dim3(kRayThreads),
                    kRayThreads / kWarpSize * sizeof(std::int32_t), stream, in.occupied, cells / 32);
     launch_ray_starts(in.occupied.chunks, nullptr, in.occupied.counts, in.occupied.totals, in.occupied.starts,
                       {0, nullptr, nullptr}, stream);
-    MIPNERF_LAUNCH((occupancy_visit_kernel<S, F>), tiles, dim3(kTileThreads), bytes, stream, model, in, 1u);
+    MIPNERF_LAUNCH(occupancy_visit, tiles, dim3(kTileThreads), bytes, stream, model, in, 1u);
 }
 
 }  // namespace mipnerf

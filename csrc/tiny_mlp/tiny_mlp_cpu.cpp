@@ -418,9 +418,12 @@ void with_dtype(const Tensor& tensor, const Run& run) {
 
 std::tuple<Tensor, Tensor> tiny_mlp_forward_cpu(Tensor features, Tensor harmonics, Tensor rays,
                                                 Tensor density_in, Tensor density_out, Tensor colour_in,
-                                                std::optional<Tensor> colour_hidden, Tensor colour_out) {
-    const Checked checked(Checker{"tiny_mlp_forward"}, features, harmonics, rays, density_in, density_out,
-                          colour_in, colour_hidden, colour_out);
+                                                std::optional<Tensor> colour_hidden, Tensor colour_out,
+                                                bool tf32) {
+    const Checker check{"tiny_mlp_forward"};
+    check.that(!tf32, "tf32", "false on the CPU", "true");
+    const Checked checked(check, features, harmonics, rays, density_in, density_out, colour_in, colour_hidden,
+                          colour_out);
     const Tensor rgb = torch::stable::new_empty(features, {checked.samples, 3});
     const Tensor density = torch::stable::new_empty(features, {checked.samples});
     with_dtype(features, [&](auto zero) {
@@ -435,9 +438,10 @@ using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 
 Seven tiny_mlp_backward_cpu(Tensor grad_rgb, Tensor grad_density, Tensor features, Tensor harmonics,
                             Tensor rays, Tensor density_in, Tensor density_out, Tensor colour_in,
-                            std::optional<Tensor> colour_hidden, Tensor colour_out, bool wants_features,
-                            bool wants_harmonics) {
+                            std::optional<Tensor> colour_hidden, Tensor colour_out, bool tf32,
+                            bool wants_features, bool wants_harmonics) {
     const Checker check{"tiny_mlp_backward"};
+    check.that(!tf32, "tf32", "false on the CPU", "true");
     const Checked checked(check, features, harmonics, rays, density_in, density_out, colour_in, colour_hidden,
                           colour_out);
     check.shape("grad_rgb", grad_rgb, {checked.samples, 3}, "[S, 3]");

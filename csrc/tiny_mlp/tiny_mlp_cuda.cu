@@ -25,8 +25,9 @@ struct Checked {
 
     Checked(const Checker& check, const Tensor& features, const Tensor& harmonics, const Tensor& ray_of,
             const Tensor& density_in, const Tensor& density_out, const Tensor& colour_in,
-            const std::optional<Tensor>& colour_hidden, const Tensor& colour_out)
+            const std::optional<Tensor>& colour_hidden, const Tensor& colour_out, bool tf32)
         : arrays(check, "features", features), room(features) {
+        check_tf32(check, tf32);
         check.dims("features", features, 2, "[S, E]");
         check.dims("harmonics", harmonics, 2, "[B, 16]");
         check.dims("density_in", density_in, 2, "[H, I]");
@@ -50,7 +51,8 @@ struct Checked {
              colour_hidden.has_value()
                  ? arrays.floats("colour_hidden", *colour_hidden, {hidden, hidden}, "[H, H]")
                  : nullptr,
-             arrays.floats("colour_out", colour_out, {3, hidden}, "[3, H]")});
+             arrays.floats("colour_out", colour_out, {3, hidden}, "[3, H]")},
+            tf32);
         float* const packed = room.take<float>(layout.total);
         launch_pack_networks(layout, packed, current_cuda_stream(features));
         in.networks = DeviceNetworks(sizes, layout, packed);
@@ -59,11 +61,12 @@ struct Checked {
 
 std::tuple<Tensor, Tensor> tiny_mlp_forward_cuda(Tensor features, Tensor harmonics, Tensor rays,
                                                  Tensor density_in, Tensor density_out, Tensor colour_in,
-                                                 std::optional<Tensor> colour_hidden, Tensor colour_out) {
+                                                 std::optional<Tensor> colour_hidden, Tensor colour_out,
+                                                 bool tf32) {
     const Checker check{"tiny_mlp_forward"};
     const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
     const Checked checked(check, features, harmonics, rays, density_in, density_out, colour_in, colour_hidden,
-                          colour_out);
+                          colour_out, tf32);
     const Tensor rgb = torch::stable::new_empty(features, {checked.samples, 3});
     const Tensor density = torch::stable::new_empty(features, {checked.samples});
     launch_tiny_mlp_forward(checked.in, mutable_cuda_data<float>(rgb), mutable_cuda_data<float>(density),
@@ -73,12 +76,12 @@ std::tuple<Tensor, Tensor> tiny_mlp_forward_cuda(Tensor features, Tensor harmoni
 
 Seven tiny_mlp_backward_cuda(Tensor grad_rgb, Tensor grad_density, Tensor features, Tensor harmonics,
                              Tensor rays, Tensor density_in, Tensor density_out, Tensor colour_in,
-                             std::optional<Tensor> colour_hidden, Tensor colour_out, bool wants_features,
-                             bool wants_harmonics) {
+                             std::optional<Tensor> colour_hidden, Tensor colour_out, bool tf32,
+                             bool wants_features, bool wants_harmonics) {
     const Checker check{"tiny_mlp_backward"};
     const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
     Checked checked(check, features, harmonics, rays, density_in, density_out, colour_in, colour_hidden,
-                    colour_out);
+                    colour_out, tf32);
     const FastSizes& sizes = checked.sizes;
     const int64_t H = sizes.hidden;
     const Tensor to_features =

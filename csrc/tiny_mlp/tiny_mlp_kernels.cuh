@@ -13,7 +13,9 @@ __global__ void __launch_bounds__(256)
     if (element >= layout.total) return;
     int m = kMatrices - 1;
     while (element < layout.matrix[m].at || layout.matrix[m].depth == 0) --m;
-    packed[element] = packed_weight(layout.matrix[m], element - layout.matrix[m].at);
+    const PackedMatrix& matrix = layout.matrix[m];
+    packed[element] = layout.tf32 ? packed_weight<true>(matrix, element - matrix.at)
+                                  : packed_weight<false>(matrix, element - matrix.at);
 }
 
 constexpr int kSumThreads = 256, kSumGroups = kSumThreads / kWarpSize;
@@ -48,45 +50,51 @@ inline std::size_t tiny_mlp_bytes(const FastSizes& sizes) {
     return tile_bytes(feature_rows(sizes) + kTileWidth + sizes.colour_inputs() + 8);
 }
 
+template <bool kTf32>
 MIPNERF_DEVICE void load_features(const TinyMlpArguments& in, std::int64_t own, float* column) {
     const FastSizes& sizes = in.networks.sizes;
     const int rows = padded_inputs(sizes);
     for (int k = 0; k < rows; ++k)
-        column[k * kRowStride] =
-            own < in.samples && k < sizes.encoded ? in.features[own * sizes.encoded + k] : 0.0f;
+        column[k * kRowStride] = own < in.samples && k < sizes.encoded
+                                     ? operand<kTf32>(in.features[own * sizes.encoded + k])
+                                     : 0.0f;
 }
 
+template <bool kTf32>
 MIPNERF_DEVICE void load_harmonics(const TinyMlpArguments& in, std::int64_t own, float* column) {
     const float* row = in.harmonics + (own < in.samples ? in.rays[own] * kHarmonics : 0);
 #pragma unroll
-    for (int g = 0; g < kHarmonics; ++g) column[g * kRowStride] = own < in.samples ? row[g] : 0.0f;
+    for (int g = 0; g < kHarmonics; ++g)
+        column[g * kRowStride] = own < in.samples ? operand<kTf32>(row[g]) : 0.0f;
 }
 
 // Block b writes everything of samples 64 b to 64 b + 63.
-__global__ void __launch_bounds__(kTileThreads)
+template <bool kTf32>
+__global__ void __launch_bounds__(kTileThreads, 6)
     tiny_mlp_forward_kernel(const __grid_constant__ TinyMlpArguments in, float* rgb, float* density) {
     const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileSamples;
     float* const features = shared_memory<float>();
     float* const inputs = features + feature_rows(in.networks.sizes) * kRowStride;
-    load_features(in, first + threadIdx.x, features + threadIdx.x);
-    load_harmonics(in, first + threadIdx.x, inputs + kGeometryFeatures * kRowStride + threadIdx.x);
+    load_features<kTf32>(in, first + threadIdx.x, features + threadIdx.x);
+    load_harmonics<kTf32>(in, first + threadIdx.x, inputs + kGeometryFeatures * kRowStride + threadIdx.x);
     block_sync();
-    const TileSums<kGeometryFeatures> geometry = density_layers(in.networks, features, features);
-    store_layer<LayerEnd::kNone>(geometry, inputs);
+    const TileSums<kGeometryFeatures> geometry = density_layers<kTf32>(in.networks, features, features);
+    store_layer<kTf32, LayerEnd::kOperand>(geometry, inputs);
     block_sync();
-    const TileSums<8> raw = colour_layers(in.networks, inputs, features, features);
-    const std::int64_t sample = first + 8 * tile_y();
+    const TileSums<8> raw = colour_layers<kTf32>(in.networks, inputs, features, features);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-        if (sample + j >= in.samples) continue;
-        if (tile_x() == 0) density[sample + j] = fast_density(geometry.of[0].value[j]);
-        if (tile_x() < 3) rgb[3 * (sample + j) + tile_x()] = fast_colour(raw.of[0].value[j]);
+        const std::int64_t sample = first + tile_sample(j);
+        if (sample >= in.samples) continue;
+        if (tile_x() == 0) density[sample] = fast_density(geometry.of[0].value[j]);
+        if (tile_x() < 3) rgb[3 * sample + tile_x()] = fast_colour(raw.of[0].value[j]);
     }
 }
 
 // Block b goes over tiles b, b + parts, ... and sums weight gradients into part b; of its samples it writes
 // the gradients of the features and adds those of the harmonics to their rays.
-__global__ void __launch_bounds__(kTileThreads)
+template <bool kTf32>
+__global__ void __launch_bounds__(kTileThreads, 6)
     tiny_mlp_backward_kernel(const __grid_constant__ TinyMlpArguments in, TinyMlpCotangents given) {
     const DeviceNetworks& networks = in.networks;
     const FastSizes& sizes = networks.sizes;
@@ -99,47 +107,53 @@ __global__ void __launch_bounds__(kTileThreads)
     bool is_first = true;
     for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTileSamples; first < in.samples;
          first += static_cast<std::int64_t>(gridDim.x) * kTileSamples) {
-        const std::int64_t own = first + threadIdx.x, sample = first + 8 * tile_y();
-        load_features(in, own, features + threadIdx.x);
-        load_harmonics(in, own, inputs + kGeometryFeatures * kRowStride + threadIdx.x);
+        const std::int64_t own = first + threadIdx.x;
+        load_features<kTf32>(in, own, features + threadIdx.x);
+        load_harmonics<kTf32>(in, own, inputs + kGeometryFeatures * kRowStride + threadIdx.x);
         block_sync();
-        const TileSums<kGeometryFeatures> geometry = density_layers(networks, features, hidden);
-        store_layer<LayerEnd::kNone>(geometry, inputs);
+        const TileSums<kGeometryFeatures> geometry = density_layers<kTf32>(networks, features, hidden);
+        store_layer<kTf32, LayerEnd::kOperand>(geometry, inputs);
         Floats<8> grad_raw{};  // of the density, in the threads that own output 0
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-            if (tile_x() == 0 && sample + j < in.samples && fast_density_is_free(geometry.of[0].value[j]))
-                grad_raw.value[j] = given.density[sample + j] * fast_density(geometry.of[0].value[j]);
+        for (int j = 0; j < 8; ++j) {
+            const std::int64_t sample = first + tile_sample(j);
+            if (tile_x() == 0 && sample < in.samples && fast_density_is_free(geometry.of[0].value[j]))
+                grad_raw.value[j] = given.density[sample] * fast_density(geometry.of[0].value[j]);
+        }
         block_sync();
-        const TileSums<8> raw = colour_layers(networks, inputs, hidden, last);
+        const TileSums<8> raw = colour_layers<kTf32>(networks, inputs, hidden, last);
         Floats<8> of_outputs{};
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-            if (tile_x() < 3 && sample + j < in.samples)
-                of_outputs.value[j] =
-                    given.rgb[3 * (sample + j) + tile_x()] * fast_colour_derivative(raw.of[0].value[j]);
-        store_eight(outputs + tile_x() * kRowStride + 8 * tile_y(), of_outputs);
+        for (int j = 0; j < 8; ++j) {
+            const std::int64_t sample = first + tile_sample(j);
+            if (tile_x() < 3 && sample < in.samples)
+                of_outputs.value[j] = operand<kTf32>(given.rgb[3 * sample + tile_x()] *
+                                                     fast_colour_derivative(raw.of[0].value[j]));
+        }
+        store_samples(outputs + tile_x() * kRowStride, of_outputs);
         block_sync();
         TileSums<kGeometryFeatures> sums =
-            colour_layers_backward(networks, inputs, outputs, hidden, last, is_first, part);
+            colour_layers_backward<kTf32>(networks, inputs, outputs, hidden, last, is_first, part);
         if (given.grad_harmonics != nullptr) {
             const TileSums<kHarmonics> harmonics =
-                layer_sums<kHarmonics>(networks.matrix(Matrix::kHarmonicsT), hidden, kTileWidth);
+                layer_sums<kTf32, kHarmonics>(networks.matrix(Matrix::kHarmonicsT), hidden, kTileWidth);
 #pragma unroll
             for (int i = 0; i < kHarmonics / 8; ++i)
 #pragma unroll
-                for (int j = 0; j < 8; ++j)
-                    if (sample + j < in.samples)
-                        atomic_add(given.grad_harmonics + in.rays[sample + j] * kHarmonics + tile_x() + 8 * i,
+                for (int j = 0; j < 8; ++j) {
+                    const std::int64_t sample = first + tile_sample(j);
+                    if (sample < in.samples)
+                        atomic_add(given.grad_harmonics + in.rays[sample] * kHarmonics + tile_x() + 8 * i,
                                    harmonics.of[i].value[j]);
+                }
         }
 #pragma unroll
         for (int j = 0; j < 8; ++j) sums.of[0].value[j] += grad_raw.value[j];
         block_sync();
-        store_layer<LayerEnd::kNone>(sums, inputs);
-        load_features(in, own, features + threadIdx.x);
+        store_layer<kTf32, LayerEnd::kOperand>(sums, inputs);
+        load_features<kTf32>(in, own, features + threadIdx.x);
         block_sync();
-        density_layers_backward(networks, features, inputs, hidden, is_first, part);
+        density_layers_backward<kTf32>(networks, features, inputs, hidden, is_first, part);
         if (given.grad_features != nullptr && own < in.samples)
             for (int k = 0; k < sizes.encoded; ++k)
                 given.grad_features[own * sizes.encoded + k] = features[k * kRowStride + threadIdx.x];
@@ -163,14 +177,18 @@ void launch_sum_parts(std::int64_t weights, int parts, const float* weight_parts
 
 void launch_tiny_mlp_forward(const TinyMlpArguments& in, float* rgb, float* density, Stream stream) {
     const FastSizes& sizes = in.networks.sizes;
-    MIPNERF_LAUNCH(tiny_mlp_forward_kernel, grid_size(ceil_div(in.samples, std::int64_t{kTileSamples})),
+    const auto tiny_mlp_forward =
+        in.networks.tf32 ? tiny_mlp_forward_kernel<true> : tiny_mlp_forward_kernel<false>;
+    MIPNERF_LAUNCH(tiny_mlp_forward, grid_size(ceil_div(in.samples, std::int64_t{kTileSamples})),
                    dim3(kTileThreads), tile_bytes(feature_rows(sizes) + sizes.colour_inputs()), stream, in,
                    rgb, density);
 }
 
 void launch_tiny_mlp_backward(const TinyMlpArguments& in, const TinyMlpCotangents& given, int parts,
                               Stream stream) {
-    MIPNERF_LAUNCH(tiny_mlp_backward_kernel, dim3(static_cast<unsigned>(parts)), dim3(kTileThreads),
+    const auto tiny_mlp_backward =
+        in.networks.tf32 ? tiny_mlp_backward_kernel<true> : tiny_mlp_backward_kernel<false>;
+    MIPNERF_LAUNCH(tiny_mlp_backward, dim3(static_cast<unsigned>(parts)), dim3(kTileThreads),
                    tiny_mlp_bytes(in.networks.sizes), stream, in, given);
 }
 

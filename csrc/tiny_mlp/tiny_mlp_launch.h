@@ -35,7 +35,9 @@ MIPNERF_HOST_DEVICE int gradient_rows(const FastSizes& sizes) {
     return (sizes.encoded + kGradientOutputs - 1) / kGradientOutputs * kGradientOutputs;
 }
 
-// One matrix as the layers read it: [depth, outputs], output o at column (o % 8) (outputs / 8) + o / 8.
+// One matrix as the layers read it. In float32 [depth, outputs], output o at column
+// (o % 8) (outputs / 8) + o / 8. In TF32, rounded, fragments of mma_m16n8k8_tf32: [depth / 8, outputs / 16,
+// 32 lanes, 4], of 16 outputs and 8 inputs each; 8 outputs take as much room as 16.
 struct PackedMatrix {
     const float* source;
     int rows, inputs;              // of the weights that are there
@@ -43,6 +45,9 @@ struct PackedMatrix {
     int depth, outputs;            // with padding; outputs 8, 16, 32 or 64
     int at;                        // in the packed array
 };
+MIPNERF_HOST_DEVICE constexpr int fragment_rows(int outputs) {
+    return (outputs + 15) / 16;
+}
 
 enum class Matrix {
     kDensityIn,
@@ -59,18 +64,20 @@ enum class Matrix {
 };
 constexpr int kMatrices = static_cast<int>(Matrix::kDensityInT) + kMaxTileInputs / kGradientOutputs;
 
-// The matrices, forward and transposed, one after the other; H padded to 64.
+// The matrices, forward and transposed, one after the other; H padded to 64. tf32: for the tensor cores.
 struct NetworkLayout {
     PackedMatrix matrix[kMatrices];
     int total;
+    bool tf32;
 
-    NetworkLayout(const FastSizes& sizes, const FastWeights<const float>& weights) : matrix{}, total(0) {
+    NetworkLayout(const FastSizes& sizes, const FastWeights<const float>& weights, bool in_tf32)
+        : matrix{}, total(0), tf32(in_tf32) {
         const int H = sizes.hidden, W = kTileWidth, C = sizes.colour_inputs(), G = kGeometryFeatures;
         int next = 0;
         const auto add = [&](const float* source, int rows, int inputs, int row_stride, int input_stride,
                              int depth, int outputs) {
             matrix[next++] = {source, rows, inputs, row_stride, input_stride, depth, outputs, total};
-            total += depth * outputs;
+            total += depth * (tf32 ? 16 * fragment_rows(outputs) : outputs);
         };
         const int second = sizes.colour_layers == 2 ? W : 0;  // of no depth: takes no room
         add(weights.density_in, H, sizes.inputs, sizes.inputs, 1, padded_inputs(sizes), W);
@@ -89,15 +96,16 @@ struct NetworkLayout {
     }
 };
 
-// The networks as the layers take them.
+// The networks as the layers take them; tf32 as in their layout.
 struct DeviceNetworks {
     FastSizes sizes;
+    bool tf32;
     const float* packed;
     int at[kMatrices];
 
     DeviceNetworks() = default;
     DeviceNetworks(const FastSizes& given, const NetworkLayout& layout, const float* array)
-        : sizes(given), packed(array) {
+        : sizes(given), tf32(layout.tf32), packed(array) {
         for (int m = 0; m < kMatrices; ++m) at[m] = layout.matrix[m].at;
     }
     MIPNERF_HOST_DEVICE const float* matrix(Matrix which, int more = 0) const {

@@ -12,7 +12,14 @@ from .fast_step import (
 )
 from .frustum_ipe import frustum_ipe
 from .hash_encode import hash_encode
-from .implementations import FAST_OPERATIONS, OPERATIONS, Implementation, backend_in_use, implementations
+from .implementations import (
+    FAST_OPERATIONS,
+    OPERATIONS,
+    Implementation,
+    backend_in_use,
+    implementations,
+    why_no_tf32,
+)
 from .march import march
 from .mlp import MipMLP, keeping_weights
 from .mlp_backends import MLP_BACKENDS, MLP_DTYPES, MlpChoice, MlpShape, choose_mlp
@@ -51,4 +58,5 @@ __all__ = [
     "resample",
     "sparse_adam",
     "tiny_mlp",
+    "why_no_tf32",
 ]

@@ -13,7 +13,11 @@ from .hash_encode import ATTENUATION_CODES
 
 
 class FastFields(NamedTuple):
-    """A fast model as the native operators take it: its parameters, its masks, its numbers; see `FastConfig`."""
+    """A fast model as the native operators take it: its parameters, its masks, its numbers; see `FastConfig`.
+
+    tf32: the networks' products with operands rounded to TF32, on tensor cores: see `reference.linear`. Of a CUDA
+    device of compute capability 8.0 or higher; the native operators refuse it anywhere else.
+    """
 
     tables: Tensor
     density_in: Tensor
@@ -34,6 +38,7 @@ class FastFields(NamedTuple):
     step_scale: float
     min_step: float
     max_step: float
+    tf32: bool = False
 
 
 class FastGradients(NamedTuple):

@@ -43,6 +43,9 @@ _KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "sparse_adam": {"cpu": (torch.float32,), "cuda": (torch.float32,)},
 }
 
+# Of the fast model, those whose products `FastConfig.mlp_dtype` decides.
+_WITH_NETWORKS = ("fast_step", "occupancy")
+
 # Decided when the package is imported: torch.compile can read module globals but not look for a library.
 _WHY_NO_LIBRARY = _native.why_missing()
 _WHY_NO_CUDA = "" if _native.build_info().get("cuda") else "the native library was built without CUDA kernels"
@@ -73,7 +76,7 @@ def implementations(
     """
     device = torch.device(device)
     return [
-        _mlp(device, dtype) if name == "mlp" else _implementation(name, device.type, dtype)
+        _mlp(device, dtype) if name == "mlp" else _implementation(name, device, dtype)
         for name in (*OPERATIONS, *FAST_OPERATIONS)
     ]
 
@@ -106,13 +109,26 @@ def why_no_kernel(operation: str, device_type: str, dtype: torch.dtype) -> str:
     return _WHY_NO_CUDA if device_type == "cuda" else ""
 
 
-def _implementation(operation: str, device_type: str, dtype: torch.dtype) -> Implementation:
+def why_no_tf32(device: torch.device) -> str:
+    """Why the kernels of the fast model's networks have no products in TF32 for a device; empty where they have."""
+    if device.type != "cuda":
+        return f"products in TF32 are of CUDA devices, not of {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"products in TF32 need compute capability 8.0, the GPU has {major}.{minor}"
+
+
+def _implementation(operation: str, device: torch.device, dtype: torch.dtype) -> Implementation:
+    device_type = device.type
     backend = current_backend()
     if backend == "reference":
         return Implementation(operation, "reference", "the backend is set to reference")
     missing = why_no_kernel(operation, device_type, dtype)
     if not missing:
-        return Implementation(operation, "native", f"kernel for {device_type}, {dtype}")
+        why = f"kernel for {device_type}, {dtype}"
+        if device_type == "cuda" and operation in _WITH_NETWORKS:
+            missing = why_no_tf32(device)
+            why += f", {missing}" if missing else ', products in TF32 unless mlp_dtype is "fp32"'
+        return Implementation(operation, "native", why)
     return Implementation(operation, "unavailable" if backend == "native" else "reference", missing)
 
 

@@ -11,7 +11,7 @@ from .. import _native, reference
 from ..reference import TinyMlp
 from .arguments import check_float, check_like, check_shape, require
 from .finite import reports_non_finite
-from .implementations import takes_kernel
+from .implementations import takes_kernel, why_no_tf32
 from .registration import register_differentiable
 
 _GEOMETRY, _HARMONICS = 16, 16
@@ -29,6 +29,8 @@ def tiny_mlp(
     colour_in: Tensor,
     colour_hidden: Tensor | None,
     colour_out: Tensor,
+    *,
+    tf32: bool = False,
 ) -> TinyMlp:
     """Colours and densities of encoded samples: the fast model's two networks.
 
@@ -43,6 +45,9 @@ def tiny_mlp(
         density_in: [H, I]; the inputs that features lack, E < I, count as zero. density_out: [16, H].
         colour_in: [H, 32]. colour_hidden: [H, H] or None. colour_out: [3, H]. The kernel takes H in multiples of 8 and
             I in multiples of 4, both up to 256.
+        tf32: round the operands of every product, forward and backward, to TF32: `reference.linear`. The kernel does
+            so on tensor cores, on CUDA devices of compute capability 8.0 and higher. Nothing but this argument
+            decides: torch.backends.cuda.matmul.allow_tf32 is not asked.
 
     Returns:
         TinyMlp: rgb [S, 3], density [S] per world unit; differentiable once in everything but rays.
@@ -98,16 +103,18 @@ def tiny_mlp(
         unsupported = f"the kernel takes multiples of 8 up to {widest} neurons, not {hidden}"
     elif inputs % 4 or inputs > most_inputs:
         unsupported = f"the kernel takes multiples of 4 up to {most_inputs} inputs, not {inputs}"
+    elif tf32:
+        unsupported = why_no_tf32(features.device)
     arguments = (features, harmonics, rays, density_in, density_out, colour_in, colour_hidden, colour_out)
     if not takes_kernel(name, features, unsupported):
-        return reference.tiny_mlp(*arguments)
-    return TinyMlp(*torch.ops.mipnerf_fast.tiny_mlp_forward(*arguments))
+        return reference.tiny_mlp(*arguments, tf32=tf32)
+    return TinyMlp(*torch.ops.mipnerf_fast.tiny_mlp_forward(*arguments, tf32))
 
 
 # ------------------------------------------------------------------------- the raw operators, as torch sees them
 
 
-def _forward_fake(features: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+def _forward_fake(features: Tensor, *others: Tensor | bool | None) -> tuple[Tensor, Tensor]:
     samples = features.shape[0]
     return features.new_empty((samples, 3)), features.new_empty((samples,))
 
@@ -123,6 +130,7 @@ def _backward_fake(
     colour_in: Tensor,
     colour_hidden: Tensor | None,
     colour_out: Tensor,
+    tf32: bool,
     wants_features: bool,
     wants_harmonics: bool,
 ) -> tuple[Tensor, ...]:
@@ -139,7 +147,8 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.tf32 = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, grad_rgb: Tensor, grad_density: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,7 +159,7 @@ def _differentiate(ctx: Any, grad_rgb: Tensor, grad_density: Tensor) -> tuple[Te
         # On a GPU the kernel adds samples to their rays in no particular order; torch can do it in a fixed one.
         saved[1:3] = rows[rays], torch.arange(rays.shape[0], device=rays.device)
     features, harmonics, *weights = torch.ops.mipnerf_fast.tiny_mlp_backward(
-        grad_rgb, grad_density, *saved, needs[0], needs[1]
+        grad_rgb, grad_density, *saved, ctx.tf32, needs[0], needs[1]
     )
     if by_sample:
         harmonics = torch.zeros_like(rows).index_add(0, rays, harmonics)
@@ -164,6 +173,7 @@ def _differentiate(ctx: Any, grad_rgb: Tensor, grad_density: Tensor) -> tuple[Te
         colour_in,
         colour_hidden if needs[6] else None,
         colour_out,
+        None,
     )
 
 

@@ -36,7 +36,16 @@ from .packed_composite import PackedComposite, packed_composite
 from .proposal import contract_gaussians, interlevel_loss
 from .resample import blur_weights, resample, sample_piecewise_constant, sample_t_vals
 from .sparse_adam import sparse_adam
-from .tiny_mlp import TinyMlp, colour_network, density_network, fast_density, spherical_harmonics, tiny_mlp
+from .tiny_mlp import (
+    TinyMlp,
+    colour_network,
+    density_network,
+    fast_density,
+    linear,
+    round_to_tf32,
+    spherical_harmonics,
+    tiny_mlp,
+)
 
 __all__ = [
     "Activations",
@@ -68,6 +77,7 @@ __all__ = [
     "hash_grid_of",
     "integrated_pos_enc",
     "interlevel_loss",
+    "linear",
     "march",
     "mask_for_width",
     "mip_mlp",
@@ -81,6 +91,7 @@ __all__ = [
     "packed_composite",
     "pos_enc",
     "resample",
+    "round_to_tf32",
     "sample_gaussians",
     "sample_piecewise_constant",
     "sample_t_vals",

@@ -55,6 +55,8 @@ class FieldsLike(Protocol):
     def min_step(self) -> float: ...
     @property
     def max_step(self) -> float: ...
+    @property
+    def tf32(self) -> bool: ...
 
 
 def fast_query(means: Tensor, scales: Tensor, viewdirs: Tensor, rays: Tensor, fields: FieldsLike) -> TinyMlp:
@@ -77,6 +79,7 @@ def fast_query(means: Tensor, scales: Tensor, viewdirs: Tensor, rays: Tensor, fi
         fields.colour_in,
         fields.colour_hidden,
         fields.colour_out,
+        tf32=fields.tf32,
     )
 
 

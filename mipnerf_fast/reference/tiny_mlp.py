@@ -1,8 +1,8 @@
-"""The two small networks of the fast model."""
+"""The two small networks of the fast model, and the rounding of their products' operands on tensor cores."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,13 +41,51 @@ def spherical_harmonics(directions: Tensor) -> Tensor:
     )
 
 
-def density_network(features: Tensor, density_in: Tensor, density_out: Tensor) -> Tensor:
+def round_to_tf32(x: Tensor) -> Tensor:
+    """To the nearest number of 10 fraction bits, ties away from zero, in x's own dtype, float32 or float64.
+
+    The exponent's range is that of the dtype; NaN and infinity stay. Source: PTX ISA, cvt.rna.tf32.
+    """
+    of_bits, dropped = (torch.int64, 42) if x.dtype == torch.float64 else (torch.int32, 13)
+    bits = x.view(of_bits) + (1 << dropped - 1) & -(1 << dropped)
+    return torch.where(x.isfinite(), bits.view(x.dtype), x)
+
+
+class _Tf32Linear(torch.autograd.Function):
+    """x weight^T with both operands rounded, in the two products of the backward pass too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x, weight = round_to_tf32(x), round_to_tf32(weight)
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = round_to_tf32(grad)
+        return grad @ weight, grad.T @ x
+
+
+def linear(x: Tensor, weight: Tensor, tf32: bool = False) -> Tensor:
+    """x weight^T [S, O] of x [S, I] and weight [O, I]; with tf32 the operands of every product are rounded to TF32.
+
+    So it is on tensor cores: products and sums in the dtype, and no rounding of the result. Gradients pass the rounding
+    as if it were not there; their products have rounded operands as well.
+    """
+    if not tf32:
+        return x @ weight.T
+    product: Tensor = _Tf32Linear.apply(x, weight)
+    return product
+
+
+def density_network(features: Tensor, density_in: Tensor, density_out: Tensor, tf32: bool = False) -> Tensor:
     """The 16 geometry features [S, 16] of encoded samples [S, I]: density_out relu(density_in f), without biases.
 
     Inputs that are missing at the end of f count as zero: the rows are padded to a multiple of 4.
     """
-    hidden = torch.relu(features @ density_in[:, : features.shape[1]].T)
-    return hidden @ density_out.T
+    hidden = torch.relu(linear(features, density_in[:, : features.shape[1]], tf32))
+    return linear(hidden, density_out, tf32)
 
 
 def fast_density(geometry: Tensor) -> Tensor:
@@ -62,6 +100,7 @@ def colour_network(
     colour_in: Tensor,
     colour_hidden: Tensor | None,
     colour_out: Tensor,
+    tf32: bool = False,
 ) -> Tensor:
     """Colours [S, 3] of samples; the view direction enters as one bias per ray.
 
@@ -74,11 +113,14 @@ def colour_network(
         rays: int64 [S].
         colour_in: [H, 32], W_g and W_v side by side. colour_hidden: [H, H] or None. colour_out: [3, H].
     """
-    bias = harmonics @ colour_in[:, 16:].T
-    hidden = torch.relu(geometry @ colour_in[:, :16].T + bias[rays])
+    if tf32:  # a gradient is rounded for every sample, not for every ray
+        hidden = torch.relu(linear(torch.cat([geometry, harmonics[rays]], -1), colour_in, tf32))
+    else:
+        bias = harmonics @ colour_in[:, 16:].T
+        hidden = torch.relu(geometry @ colour_in[:, :16].T + bias[rays])
     if colour_hidden is not None:
-        hidden = torch.relu(hidden @ colour_hidden.T)
-    logits = torch.clamp(hidden @ colour_out.T, -MAX_LOGIT, MAX_LOGIT)
+        hidden = torch.relu(linear(hidden, colour_hidden, tf32))
+    logits = torch.clamp(linear(hidden, colour_out, tf32), -MAX_LOGIT, MAX_LOGIT)
     return torch.sigmoid(logits) * (1 + 2 * RGB_PADDING) - RGB_PADDING
 
 
@@ -98,6 +140,8 @@ def tiny_mlp(
     colour_in: Tensor,
     colour_hidden: Tensor | None,
     colour_out: Tensor,
+    *,
+    tf32: bool = False,
 ) -> TinyMlp:
     """Both networks, one after the other: from encoded samples to colours and densities.
 
@@ -108,12 +152,13 @@ def tiny_mlp(
         rays: int64 [S], in [0, B), the ray of each sample.
         density_in: [H, I], I at least E. density_out: [16, H]. colour_in: [H, 32]. colour_hidden: [H, H] or None.
         colour_out: [3, H].
+        tf32: round the operands of every product, forward and backward: see `linear`.
 
     Returns:
         TinyMlp; differentiable in everything but rays.
 
     Source: Mueller et al. 2022, section 5.4 (the shape of the two networks).
     """
-    geometry = density_network(features, density_in, density_out)
-    rgb = colour_network(geometry, harmonics, rays, colour_in, colour_hidden, colour_out)
+    geometry = density_network(features, density_in, density_out, tf32)
+    rgb = colour_network(geometry, harmonics, rays, colour_in, colour_hidden, colour_out, tf32)
     return TinyMlp(rgb, fast_density(geometry))

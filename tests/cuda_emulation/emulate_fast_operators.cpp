@@ -126,7 +126,8 @@ static void tiny_mlp(const emulation::Program& program) {
     const NetworkLayout layout(sizes,
                                {program.input<float>("density_in"), program.input<float>("density_out"),
                                 program.input<float>("colour_in"), program.input<float>("colour_hidden"),
-                                program.input<float>("colour_out")});
+                                program.input<float>("colour_out")},
+                               program.integer("tf32") != 0);
     float* packed = scratch<float>("packed", layout.total);
     launch_pack_networks(layout, packed, nullptr);
     const TinyMlpArguments in{program.size("features", 0), DeviceNetworks(sizes, layout, packed),

@@ -28,9 +28,11 @@ struct Given {
         : sizes{static_cast<int>(program.size("resolutions", 0) * program.size("tables", 1)),
                 static_cast<int>(program.size("density_in", 1)),
                 static_cast<int>(program.size("density_in", 0)), program.has("colour_hidden") ? 2 : 1},
-          layout(sizes, {program.input<float>("density_in"), program.input<float>("density_out"),
-                         program.input<float>("colour_in"), program.input<float>("colour_hidden"),
-                         program.input<float>("colour_out")}) {
+          layout(sizes,
+                 {program.input<float>("density_in"), program.input<float>("density_out"),
+                  program.input<float>("colour_in"), program.input<float>("colour_hidden"),
+                  program.input<float>("colour_out")},
+                 program.integer("tf32") != 0) {
         model.grid =
             hash_grid(program.input<std::int64_t>("resolutions"),
                       static_cast<int>(program.size("resolutions", 0)), program.integer("table_size"));

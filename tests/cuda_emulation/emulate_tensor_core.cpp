@@ -28,6 +28,25 @@ __global__ void product_kernel(const T* a, const T* b, const float* c, float* d,
     for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * q + i % 2] = sum[i];
 }
 
+// The same for TF32 and 8 columns of a; each operand by the lane that the ISA names. Fault 1: one lane stays
+// away. Fault 3: an operand is not rounded.
+__global__ void tf32_product_kernel(const float* a, const float* b, const float* c, float* d, int fault) {
+    const int g = lane_index() / 4, q = lane_index() % 4;
+    Pack<float, 4> of_a;
+    float of_b[2], sum[4];
+    for (int r = 0; r < 4; ++r) of_a.value[r] = round_to_tf32(a[(g + r % 2 * 8) * 8 + q + r / 2 * 4]);
+    for (int r = 0; r < 2; ++r) of_b[r] = round_to_tf32(b[(q + 4 * r) * 8 + g]);
+    for (int r = 0; r < 4; ++r) sum[r] = c[(g + r / 2 * 8) * 8 + 2 * q + r % 2];
+    if (fault == 1 && lane_index() == 13) return;
+    if (fault == 3 && lane_index() == 13) of_b[1] = b[(q + 4) * 8 + g];
+    mma_m16n8k8_tf32(sum, of_a, of_b[0], of_b[1]);
+    for (int r = 0; r < 4; ++r) d[(g + r / 2 * 8) * 8 + 2 * q + r % 2] = sum[r];
+}
+
+__global__ void rounded_kernel(const float* x, float* y, int n) {
+    for (int i = thread_rank(); i < n; i += kWarpSize) y[i] = round_to_tf32(x[i]);
+}
+
 // What each lane gets of four 8 x 8 matrices, straight and transposed.
 __global__ void matrices_kernel(const std::uint16_t* x, unsigned* y) {
     std::uint16_t* shared = shared_memory<std::uint16_t>();
@@ -87,6 +106,13 @@ int main(int argc, char** argv) {
             launch(Half{});
         else
             launch(Bfloat16{});
+    } else if (kernel == "tf32_product") {
+        MIPNERF_LAUNCH(tf32_product_kernel, dim3(1), dim3(32), 0, nullptr, program.input<float>("a"),
+                       program.input<float>("b"), program.input<float>("c"), program.output<float>("d"),
+                       static_cast<int>(program.integer("fault")));
+    } else if (kernel == "rounded") {
+        MIPNERF_LAUNCH(rounded_kernel, dim3(1), dim3(32), 0, nullptr, program.input<float>("x"),
+                       program.output<float>("y"), static_cast<int>(program.size("x", 0)));
     } else if (kernel == "matrices") {
         MIPNERF_LAUNCH(matrices_kernel, dim3(1), dim3(32), 512, nullptr,
                        reinterpret_cast<const std::uint16_t*>(program.input<Half>("x")),

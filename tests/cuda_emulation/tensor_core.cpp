@@ -77,6 +77,31 @@ MIPNERF_UNCHECKED void perform_mma_half(void* const lanes[32]) {
     perform_mma<Half>(lanes);
 }
 
+MIPNERF_UNCHECKED void perform_mma_tf32(void* const lanes[32]) {
+    double a[16][8], b[8][8];
+    for (int i = 0; i < 32; ++i) {
+        const Tf32Lane& lane = *static_cast<const Tf32Lane*>(lanes[i]);
+        const int g = i / 4, q = i % 4;
+        for (int r = 0; r < 4; ++r) a[g + r % 2 * 8][q + r / 2 * 4] = lane.a[r];
+        for (int r = 0; r < 2; ++r) b[q + 4 * r][g] = lane.b[r];
+    }
+    for (int i = 0; i < 32; ++i) {
+        float* d = static_cast<const Tf32Lane*>(lanes[i])->d;
+        const int g = i / 4, q = i % 4;
+        for (int r = 0; r < 4; ++r) {
+            double sum = d[r];
+            for (int k = 0; k < 8; ++k) sum += a[g + r / 2 * 8][k] * b[k][2 * q + r % 2];
+            d[r] = static_cast<float>(sum);
+        }
+    }
+}
+
+MIPNERF_UNCHECKED void require_tf32(float operand) {
+    std::uint32_t bits;
+    memcpy(&bits, &operand, sizeof bits);
+    if ((bits & 0x1fffu) != 0) fail("mma_m16n8k8_tf32: the operand %.9g was not rounded to TF32", operand);
+}
+
 MIPNERF_UNCHECKED void perform_ldmatrix(void* const lanes[32]) {
     for (int i = 0; i < 32; ++i)
         for (int j = 0; j < 4; ++j) {

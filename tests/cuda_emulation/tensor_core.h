@@ -4,6 +4,8 @@
 //
 // - mma or ldmatrix by less than a whole warp, or by lanes at different places;
 //
+// - an operand of mma_m16n8k8_tf32 that was not rounded: the tensor core would cut its last 13 bits off;
+//
 // - an access to bytes that an asynchronous copy may still be writing (in the "races" build whoever reads or
 //   writes them, in the "memory" build they are 0xff, NaN, until the wait), and, after the wait, one by
 //   another thread with no barrier between;
@@ -36,6 +38,13 @@ inline void (*mma_of(Half))(void* const[32]) {
     return perform_mma_half;
 }
 
+struct Tf32Lane {
+    float* d;
+    float a[4], b[2];
+};
+void perform_mma_tf32(void* const lanes[32]);
+void require_tf32(float operand);
+
 struct MatrixLane {
     Pack<std::uint16_t, 8> row;
     unsigned* result;
@@ -53,6 +62,19 @@ template <typename T>
 void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1 MIPNERF_SITE) {
     emulation::MmaLane mine{d, a, {b0, b1}};
     emulation::warp_collective("mma_m16n8k16", emulation::mma_of(T{}), &mine, site);
+}
+
+inline float round_to_tf32(float x) {
+    const std::uint32_t bits = detail::bit_copy<std::uint32_t>(x);
+    const bool is_number = (bits & 0x7fffffffu) <= 0x7f800000u;
+    return detail::bit_copy<float>(is_number ? (bits + 0x1000u) & 0xffffe000u : 0x7fffe000u);
+}
+
+inline void mma_m16n8k8_tf32(float (&d)[4], const Pack<float, 4>& a, float b0, float b1 MIPNERF_SITE) {
+    emulation::Tf32Lane mine{d, {a.value[0], a.value[1], a.value[2], a.value[3]}, {b0, b1}};
+    for (float operand : mine.a) emulation::require_tf32(operand);
+    for (float operand : mine.b) emulation::require_tf32(operand);
+    emulation::warp_collective("mma_m16n8k8_tf32", emulation::perform_mma_tf32, &mine, site);
 }
 
 inline void ldmatrix_x4(unsigned (&r)[4], const void* row MIPNERF_SITE) {
