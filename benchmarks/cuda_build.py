@@ -36,7 +36,14 @@ assert (ours - exact).abs().max() < 1e-5, "the CPU path of this library is wrong
 # Another path, of torch's operators, serves the CPU: ops/mlp_folded.py.
 CUDA_ONLY = {
     "mipnerf_fast::" + name
-    for name in ("mlp_pack", "mlp_forward", "mlp_encoded_forward", "mlp_backward", "gemm_cublaslt")
+    for name in (
+        "mlp_pack",
+        "mlp_forward",
+        "mlp_encoded_forward",
+        "mlp_composited_forward",
+        "mlp_backward",
+        "gemm_cublaslt",
+    )
 }
 # A step that a CUDA graph captures has no counterpart on the CPU either.
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key

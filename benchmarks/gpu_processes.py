@@ -11,19 +11,25 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def touch_kernels(device_name: str = "cuda") -> int:
-    """Launch every kernel of the exact model on small shapes, forward and backward: what the sanitizer watches."""
+    """Launch every kernel of both models on small shapes, forward and backward: what the sanitizer watches."""
     import torch
 
-    from benchmarks.bench_train import engine_names
+    from benchmarks.bench_train import engine_names, random_images
     from mipnerf_fast import MipNerf, MipNerfConfig, cameras, ops, use_backend
+    from mipnerf_fast.data.ray_batches import MODES, RayBatches
 
     device = torch.device(device_name)
+    for mode in MODES:
+        RayBatches(random_images(3, 20), device, mode).draw(0, torch.tensor(1, device=device), 33)
     generator = torch.Generator(device).manual_seed(0)
     rays = cameras.pinhole_rays(torch.eye(4)[:3], 5, 7, 8.0).flatten().map(lambda field: field.to(device))
     for samples, width in ((33, 64), (128, 256)):
@@ -48,9 +54,41 @@ def touch_kernels(device_name: str = "cuda") -> int:
         t, o, d, r = (x.clone().requires_grad_() for x in (t_vals, rays.origins, rays.directions, rays.radii))
         with use_backend("native"):
             ops.frustum_ipe(t, o, d, r, out_dtype=features).float().square().sum().backward()
+    touch_fast_kernels(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return 0
+
+
+def touch_fast_kernels(device: torch.device) -> None:
+    """The fast model's: operators one by one, steps as trained in every precision, and rendering."""
+    import torch
+
+    from benchmarks.bench_train import random_images
+    from mipnerf_fast import ops, preset
+    from mipnerf_fast.config import FastConfig
+    from mipnerf_fast.determinism import deterministic
+    from mipnerf_fast.fast_training import UPDATE_EVERY, FastTrainer
+
+    images = random_images(3, 20)
+    base = preset("fast")
+    assert isinstance(base.model, FastConfig)
+    on_gpu = device.type == "cuda"
+    has_tf32 = on_gpu and torch.cuda.get_device_capability(device)[0] >= 8
+    for dtype in ("fp32", "tf32") if has_tf32 else ("fp32",):
+        sized = dataclasses.replace(base.model.for_images(20), mlp_dtype=dtype)
+        for is_deterministic in (False, True):
+            config = dataclasses.replace(
+                base, model=sized, batch_size=1024, deterministic=is_deterministic, capture=False
+            )
+            with deterministic(is_deterministic):
+                trainer = FastTrainer(config, images, device)
+                for _ in range(UPDATE_EVERY + 1):  # so that the occupancy grid is renewed too
+                    loss = trainer.train_step().loss
+            print(f"fast model, {dtype}, deterministic {is_deterministic}: loss {loss:.4f}")
+        trainer.model.eval().query(torch.rand(70, 3, device=device), torch.rand(70, 3, device=device), 0.01)
+        rays = ops.draw_rays(trainer.source, 0, 1, 70, True, 1.0)[0]
+        ops.fast_render(rays, trainer.model.fields())
 
 
 def train_multiscale(

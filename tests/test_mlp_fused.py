@@ -15,7 +15,7 @@ from cuda_emulation.harness import run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mipnerf_fast import MipNerf, MipNerfConfig, _native, cameras, reference, use_backend
+from mipnerf_fast import MipNerf, MipNerfConfig, _native, cameras, reference, use_backend, verification_mlp
 from mipnerf_fast.ops import MipMLP, MlpChoice, keeping_weights, mlp_fused_network
 from mipnerf_fast.ops.arguments import DENSITY_ACTIVATIONS, RGB_ACTIVATIONS
 from mipnerf_fast.ops.mlp_autograd import Architecture
@@ -532,3 +532,20 @@ def test_error_is_within_twice_that_of_autocast(
         exact, results(torch.float32, True, False), results(torch.float32, False, True), strict=True
     ):
         assert (other - one).norm() <= 2 * (rounded - one).norm()
+
+
+def test_what_verify_calls_from_rays_to_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two sides are the same function, so that what they differ by on a GPU is the kernel's."""
+    take(TWINS, monkeypatch)
+    arrays = verification_mlp._ray_arrays(torch.Generator().manual_seed(1))
+    arrays = {name: value.double() for name, value in arrays.items()}
+    with use_backend("reference"):
+        wanted = verification_mlp._from_rays(arrays, None)
+    choice = MlpChoice("fused", torch.float64, "for a test")
+    monkeypatch.setattr(MipMLP, "implementation", property(lambda _: choice))
+    given = verification_mlp._from_rays(arrays, None)
+    assert set(given) == set(wanted)
+    for name, one in given.items():
+        torch.testing.assert_close(one, wanted[name], rtol=1e-9, atol=1e-9)
+    assert verification_mlp.MLP_CASES[0].served is not None
+    assert verification_mlp.MLP_CASES[0].served(torch.device("cpu"), torch.float32, torch.bfloat16) is None
