@@ -129,7 +129,7 @@ class MipMLP(nn.Module):
         """Raw rgb [B, N, 3] and raw density [B, N, 1] from features [B, N, F] and encoded directions [B, V].
 
         Errors: ValueError for a shape, dtype or device that does not fit, naming the argument; RuntimeError where the
-        backend cannot serve, and for a second derivative of all but the reference.
+        backend cannot serve, and for a second derivative (but the reference's, and of few samples on a CPU).
         """
         self._check(features, viewdirs_enc)
         choice = self.implementation
