@@ -95,8 +95,10 @@ setup: $(INSTALLED) $(NATIVE_STAMP)
 demo: setup
 	$(PYTHON_RUN) benchmarks/demo.py --out outputs/demo
 
+# Two files of tests at a time, where the interpreter can: most of the time goes into compiling and running emulated
+# kernels, one after the other in a file.
 test: setup
-	$(PYTHON_RUN) -m pytest $(ARGS)
+	$(PYTHON_RUN) -m pytest $$($(PYTHON_RUN) -c 'import xdist' 2>/dev/null && echo '-n 2 --dist loadfile') $(ARGS)
 
 lint: setup
 	$(PYTHON_RUN) -m ruff check $(PYTHON_SOURCES)

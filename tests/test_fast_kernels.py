@@ -792,6 +792,7 @@ BARRIERS = {
     "fast_step/fast_render.cuh": small_render,
     "tiny_mlp/tiny_mlp_device.cuh": small_tiny_mlp,
     "tiny_mlp/tiny_mlp_kernels.cuh": small_tiny_mlp,
+    "tiny_mlp/tiny_mlp_products.cuh": small_tiny_mlp,
     "occupancy/occupancy_kernels.cuh": small_visits,
 }
 PLACES = [

@@ -338,7 +338,7 @@ def check_wgrad(network, kept, deltas, y):
         assert (np.abs(y["ray_sums"] - of_rays.sum(1)) <= bound).all()
 
 
-# Three programs, each a width and a type: compiling is what costs.
+# Five programs, each a width and a type: compiling is what costs.
 SHAPES = [
     Shape(),
     Shape(features=60, rays=1, samples_per_ray=1),
@@ -349,6 +349,8 @@ SHAPES = [
     ),
     Shape(width=128, depth=2, view_width=112, view_depth=2, type="Half", rays=2),
     Shape(width=128, depth=3, skip_layer=2, view_width=0, view_depth=0, type="Half"),
+    Shape(depth=3, skip_layer=1, view_width=16, view_depth=2, type="Half", rays=2),
+    Shape(width=256, depth=2, skip_layer=1, view_width=128, type="Half", rays=1, samples_per_ray=70),
     Shape(width=256, rays=1, view_width=128, samples_per_ray=128),
     Shape(width=256, depth=3, skip_layer=1, view_width=256, rays=2, samples_per_ray=33),
 ]

@@ -118,6 +118,8 @@ NETWORKS = {
     "half, three tiles": (Network(6, 64, 8, 2, 64, 3, "float16"), 3, 100),
     "width 128": (Network(96, 128, 3, 2, 64, 1), 43, 3),
     "half, skip in heads, no view": (Network(24, 64, 4, 3, dtype="float16"), 130, 1),
+    "half, width 128": (Network(48, 128, 3, 1, 32, 1, "float16"), 5, 27),
+    "half, width 256": (Network(24, 256, 2, 1, 128, 2, "float16"), 2, 65),
     "the paper's": (PAPER, 1, 129),
     "narrow view": (Network(48, 256, 2, 1, 16, 1), 11, 3),
     "width 256, no view": (Network(30, 256, 3, 5), 5, 8),

@@ -23,6 +23,7 @@ from mipnerf_fast.checkpoint import checkpoint_path, load_checkpoint
 from mipnerf_fast.data import Dataset, RayBatches
 from mipnerf_fast.determinism import deterministic
 from mipnerf_fast.flat_parameters import FlatParameters
+from mipnerf_fast.ops import mlp_few_samples
 from mipnerf_fast.ops.finite import reports_non_finite
 from mipnerf_fast.readback import Readback
 from mipnerf_fast.trainer import Trainer
@@ -122,8 +123,12 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("depth", [2, 5])
-def test_the_step_launches_little_beside_its_operators(dataset: Dataset, depth: int) -> None:
+def test_the_step_launches_little_beside_its_operators(
+    dataset: Dataset, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many parameters there are: on a GPU each of these takes as long as a small kernel takes to start."""
+    # As on a GPU, where no batch is so small that torch's autograd goes back through the network's layers.
+    monkeypatch.setattr(mlp_few_samples, "_FEW", 0)
     config = tiny(model=dataclasses.replace(TINY.model, net_depth=depth))
     work = Trainer(config, dataset).work
     with Launches() as first:
