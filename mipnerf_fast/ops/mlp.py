@@ -149,14 +149,22 @@ class MipMLP(nn.Module):
 
     @property
     def encodes(self) -> bool:
-        """Whether, as things are now, `encoded` and `composited` serve: in the fused kernels, without gradients."""
-        return self.tcnn is None and not torch.is_grad_enabled() and self.implementation.engine == "fused"
+        """Whether, as things are now, `encoded` and `composited` serve: in the fused kernels, without gradients.
+
+        Not under torch.compile, which takes the operators that stand for forward and backward.
+        """
+        if self.tcnn is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return self.implementation.engine == "fused"
 
     def composites(self, samples: int, density_alone: bool = False) -> bool:
         """Whether `composited` serves rays of so many samples."""
-        _, architecture = self._network(density_alone)
+        if not self.encodes:
+            return False
+        view_depth = 0 if density_alone else self.net_depth_condition
+        architecture = Architecture(self.net_depth, view_depth, self.skip_layer)
         has_views = self.shape.view_features is not None and not density_alone
-        return self.encodes and not why_not_composited(samples, architecture, has_views)
+        return not why_not_composited(samples, architecture, has_views)
 
     @reports_non_finite("mlp", "rgb", "density")
     def encoded(
