@@ -1,5 +1,5 @@
-// What the programs of both generations of the fused network are told of compositing. To be included after the
-// kernels, which may be those of a copy with faults.
+// What the programs of both generations of the fused network are told of compositing. To be included after
+// the kernels, which may be those of a copy with faults.
 #pragma once
 
 #include "program.h"
