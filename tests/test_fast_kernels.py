@@ -68,7 +68,7 @@ def within_tf32(
     error = np.linalg.norm(found.astype(np.float64).reshape(truth.shape) - truth.detach().numpy())
     of_float32 = (rounded.double() - truth).norm().item()
     of_rounding = (truth - exact).norm().item()
-    assert error <= 2 * of_float32 + of_rounding / 8 + floor * size
+    assert error <= 2 * of_float32 + of_rounding / 16 + floor * size
 
 
 def bounded(found: np.ndarray, rounded: Tensor, truth: Tensor, floor: float = FLOOR) -> None:
