@@ -1,11 +1,15 @@
 """The fast model's operations for `verify`: each with arrays on which rounding decides nothing but roundings.
 
 Rays and points keep away from the faces of cells, where the last bit of a position decides what is found.
+
+The networks' products in TF32 are cases of their own, where the device has them. What float64 computes there is not
+rounded to TF32; the reference in float32 is, so a kernel's error stays within twice what this rounding makes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +17,7 @@ from torch import Tensor
 from . import fast_reference, ops, reference
 from .backend import current_backend
 from .ops.fast_step import FastFields, FastGradients, MarchRays, PixelSource
+from .ops.implementations import why_no_kernel
 from .verification_case import Case, Tensors
 
 _GRID = reference.hash_grid(levels=4, coarsest=4, finest=40, table_size=2**9)
@@ -41,6 +46,14 @@ def _randn(generator: torch.Generator, *shape: int) -> Tensor:
 
 def _native() -> bool:
     return current_backend() != "reference"
+
+
+def _served_in_tf32(operation: str) -> Callable[[torch.device, torch.dtype, torch.dtype | None], str | None]:
+    def served(device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype | None) -> str | None:
+        missing = ops.why_no_tf32(device) or why_no_kernel(operation, device.type, dtype)
+        return None if missing else "tensor cores"
+
+    return served
 
 
 # ----------------------------------------------------------------------------------------------------- encoding
@@ -170,7 +183,8 @@ def _networks(generator: torch.Generator, layers: int) -> Tensors:
     return arrays
 
 
-def _fields(a: Tensors) -> FastFields:
+def _fields(a: Tensors, tf32: bool = False) -> FastFields:
+    """The model in arrays; tf32: its products in TF32, but in float64, which is what they are compared with."""
     return FastFields(
         tables=a["tables"],
         density_in=a["density_in"],
@@ -191,6 +205,7 @@ def _fields(a: Tensors) -> FastFields:
         step_scale=_MARCH["step_scale"],
         min_step=_MARCH["min_step"],
         max_step=_MARCH["max_step"],
+        tf32=tf32 and a["tables"].dtype == torch.float32,
     )
 
 
@@ -202,37 +217,48 @@ def _marched(a: Tensors) -> MarchRays:
     return MarchRays(*(a[name] for name in MarchRays._fields))
 
 
-def _render(a: Tensors, out_dtype: torch.dtype | None) -> Tensors:
-    del out_dtype
+def _render(a: Tensors, tf32: bool) -> Tensors:
     render = ops.fast_render if _native() else fast_reference.fast_render
-    return dict(zip(("rgb", "distance", "acc"), render(_marched(a), _fields(a)), strict=True))
+    return dict(zip(("rgb", "distance", "acc"), render(_marched(a), _fields(a, tf32)), strict=True))
 
 
-def _step(a: Tensors, out_dtype: torch.dtype | None) -> Tensors:
-    del out_dtype
-    fields = _fields(a)
+def _step(a: Tensors, tf32: bool) -> Tensors:
+    fields = _fields(a, tf32)
     gradients = FastGradients(
         *(None if a.get(name) is None else torch.zeros_like(a[name]) for name in FastGradients._fields)  # type: ignore[arg-type]
     )
     step = ops.fast_train_step if _native() else fast_reference.fast_train_step
     found = step(_marched(a), a["target"], 0.1, fields, gradients)
     numbers = torch.tensor([found.loss, found.squared_error], dtype=torch.float64)
-    counts = torch.tensor([found.samples, found.counted])
     named = {f"gradient to {n}": g for n, g in gradients._asdict().items() if g is not None}
-    return {"loss and squared error": numbers, "samples": counts} | named
+    if not tf32:  # where a ray ends is the rounding of its densities too
+        named["samples"] = torch.tensor([found.samples, found.counted])
+    return {"loss and squared error": numbers} | named
 
 
-def _step_case(layers: int, name: str) -> Case:
-    return Case(
-        "fast_step",
-        name,
-        ("tables",),
-        _step,
-        differentiable=False,
-        in_dtypes=_FLOAT32,
-        make=lambda generator: _scene(layers, generator),
-        unit="row",
-    )
+def _of_model(
+    operation: str,
+    name: str,
+    run: Callable[[Tensors, bool], Tensors],
+    make: Callable[[torch.Generator], Tensors],
+    unit: str,
+) -> tuple[Case, Case]:
+    """What the whole model computes, in float32 and with products in TF32."""
+
+    def case(tf32: bool) -> Case:
+        return Case(
+            operation,
+            f"{name}, TF32" if tf32 else name,
+            (),
+            lambda a, out_dtype: run(a, tf32),
+            differentiable=False,
+            in_dtypes=_FLOAT32,
+            make=make,
+            unit=unit,
+            served=_served_in_tf32(operation) if tf32 else None,
+        )
+
+    return case(False), case(True)
 
 
 # ------------------------------------------------------------------------------------------ networks, compositing
@@ -253,20 +279,23 @@ def _samples(layers: int, generator: torch.Generator) -> Tensors:
     )
 
 
-def _mlp(layers: int) -> Case:
+def _mlp(layers: int, tf32: bool) -> Case:
     hidden = ("colour_hidden",) if layers == 2 else ()
     names = ("features", "harmonics", "density_in", "density_out", "colour_in", *hidden, "colour_out")
 
     def run(a: Tensors, out_dtype: torch.dtype | None) -> Tensors:
         del out_dtype
         weights = (a["density_in"], a["density_out"], a["colour_in"], a.get("colour_hidden"), a["colour_out"])
-        return ops.tiny_mlp(a["features"], a["harmonics"], a["rays"], *weights)._asdict()
+        rounds = tf32 and a["features"].dtype == torch.float32
+        return ops.tiny_mlp(a["features"], a["harmonics"], a["rays"], *weights, tf32=rounds)._asdict()
 
     return Case(
         "tiny_mlp",
-        f"{layers} colour layer{'s' if layers == 2 else ''}",
+        f"{layers} colour layer{'s' if layers == 2 else ''}{', TF32' if tf32 else ''}",
         names,
         run,
+        in_dtypes=_FLOAT32 if tf32 else (torch.float32, torch.float64),
+        served=_served_in_tf32("tiny_mlp") if tf32 else None,
         make=lambda generator: _samples(layers, generator),
         unit="row",
     )
@@ -305,12 +334,11 @@ def _occupancy(generator: torch.Generator) -> Tensors:
     return arrays | {"densities": (2 * _rand(generator, _CELLS, _CELLS, _CELLS)).float().double()}
 
 
-def _update(a: Tensors, out_dtype: torch.dtype | None) -> Tensors:
-    del out_dtype
+def _update(a: Tensors, tf32: bool) -> Tensors:
     densities, masks = a["densities"].clone(), a["masks"].clone()
     update = ops.occupancy_update if _native() else fast_reference.occupancy_update
     # The mean of the grid is above the largest threshold allowed: rounding does not decide which cells are occupied.
-    update(densities, 0.01, 7, 32, 16, 0.5, 0.25, _fields(a | {"masks": masks}))
+    update(densities, 0.01, 7, 32, 16, 0.5, 0.25, _fields(a | {"masks": masks}, tf32))
     return {"densities": densities}
 
 
@@ -376,7 +404,7 @@ FAST_CASES = (
     Case("draw_rays", "random background", (), _draw, False, in_dtypes=_FLOAT32, make=_source, unit="ray"),
     Case("march", "rays of many widths", (), _march, False, make=_rays, unit="sample"),
     *(_encode(kind) for kind in ("gaussian", "erf", "none")),
-    *(_mlp(layers) for layers in (1, 2)),
+    *(_mlp(layers, tf32) for tf32 in (False, True) for layers in (1, 2)),
     Case(
         "packed_composite",
         "rays that end early, empty rays",
@@ -385,19 +413,10 @@ FAST_CASES = (
         make=_packed,
         unit="row",
     ),
-    _step_case(1, "training step"),
-    _step_case(2, "training step, two colour layers"),
-    Case(
-        "fast_step",
-        "rendering",
-        (),
-        _render,
-        False,
-        in_dtypes=_FLOAT32,
-        make=lambda generator: _scene(1, generator),
-        unit="ray",
-    ),
-    Case("occupancy", "visited cells", (), _update, False, in_dtypes=_FLOAT32, make=_occupancy, unit="layer"),
+    *_of_model("fast_step", "training step", _step, lambda g: _scene(1, g), "row"),
+    *_of_model("fast_step", "training step, two colour layers", _step, lambda g: _scene(2, g), "row"),
+    *_of_model("fast_step", "rendering", _render, lambda g: _scene(1, g), "ray"),
+    *_of_model("occupancy", "visited cells", _update, _occupancy, "layer"),
     Case("occupancy", "masks", (), _build_masks, False, in_dtypes=_FLOAT32, make=_occupancy, unit="word"),
     Case(
         "sparse_adam",

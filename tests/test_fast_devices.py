@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from test_fast_step import SMALL, _composed, _model, _rays, _source
 from test_fast_training import _config, _psnr, _spheres
+from tf32_bound import within_tf32
 from torch import Tensor
 
 from mipnerf_fast import ops, reference, use_backend
@@ -147,6 +149,34 @@ def test_tiny_mlp(device: torch.device) -> None:
         bounded(found, rounded, truth)
 
 
+def test_tiny_mlp_in_tf32(device: torch.device) -> None:
+    """Or, where there is no such product, its refusal."""
+    shapes = {"in": (64, 36), "out": (16, 64), "colour": (64, 32), "hidden": (64, 64), "last": (3, 64)}
+    weights = [torch.randn(shape) / math.sqrt(shape[1]) for shape in shapes.values()]
+    features, harmonics, index = torch.randn(500, 35), torch.randn(20, 16), torch.randint(20, (500,))
+
+    def run(backend: str, place: torch.device, dtype: torch.dtype, tf32: bool) -> list[Tensor]:
+        leaves = [x.to(place, dtype, copy=True).requires_grad_() for x in (features, harmonics, *weights)]
+        with use_backend(backend):
+            rgb, density = ops.tiny_mlp(leaves[0], leaves[1], index.to(place), *leaves[2:], tf32=tf32)
+        (rgb.square().sum() + density.log().sum()).backward()
+        return [x.detach() for x in (rgb, density, *(leaf.grad for leaf in leaves)) if x is not None]
+
+    missing = ops.why_no_tf32(device)
+    if missing:
+        with pytest.raises(RuntimeError, match=re.escape(missing)):
+            run("native", device, torch.float32, True)
+        return
+    cpu = torch.device("cpu")
+    wanted = [
+        run("reference", cpu, torch.float32, True),
+        run("reference", cpu, torch.float64, True),
+        run("reference", cpu, torch.float64, False),
+    ]
+    for found, *numbers in zip(run("native", device, torch.float32, True), *wanted, strict=True):
+        within_tf32(found, *numbers)
+
+
 def test_gradients_of_the_networks_have_the_same_bits_on_request(device: torch.device) -> None:
     shapes = {"in": (64, 36), "out": (16, 64), "colour": (64, 32), "hidden": (64, 64), "last": (3, 64)}
     weights = [torch.randn(shape, device=device) / math.sqrt(shape[1]) for shape in shapes.values()]
@@ -192,6 +222,37 @@ def test_step_and_render(device: torch.device, is_deterministic: bool) -> None:
     assert found.is_finite and 0 < found.counted <= found.samples
     for name, gradient in truth_grads.items():
         bounded(getattr(gradients, name), rounded_grads[name], gradient)
+
+
+def test_step_and_render_in_tf32(device: torch.device) -> None:
+    """Or, where there is no such product, their refusal."""
+    model, rays, target = _model(SMALL), _rays(), torch.rand(70, 3)
+    with torch.no_grad():
+        model.density_out[0] += 1.2
+    fields = model.fields()
+
+    def composed(dtype: torch.dtype, tf32: bool) -> list[Tensor]:
+        result, parameters = _composed(rays, fields._replace(tf32=tf32), dtype)
+        loss = torch.nn.functional.smooth_l1_loss(result.rgb, target.to(dtype), beta=0.1)
+        grads = torch.autograd.grad(loss, list(parameters.values()))
+        return [x.detach() for x in (*result[:3], loss, *grads)]
+
+    placed = model.to(device).fields()._replace(tf32=True)
+    values = [getattr(placed, name) for name in FastGradients._fields]
+    gradients = FastGradients(*(None if v is None else torch.zeros_like(v) for v in values))  # type: ignore[arg-type]
+    missing = ops.why_no_tf32(device)
+    if missing:
+        with pytest.raises(RuntimeError, match="tf32"):
+            ops.fast_train_step(moved(rays, device), target.to(device), 0.1, placed, gradients)
+        with pytest.raises(RuntimeError, match="tf32"):
+            ops.fast_render(moved(rays, device), placed)
+        return
+    step = ops.fast_train_step(moved(rays, device), target.to(device), 0.1, placed, gradients)
+    rendered = ops.fast_render(moved(rays, device), placed)
+    found = [*rendered, torch.tensor(step.loss), *(grad for grad in gradients if grad is not None)]
+    wanted = composed(torch.float32, True), composed(torch.float64, True), composed(torch.float64, False)
+    for one, *numbers in zip(found, *wanted, strict=True):
+        within_tf32(one, *numbers)
 
 
 def test_drawing(device: torch.device) -> None:

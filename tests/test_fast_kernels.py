@@ -20,6 +20,7 @@ import torch
 from cuda_emulation import harness
 from cuda_emulation.harness import EmulationError
 from test_fast_step import SMALL, VARIANTS, _composed, _model, _rays, _source
+from tf32_bound import within_tf32
 from torch import Tensor
 
 from mipnerf_fast import fast_reference, ops, reference
@@ -52,23 +53,6 @@ def emulate(
         for name, value in outputs.items()
     }
     return harness.run(program, given, wanted, {"kernel": kernel, **(scalars or {})}, seed, **options)
-
-
-def within_tf32(
-    found: np.ndarray, rounded: Tensor, truth: Tensor, exact: Tensor, floor: float = FLOOR
-) -> None:
-    """The rule for products in TF32, by norms.
-
-    truth: float64 with operands rounded where the kernels round them; rounded: the same in float32; exact: float64
-    without that rounding. Where a sum in float32 lands on the other side of a rounding's boundary, which happens to
-    one operand in a thousand, an operand differs by a whole unit: hence a share of what the rounding itself makes, far
-    below what one operand of them left out, or rounded twice or by cutting, makes.
-    """
-    size = max(truth.norm().item(), 1e-30)
-    error = np.linalg.norm(found.astype(np.float64).reshape(truth.shape) - truth.detach().numpy())
-    of_float32 = (rounded.double() - truth).norm().item()
-    of_rounding = (truth - exact).norm().item()
-    assert error <= 2 * of_float32 + of_rounding / 16 + floor * size
 
 
 def bounded(found: np.ndarray, rounded: Tensor, truth: Tensor, floor: float = FLOOR) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from mipnerf_fast import _native, cli, ops, verification
+from mipnerf_fast import _native, cli, fast_reference, ops, reference, verification
 from mipnerf_fast.backend import current_backend
 from mipnerf_fast.reference import Composite
 
@@ -111,8 +113,8 @@ def test_a_wrong_kernel_of_the_fast_model_fails_and_is_named(
 ) -> None:
     right = getattr(ops, name)
 
-    def faulty(*arguments: Any) -> Any:
-        out = right(*arguments)
+    def faulty(*arguments: Any, **options: Any) -> Any:
+        out = right(*arguments, **options)
         return out if current_backend() == "reference" else wrong(out)
 
     monkeypatch.setattr(ops, name, faulty)
@@ -123,6 +125,37 @@ def test_a_wrong_kernel_of_the_fast_model_fails_and_is_named(
     report = verification.verify(["cpu"])
     assert any(r.quantity.endswith(row) and not r.passed for r in report.rows)
     assert all(r.operation == operation for r in report.rows)
+
+
+@pytest.mark.parametrize("fraction_bits", [10, 8])
+def test_products_in_tf32_are_held_to_what_their_rounding_makes(
+    fraction_bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A twin takes the kernels' place here: sums as a kernel has them, and 10 fraction bits pass, 8 do not."""
+    module = importlib.import_module("mipnerf_fast.reference.tiny_mlp")
+    right, generator = module.round_to_tf32, torch.Generator().manual_seed(0)
+
+    def rounded(x: Tensor) -> Tensor:
+        if current_backend() == "reference":
+            return right(x)
+        x = x * (1 + 2.0**-23 * (2 * torch.rand(x.shape, generator=generator) - 1))
+        spread = (2.0 ** (10 - fraction_bits) - 1) * x  # a sum of which fewer bits are left
+        return right(x + spread) - spread
+
+    monkeypatch.setattr(module, "round_to_tf32", rounded)
+    monkeypatch.setattr(ops, "why_no_tf32", lambda device: "")
+    monkeypatch.setattr(ops, "tiny_mlp", reference.tiny_mlp)
+    for name in ("fast_train_step", "fast_render", "occupancy_update"):
+        monkeypatch.setattr(ops, name, getattr(fast_reference, name))
+    chosen = [case for case in verification.FAST_CASES if case.name.endswith("TF32")]
+    monkeypatch.setattr(verification, "_CASES", ())
+    monkeypatch.setattr(verification, "MLP_CASES", ())
+    monkeypatch.setattr(verification, "FAST_CASES", tuple(chosen))
+    report = verification.verify(["cpu"])
+    failed = {(row.operation, row.quantity.split(":")[0]) for row in report.rows if not row.passed}
+    assert all(row.native_error is not None and row.reference_error > 0 for row in report.rows)
+    assert {row.operation for row in report.rows} == {"tiny_mlp", "fast_step", "occupancy"}
+    assert failed == (set() if fraction_bits == 10 else {(case.operation, case.name) for case in chosen})
 
 
 def test_without_the_library_nothing_is_verified(
