@@ -59,6 +59,13 @@ ONLY_ARCHITECTURES = {
 }
 # Not the temporary folder that pip gives: objects are kept, so that every build compiles only what changed.
 OBJECTS = Path("build") / f"native-{sys.implementation.cache_tag}"
+# The vector units that the CPU's loops are compiled for, in the order of csrc/common/for_rays.h, and the processor's
+# flags that each needs.
+VECTOR_UNITS = {
+    "baseline": set(),
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"},
+}
 
 
 class BuildError(BaseError):
@@ -193,6 +200,25 @@ def find_sources(csrc: Path) -> tuple[list[str], list[str]]:
 # -------------------------------------------------------------------------------------------- what is built
 
 
+def choose_vector_units(requested: str, cpuinfo: str) -> list[str]:
+    """All of them, or of "host" the best that this processor has: for a library that stays here.
+
+    cpuinfo: what Linux says in /proc/cpuinfo.
+    """
+    if requested not in ("", "all", "host"):
+        raise BuildError(f"MIPNERF_FAST_VECTOR_UNITS holds {requested!r}; expected all or host")
+    if requested != "host":
+        return list(VECTOR_UNITS)
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    has = set(flags.group(1).split()) if flags else set()
+    return [unit for unit, needs in VECTOR_UNITS.items() if needs <= has][-1:]
+
+
+def vector_flags(units: Sequence[str]) -> list[str]:
+    """The compiler's, for these units."""
+    return [] if len(units) > 1 else [f"-DMIPNERF_ONLY_VECTOR_UNIT={list(VECTOR_UNITS).index(units[0])}"]
+
+
 def cuda_decision(
     torch_version: str, torch_cuda: str | None, nvcc: Nvcc | None, num_sources: int
 ) -> tuple[bool, str]:
@@ -290,6 +316,7 @@ class Plan:
     flags: dict[str, list[str]]
     sources: list[str]
     revision: str
+    vector_units: list[str]
 
     def describe(self) -> str:
         lines = [f"mipnerf_fast: building the native library for {self.reason}"]
@@ -298,6 +325,7 @@ class Plan:
         lines += [
             f"  {name}: {version}, {shlex.join(self.flags[name])}" for name, version in self.compilers.items()
         ]
+        lines.append(f"  vector units of the CPU's loops: {' '.join(self.vector_units)}")
         lines.append(f"  sources: {' '.join(self.sources)}")
         return "\n".join(lines)
 
@@ -308,10 +336,15 @@ def make_plan(torch_version: str, torch_cuda: str | None, compiler: str) -> tupl
     nvcc = find_nvcc() if torch_cuda else None
     with_cuda, reason = cuda_decision(torch_version, torch_cuda, nvcc, len(cuda_sources))
     version = run_quietly(*shlex.split(compiler), "--version").split("\n")[0]
-    compilers, flags = {"cxx": version or compiler}, {"cxx": CXX_FLAGS}
+    cpuinfo = Path("/proc/cpuinfo")
+    units = choose_vector_units(
+        os.environ.get("MIPNERF_FAST_VECTOR_UNITS", "").strip(),
+        cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else "",
+    )
+    compilers, flags = {"cxx": version or compiler}, {"cxx": [*CXX_FLAGS, *vector_flags(units)]}
     if not with_cuda or nvcc is None:
         return Plan(
-            reason, torch_version, None, [], "", compilers, flags, cxx_sources, source_revision()
+            reason, torch_version, None, [], "", compilers, flags, cxx_sources, source_revision(), units
         ), None
     architectures, why = choose_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), nvcc)
     compilers["nvcc"], flags["nvcc"] = f"nvcc {nvcc.release}", NVCC_FLAGS
@@ -320,8 +353,9 @@ def make_plan(torch_version: str, torch_cuda: str | None, compiler: str) -> tupl
     if find_cublaslt(nvcc) is None:
         sources = [source for source in sources if not source.endswith("_cublaslt.cpp")]
         reason += "; without cublaslt, since cublasLt.h is neither in the toolkit nor beside torch"
+    revision = source_revision()
     return Plan(
-        reason, torch_version, torch_cuda, architectures, why, compilers, flags, sources, source_revision()
+        reason, torch_version, torch_cuda, architectures, why, compilers, flags, sources, revision, units
     ), nvcc
 
 
@@ -383,8 +417,10 @@ def build_command(base: Any) -> Any:
             print(plan.describe(), flush=True)
             os.environ["CXX"] = compiler  # torch and setuptools would look for one each in their own way
 
-            self.build_temp = str(OBJECTS)
-            generated = ROOT / OBJECTS / "include"
+            # Other flags make other objects: each kind keeps its own.
+            objects = OBJECTS.with_name(OBJECTS.name + ("" if len(plan.vector_units) > 1 else "-host"))
+            self.build_temp = str(objects)
+            generated = ROOT / objects / "include"
             write_build_header(plan, generated)
             (extension,) = self.extensions
             extension.sources = plan.sources
@@ -396,7 +432,7 @@ def build_command(base: Any) -> Any:
             ]
             extension.library_dirs = [str(Path(torch.__file__).parent / "lib")]
             extension.libraries = ["torch", "torch_cpu"]
-            extension.extra_compile_args = {"cxx": list(CXX_FLAGS), "nvcc": []}
+            extension.extra_compile_args = {"cxx": list(plan.flags["cxx"]), "nvcc": []}
             if nvcc is not None:
                 os.environ["PYTORCH_NVCC"] = nvcc.path
                 torch.utils.cpp_extension.CUDA_HOME = (

@@ -42,7 +42,8 @@ static py::dict mlp_sizes(int features, int width, int depth, int skip_layer, in
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native operators of mipnerf_fast; they are called as torch.ops.mipnerf_fast.<name>.";
     m.def("build_info", &build_info,
-          "What was built and why: reason, torch, cuda, architectures, compilers, flags, sources, revision.");
+          "What was built and why: reason, torch, cuda, architectures, compilers, flags, sources, revision, "
+          "vector_units.");
     m.def("vector_unit", &vector_unit_name,
           "Whose copies of the loops run here: avx512, avx2 or baseline; ATEN_CPU_CAPABILITY limits it.");
     m.def("mlp_sizes", &mlp_sizes, py::arg("features"), py::arg("width"), py::arg("depth"),

@@ -56,7 +56,7 @@ def build_info() -> dict[str, Any]:
     """How the library was built, empty without it.
 
     Keys: reason (what was built and why), torch, cuda (None for the CPU alone), architectures,
-    architectures_reason, compilers, flags, sources, revision.
+    architectures_reason, compilers, flags, sources, revision, vector_units (whose copies of the CPU's loops it has).
 
     >>> info = build_info()
     >>> not info or "cxx" in info["compilers"]

@@ -401,11 +401,14 @@ def run_info(verb: Info) -> int:
     built = facts["native_library"] or {}
     architectures = " ".join(map(str, facts["architectures"])) or "none (CPU alone)"
     library = f"built: {built.get('reason', '')}" if built else facts["native_library_missing"]
+    kernels = facts["vector_unit"] or "none"
+    if built and len(built["vector_units"]) == 1:
+        kernels += " alone (built with MIPNERF_FAST_VECTOR_UNITS=host)"
     lines = [
         ("mipnerf_fast", f"{facts['version']}, revision {facts['revision']}"),
         ("python", f"{facts['python']}, {facts['platform']}"),
         ("torch", f"{facts['torch']}, CUDA {facts['torch_cuda'] or 'none'}; numpy {facts['numpy']}"),
-        ("CPU", f"{facts['cpu']}, {facts['threads']} threads, kernels for {facts['vector_unit'] or 'none'}"),
+        ("CPU", f"{facts['cpu']}, {facts['threads']} threads, kernels for {kernels}"),
         ("GPU", ", ".join(facts["gpus"]) or "none visible to torch"),
         ("native library", library),
         ("CUDA architectures", architectures if built else "none"),

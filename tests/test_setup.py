@@ -179,6 +179,39 @@ def test_the_build_header_is_rewritten_only_when_the_plan_changed(
     assert header.stat().st_mtime > 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "unit"),
+    [
+        ("fpu sse2", "baseline"),
+        ("sse2 fma avx2 bmi2", "avx2"),
+        ("avx2 sse2", "baseline"),
+        ("avx512f avx512dq avx512bw avx2 fma", "avx2"),
+        ("avx512f avx512dq avx512bw avx512vl avx2 fma", "avx512"),
+    ],
+)
+def test_the_vector_unit_of_this_processor_alone(setup_py: ModuleType, flags: str, unit: str) -> None:
+    cpuinfo = f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: none\n"
+    assert setup_py.choose_vector_units("host", cpuinfo) == [unit]
+    number = ["baseline", "avx2", "avx512"].index(unit)
+    assert setup_py.vector_flags([unit]) == [f"-DMIPNERF_ONLY_VECTOR_UNIT={number}"]
+
+
+def test_every_vector_unit_unless_asked_otherwise(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given in ("", "all"):
+        units = setup_py.choose_vector_units(given, "")
+        assert units == ["baseline", "avx2", "avx512"] and setup_py.vector_flags(units) == []
+    assert setup_py.choose_vector_units("host", "") == ["baseline"]
+    with pytest.raises(
+        setup_py.BuildError, match="MIPNERF_FAST_VECTOR_UNITS holds 'mine'; expected all or host"
+    ):
+        setup_py.choose_vector_units("mine", "")
+    monkeypatch.setenv("MIPNERF_FAST_VECTOR_UNITS", "host")
+    plan, _ = setup_py.make_plan("2.13.0+cpu", None, "c++")
+    assert len(plan.vector_units) == 1 and plan.flags["cxx"][-1].startswith("-DMIPNERF_ONLY_VECTOR_UNIT=")
+
+
 # ------------------------------------------------------------------------------ what is said is missing
 
 

@@ -55,6 +55,9 @@ def _computed(unit: str, folder: Path) -> dict[object, object]:
 def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[object, object]]:
     """Of every unit that this processor has: the one chosen here and those below it."""
     units = list(UNITS)
+    assert _native.build_info()["vector_units"] == units, (
+        "built for this processor alone; `make test` builds it whole"
+    )
     folder = tmp_path_factory.mktemp("units")
     return {unit: _computed(unit, folder) for unit in units[: units.index(_native.vector_unit()) + 1]}
 

@@ -147,10 +147,14 @@ template <typename Body>
 void for_tasks(int64_t count, const Body& body) {
     std::atomic<int64_t> next{0};
     const detail::Tasks<Body> tasks{body, count, next};
-    void (*run)(const detail::Tasks<Body>&, int64_t) = detail::run_tasks_baseline<Body>;
+    const VectorUnit unit = vector_unit();
+    void (*run)(const detail::Tasks<Body>&, int64_t) = nullptr;
+    if constexpr (is_compiled(VectorUnit::kBaseline)) run = detail::run_tasks_baseline<Body>;
 #if defined(__x86_64__)
-    if (vector_unit() == VectorUnit::kAvx2) run = detail::run_tasks_avx2<Body>;
-    if (vector_unit() == VectorUnit::kAvx512) run = detail::run_tasks_avx512<Body>;
+    if constexpr (is_compiled(VectorUnit::kAvx2))
+        if (unit == VectorUnit::kAvx2) run = detail::run_tasks_avx2<Body>;
+    if constexpr (is_compiled(VectorUnit::kAvx512))
+        if (unit == VectorUnit::kAvx512) run = detail::run_tasks_avx512<Body>;
 #endif
     torch::stable::parallel_for(0, task_threads(count), 1, [&](int64_t begin, int64_t end) {
         const FlushSubnormals scope;
