@@ -255,7 +255,7 @@ class Trainer(TrainerBase):
                     work.accumulate_gradients(step, chunk, target[part], total, rows[part])
                 for name, parameter in self.model.named_parameters():
                     if parameter.grad is not None:
-                        check_finite("backward", f"the gradient of {name}", parameter.grad, has_rays=False)
+                        check_finite("backward", f"the gradient of {name}", parameter.grad, "none")
         except NonFiniteError as error:
             if error.ray is None:
                 return str(error)
