@@ -399,6 +399,38 @@ PRESET_NOTES: dict[str, str] = {
 }
 
 
+# Fields of `TrainConfig` that decide nothing in the fast model's training, and what it does instead.
+NOT_OF_FAST_MODEL = {
+    "batching": "it draws a scale by its share, one of its images and a pixel for every ray",
+    "grad_max_value": "it clips no gradient: what goes into its exponentials is clamped instead",
+    "grad_max_norm": "it measures no norm of its gradient and clips none: what goes into its exponentials is clamped "
+    "instead",
+    "weight_decay_mult": "it has no weight decay: parameters that no sample touches are left alone",
+    "coarse_loss_mult": "it renders one level",
+    "loss": "its penalty of a colour error is always smooth L1, with its bend at loss_beta",
+    "disable_multiscale_loss": "all its rays weigh the same, and coarse scales are drawn less often: see scale_ratio",
+    "chunk_rays": "it has no passes to cut: its step goes through its samples in groups that fit anyway",
+}
+
+
+def check_options(config: TrainConfig) -> None:
+    """Refuse options that the configured model's training does not have.
+
+    Configurations are made and read without this, so that runs from before it can be evaluated and resumed.
+
+    Errors: InputError naming the field.
+    """
+    if not isinstance(config.model, FastConfig):
+        return
+    for name, instead in NOT_OF_FAST_MODEL.items():
+        found, fixed = getattr(config, name), getattr(_FAST, name)
+        if found != fixed:
+            raise InputError(
+                f"TrainConfig.{name}: is {found!r}, but the fast model has no such option: {instead}; leave it at "
+                f"{fixed!r}"
+            )
+
+
 def preset(name: str) -> TrainConfig:
     """The preset of this name.
 

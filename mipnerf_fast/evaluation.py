@@ -252,12 +252,19 @@ def evaluate(
         "torch": torch.__version__,
         "revision": revision(),
         "backend": ops.backend_in_use(parameter.device, parameter.dtype, operations) + _network(model),
-        "precision": str(parameter.dtype).removeprefix("torch."),
+        "precision": _precision(model),
         "mode": str(deviation) if mode == "fast" else mode,
         "steps": steps,
         "seconds": seconds,
     }
     return Evaluation(data.split, data.background, [views[i] for i in range(len(data))], run, note)
+
+
+def _precision(model: Model) -> str:
+    """What pictures are computed in; of a model that has a choice for its network, `_network` says more."""
+    if isinstance(model, FastModel):
+        return model.precision
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _network(model: Model) -> str:

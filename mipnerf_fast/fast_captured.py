@@ -20,6 +20,7 @@ from .ops.fast_captured import (
     sparse_adam_captured,
 )
 from .ops.fast_step import FastFields, FastGradients, PixelSource, table_sums
+from .ops.finite import is_checking
 
 # Steps whose statistics are kept on the device until they are read: reading waits for it.
 READ_EVERY = 16
@@ -43,6 +44,9 @@ class CapturedStep:
     `history` and the buffers of the model are read when somebody wants them. With config.deterministic every sum is
     taken in a fixed order or in fixed point: then nothing decides a step but parameters, moments, the model's buffers
     and the step's number, all of which a checkpoint holds.
+
+    Where config.capture is false every step launches the same kernels on the same arrays; so it does under the finite
+    check, which waits for their values.
 
     Args:
         config: of the run. model: on the GPU; its buffers samples_per_ray and skipped_steps are kept up to date.
@@ -96,7 +100,8 @@ class CapturedStep:
     def __call__(self, learning_rate: float) -> None:
         """Do one step; returns before it is done."""
         self._clock.learning_rate.fill_(learning_rate)
-        if not self._is_warm:  # loads the kernels, which a capture must not
+        # The first one loads the kernels, which a capture must not do.
+        if not self._is_warm or not self._config.capture or is_checking():
             self._launch()
             self._is_warm = True
             return

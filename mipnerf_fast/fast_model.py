@@ -21,7 +21,7 @@ _HARMONICS, _GEOMETRY = 16, 16
 _TABLE_INIT = 1e-2
 
 
-class FastModel(nn.Module):
+class FastModel(ops.KeepsWeights):
     """A radiance field in a hash grid whose levels fade with the width of the cone that looks at them.
 
     features_l = exp(-2 s^2 n_l^2) interpolate(tables_l, x), s the standard deviation of the sample's Gaussian across
@@ -106,13 +106,41 @@ class FastModel(nn.Module):
             raise InputError(f"FastConfig.mlp_dtype: is tf32, but {missing}; auto and fp32 run everywhere")
         return wanted == "tf32" or (wanted == "auto" and not missing and current_backend() != "reference")
 
+    def check_width(self) -> None:
+        """Refuse a network that the fused kernels have no room for where the parameters are.
+
+        Errors: InputError.
+        """
+        device = self.tables.device
+        widest = ops.widest_network(device)
+        if self.config.net_width > widest and current_backend() != "reference":
+            raise InputError(
+                f"FastConfig.net_width: is {self.config.net_width}, but on {device.type} the kernels take up to "
+                f"{widest}; on the CPU they take more"
+            )
+
+    @property
+    def rendered_tables(self) -> torch.dtype:
+        """What rendering reads the tables in: on a GPU float16, as they are trained there; see `CapturedStep`."""
+        by_kernel = self.tables.is_cuda and current_backend() != "reference"
+        return torch.float16 if by_kernel else self.tables.dtype
+
+    @property
+    def precision(self) -> str:
+        """In words, what pictures are computed in where the parameters are: the masters, and what differs from them."""
+        tables = self.rendered_tables
+        masters = str(self.tables.dtype).removeprefix("torch.")
+        others = [f"tables {str(tables).removeprefix('torch.')}"] if tables != self.tables.dtype else []
+        others += ["products tf32"] if self.uses_tf32() else []
+        return f"{masters}; {', '.join(others)}" if others else masters
+
     def fields(self) -> FastFields:
         """The model as the operators take it; shares the parameters' memory.
 
         Errors: as `uses_tf32`.
         """
         config = self.config
-        low, high = self.scale_range.tolist()
+        low, high = self._scale_bounds()
         return FastFields(
             self.tables.detach(),
             self.density_in.detach(),
@@ -136,6 +164,25 @@ class FastModel(nn.Module):
             self.uses_tf32(),
         )
 
+    def _scale_bounds(self) -> tuple[float, float]:
+        """`scale_range` on the host; on a GPU that waits for it."""
+
+        def fetch() -> tuple[float, float]:
+            low, high = self.scale_range.tolist()
+            return low, high
+
+        return self.keep("scale_range", fetch)
+
+    def _rendered_fields(self) -> FastFields:
+        """The model as it is rendered: with the tables in `rendered_tables`."""
+
+        def make() -> FastFields:
+            self.check_width()
+            fields = self.fields()
+            return fields._replace(tables=fields.tables.to(self.rendered_tables))
+
+        return self.keep(("rendered", current_backend()), make)
+
     def render_rays(self, rays: Rays, white_background: bool = True) -> Composite:
         """Render rays, deterministically and without gradients.
 
@@ -146,16 +193,15 @@ class FastModel(nn.Module):
         Returns:
             Composite in the leading shape of rays, its weights empty: samples are not kept. The distance of an empty
             ray is its near end.
+
+        Errors: InputError as of `uses_tf32` and `check_width`.
         """
         flat = rays.flatten().map(lambda field: field.to(torch.float32))
         background = torch.full_like(flat.origins, 1.0 if white_background else 0.0)
         marched = MarchRays(flat.origins, flat.directions, flat.radii, flat.near, flat.far, None, background)
         with torch.no_grad():
             render = fast_reference.fast_render if current_backend() == "reference" else ops.fast_render
-            fields = self.fields()
-            if fields.tables.is_cuda and render is ops.fast_render:
-                fields = fields._replace(tables=fields.tables.half())  # as they are trained; see CapturedStep
-            rendered = render(marched, fields)
+            rendered = render(marched, self._rendered_fields())
         weights = background.new_zeros(background.shape[0], 0)
         return Composite(*rendered, weights).unflatten(rays.batch_shape)
 
@@ -191,20 +237,6 @@ class FastModel(nn.Module):
         inside = ((unit >= 0) & (unit <= 1)).all(-1)
         # The clamp of the network's input keeps a point's width, zero, out of its logarithm.
         scales = torch.full_like(points[:, 0], radius / (2 * half))
-        fields = self.fields()
-        encoded = ops.hash_encode(
-            unit.clamp(0, 1), scales, fields.tables, self.grid, fields.attenuation, fields.cutoff
-        )
-        extra = reference.scale_inputs(scales, fields.scale_input, fields.scale_low, fields.scale_high)
-        rgb, density = ops.tiny_mlp(
-            torch.cat([encoded, extra], -1),
-            reference.spherical_harmonics(viewdirs),
-            torch.arange(points.shape[0], device=points.device),
-            fields.density_in,
-            fields.density_out,
-            fields.colour_in,
-            fields.colour_hidden,
-            fields.colour_out,
-            tf32=fields.tf32,
-        )
+        rows = torch.arange(points.shape[0], device=points.device)
+        rgb, density = ops.fast_query(unit.clamp(0, 1), scales, viewdirs, rows, self.fields())
         return rgb, torch.where(inside, density, torch.zeros_like(density))

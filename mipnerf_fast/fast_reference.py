@@ -6,6 +6,7 @@ What `FastTrainer` runs on the backend "reference", and what the fused operators
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from . import reference
 from .cameras import pixel_rays
 from .counter_rng import FAST_RAYS, OCCUPANCY, counter_uint32
 from .ops.fast_step import FastFields, FastGradients, MarchRays, PixelSource, StepStatistics
+from .ops.finite import check_finite, is_checking, reports_non_finite
 
 # The fused step marches a ray by so many samples before it looks whether anything is left to see.
 _SAMPLES_PER_ROUND = 8
@@ -24,19 +26,40 @@ def _unit(words: Tensor, dtype: torch.dtype) -> Tensor:
     return (words >> 8).to(dtype) * 2.0**-24
 
 
-def draw_rays(
-    source: PixelSource, seed: int, step: int, count: int, random_background: bool, background: float
-) -> tuple[MarchRays, Tensor]:
-    """The rays of a training step and their colours: see `ops.draw_rays`."""
-    device, dtype = source.pixels.device, source.c2w.dtype
-    words = counter_uint32(seed, step, FAST_RAYS, torch.arange(count, device=device), 8)
+def choose_pixels(source: PixelSource, words: Tensor) -> tuple[Tensor, Tensor]:
+    """The images of rays and the row-major pixels in them, int64 [B] each, by their random words [B, 8]."""
     group = torch.searchsorted(source.group_shares, _unit(words[:, 0], source.group_shares.dtype), right=True)
     group = group.clamp(max=len(source.group_shares) - 1)
     first = torch.cat([source.group_ends.new_zeros(1), source.group_ends[:-1]])
     sizes = source.group_ends - first
     image = source.order[first[group] + (words[:, 1] * sizes[group] >> 32)]
+    return image, words[:, 2] * (source.heights[image] * source.widths[image]) >> 32
+
+
+def describe_ray(source: PixelSource, names: Sequence[str], seed: int, step: int, ray: int) -> str:
+    """Which pixel a ray of a step's batch goes through, in words.
+
+    Args:
+        source, seed, step: as of `draw_rays`. names: of the images.
+    """
+    row = torch.tensor([ray], device=source.pixels.device)
+    image, pixel = (int(chosen) for chosen in choose_pixels(source, _ray_words(seed, step, row)))
+    y, x = divmod(pixel, int(source.widths[image]))
+    return f"pixel ({x}, {y}) of image {names[image]}"
+
+
+def _ray_words(seed: int, step: int, rows: Tensor) -> Tensor:
+    return counter_uint32(seed, step, FAST_RAYS, rows, 8)
+
+
+def draw_rays(
+    source: PixelSource, seed: int, step: int, count: int, random_background: bool, background: float
+) -> tuple[MarchRays, Tensor]:
+    """The rays of a training step and their colours: see `ops.draw_rays`."""
+    dtype = source.c2w.dtype
+    words = _ray_words(seed, step, torch.arange(count, device=source.pixels.device))
+    image, pixel = choose_pixels(source, words)
     width, height = source.widths[image], source.heights[image]
-    pixel = words[:, 2] * (height * width) >> 32
     rays = pixel_rays(
         source.c2w[image],
         height,
@@ -72,6 +95,11 @@ def fast_train_step(
         )
         loss = torch.nn.functional.smooth_l1_loss(found.rgb, target, beta=loss_beta)
         grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    if is_checking():
+        check_finite("fast_train_step", "rgb", found.rgb, "pixels")
+        check_finite("fast_train_step", "target", target, "pixels")
+        for name, grad in zip(names, grads, strict=True):
+            check_finite("fast_train_step", f"the gradient of {name}", grad, "none")
     is_finite = bool(loss.isfinite()) and all(bool(grad.isfinite().all()) for grad in grads)
     if is_finite:
         for name, grad in zip(names, grads, strict=True):
@@ -81,6 +109,7 @@ def fast_train_step(
     return StepStatistics(float(loss.detach()), squared, marched, counted, is_finite)
 
 
+@reports_non_finite("fast_render", "rgb", "distance", "acc", rows="pixels")
 def fast_render(rays: MarchRays, fields: FastFields) -> tuple[Tensor, Tensor, Tensor]:
     """Colour, expected distance and opacity of rays: see `ops.fast_render`."""
     return reference.fast_render(*rays, fields)

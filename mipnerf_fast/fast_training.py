@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from . import fast_reference, ops
 from .backend import current_backend
-from .checkpoint import MOMENTS, Checkpoint
-from .config import FastConfig, TrainConfig
+from .checkpoint import MOMENTS, Checkpoint, CheckpointInfo
+from .config import FastConfig, TrainConfig, check_options
 from .data import Dataset
 from .fast_captured import READ_EVERY, AdamSettings, CapturedStep
 from .fast_model import FastModel
+from .fast_skips import Gradients, check_batch, composed_gradients, find_non_finite, rays_at
 from .ops.fast_captured import GROUP_RAYS, kernels_for
 from .ops.fast_step import FastGradients, MarchRays, PixelSource, StepStatistics
 from .schedules import log_lerp, warm_up
@@ -25,8 +27,6 @@ BETA1, BETA2 = 0.9, 0.99
 MIN_RAYS, MAX_RAYS = 192, 8192
 # On a GPU at most as many rays as make a batch of so few samples each.
 _FEWEST_SAMPLES = 4
-# Steps in a row without a finite gradient after which nothing will come of it.
-MAX_FAILURES = 100
 # Steps between updates of the occupancy grid; until _EARLY_STEPS one cell in 16 is visited each time and what was
 # there is soon forgotten, later one in 64.
 UPDATE_EVERY = 16
@@ -45,12 +45,13 @@ class FastTrainer(TrainerBase):
     A step draws pixels by counter-based random numbers, runs `ops.fast_train_step` (on the backend "reference" the
     same by autograd: `fast_reference`) and Adam on the entries that were touched, and every UPDATE_EVERY steps renews
     the occupancy grid. The number of rays follows the number of samples that a ray takes, so that a step
-    has `config.batch_size` samples. A step whose gradient is not finite changes nothing and is counted in
-    `model.skipped_steps`; many in a row end the run.
+    has `config.batch_size` samples. A step whose loss or gradient is not finite changes nothing and is counted in
+    `model.skipped_steps`; config.max_skips_in_row or config.max_skips of them end the run.
 
-    On a GPU a step is one CUDA graph (`CapturedStep`): tables are read in float16, and what a step found is read back
-    every READ_EVERY steps. There, unless config.deterministic is set, the gradients of the tables are sums in no
-    particular order, so that two runs differ in their last bits; everything else is summed in a fixed order.
+    On a GPU a step is one CUDA graph (`CapturedStep`), unless config.capture is false: tables are read in float16, and
+    what a step found is read back every READ_EVERY steps. There, unless config.deterministic is set, the gradients of
+    the tables are sums in no particular order, so that two runs differ in their last bits; everything else is summed in
+    a fixed order.
 
     Args:
         config: of the run; its model is a `FastConfig` for the images (see `FastConfig.for_images`).
@@ -59,8 +60,9 @@ class FastTrainer(TrainerBase):
         max_seconds: of training; the learning rate follows max(step / max_steps, seconds / max_seconds).
         checkpoint: to go on from, or None.
 
-    Errors: ValueError where it cannot train on the device; InputError where config.model.mlp_dtype is "tf32" and the
-    device has no products in TF32.
+    Errors: ValueError where it cannot train on the device; InputError for an option that the fast model does not have,
+    where config.model.mlp_dtype is "tf32" and the device has no products in TF32, and where its networks are wider than
+    the device's kernels take.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class FastTrainer(TrainerBase):
         super().__init__(config, device, max_seconds, checkpoint)
         if not isinstance(config.model, FastConfig):
             raise ValueError(f"FastTrainer: takes a FastConfig, not {type(config.model).__name__}")
+        check_options(config)
         on_gpu = self.device.type != "cpu"
         missing = "the backend is set to reference" if current_backend() == "reference" else ""
         if config.model.sampling == "proposal":
@@ -85,6 +88,8 @@ class FastTrainer(TrainerBase):
             torch.manual_seed(config.seed)
             self.model: FastModel = self._build_model(config.model).to(self.device)
         self.model.uses_tf32()  # raises where it should and cannot
+        if on_gpu:
+            self.model.check_width()
         # Both have the same functions; what is chosen now stays for the whole run.
         self._engine = fast_reference if current_backend() == "reference" else ops
         source = pixel_source(dataset, self.settings.scale_ratio)
@@ -111,9 +116,10 @@ class FastTrainer(TrainerBase):
             }
             for moment in MOMENTS
         }
-        self._failures = 0
+        self._names = dataset.names
         self.samples = 0  # marched by this trainer
-        self._skips = int(self.model.skipped_steps)
+        # Skipped steps: the last in a row, and of the run; why it has to end, once it has.
+        self._failures, self._skips, self._divergence = 0, int(self.model.skipped_steps), ""
         self._pending: list[tuple[int, float]] = []  # steps launched and not read, and their rates
         self._captured = self._captured_step() if on_gpu else None
 
@@ -143,7 +149,8 @@ class FastTrainer(TrainerBase):
 
     def describe_batch(self) -> str:
         """What a step takes, in words."""
-        return f"{self.config.batch_size:,} samples a step"
+        graph = ", captured" if self._captured is not None and self.config.capture else ""
+        return f"{self.config.batch_size:,} samples a step{graph}"
 
     def learning_rate(self) -> float:
         """Of the tables: a warm-up by steps, constant for lr_hold of the run, then log-linear to lr_final."""
@@ -151,99 +158,115 @@ class FastTrainer(TrainerBase):
         decayed = log_lerp((self.progress - hold) / (1 - hold), config.lr_init, config.lr_final)
         return float(decayed * warm_up(self.step + 1, config.lr_delay_steps, config.lr_delay_mult))
 
-    def train_step(self) -> StepResult:
-        """Do one step; it is timed.
-
-        Errors: DivergedError after MAX_FAILURES steps in a row whose gradient was not finite.
-        """
-        if self._captured is not None:
-            self.launch_step()
-            return self.results(wait=True)[-1]
-        start = time.perf_counter()
-        config, model, step = self.config, self.model, self.step
-        if step % UPDATE_EVERY == 0:
-            self._renew_occupancy()
-        samples_per_ray = model.samples_per_ray.item()
-        count = self._ray_count()
-        rays, target = self._engine.draw_rays(
-            self.source, config.seed, step, count, self.random_background, self.background
-        )
-        found = self._add_gradients(rays, target)
-        rate = self.learning_rate()
-        self.samples += found.samples
-        self.step += 1
-        model.samples_per_ray.fill_(0.8 * samples_per_ray + 0.2 * max(0.5, found.samples / count))
-        if found.is_finite:
-            self._failures = 0
-            self._update(rate)
-        else:
-            self._failures += 1
-            model.skipped_steps += 1
-        self.seconds += time.perf_counter() - start
-        if self._failures == MAX_FAILURES:
-            raise DivergedError(
-                f"step {self.step}: {MAX_FAILURES} steps in a row had a gradient that is not finite"
-            )
-        return StepResult(
-            found.loss,
-            found.squared_error,
-            count,
-            self.step,
-            rate,
-            is_skipped=not found.is_finite,
-            skips=int(model.skipped_steps),
-            failures_in_row=self._failures,
-        )
-
     def launch_step(self) -> None:
-        """Begin a step: on a GPU its result comes with those of READ_EVERY steps."""
-        if self._captured is None:
-            super().launch_step()
-            return
+        """Begin a step: on a GPU its result comes with those of READ_EVERY steps; it is timed."""
         start = time.perf_counter()
         if self.step % UPDATE_EVERY == 0:
             self._renew_occupancy()
         rate = self.learning_rate()
-        self._captured(rate)
-        self.step += 1
-        self._pending.append((self.step, rate))
+        if self._captured is None:
+            self._do_step(rate)
+        else:
+            self._captured(rate)
+            self.step += 1
+            self._pending.append((self.step, rate))
+            if self.step % READ_EVERY == 0:
+                self._read(self._captured)
         self.seconds += time.perf_counter() - start
-        if self.step % READ_EVERY == 0:
-            self._read(self._captured)
+
+    def _do_step(self, rate: float) -> None:
+        """One step without a GPU, to its end."""
+        model = self.model
+        samples_per_ray, count = model.samples_per_ray.item(), self._ray_count()
+        rays, target = self._draw(self.step, count)
+        found = self._add_gradients(rays, target)
+        self.step += 1
+        model.samples_per_ray.fill_(0.8 * samples_per_ray + 0.2 * max(0.5, found.samples / count))
+        if found.is_finite:
+            self._update(rate)
+        else:
+            model.skipped_steps += 1
+        self._note(self.step, rate, found, count)
+
+    def _draw(self, step: int, count: int) -> tuple[MarchRays, Tensor]:
+        """The batch after so many steps, and its colours."""
+        rays, target = self._engine.draw_rays(
+            self.source, self.config.seed, step, count, self.random_background, self.background
+        )
+        return rays, target
 
     def results(self, wait: bool = False) -> list[StepResult]:
         """The results, in order, of the steps that have been read since the last call; see `TrainerBase`."""
         if wait and self._captured is not None:
+            start = time.perf_counter()
             self._read(self._captured)
-        return super().results(wait)
+            self.seconds += time.perf_counter() - start
+        if self._divergence:
+            raise DivergedError(self._divergence)
+        return self.unread_results()
 
     def _read(self, captured: CapturedStep) -> None:
-        start = time.perf_counter()
         history = captured.history.tolist() if self._pending else []
         for step, rate in self._pending:
-            loss, squared_error, samples, _, finite, rays = history[(step - 1) % READ_EVERY]
-            is_skipped = finite != 1.0
-            self.samples += int(samples)
-            self._failures = self._failures + 1 if is_skipped else 0
-            self._skips += is_skipped
-            self._results.append(
-                StepResult(
-                    loss,
-                    squared_error,
-                    int(rays),
-                    step,
-                    rate,
-                    is_skipped=is_skipped,
-                    skips=self._skips,
-                    failures_in_row=self._failures,
-                )
-            )
+            loss, squared_error, samples, counted, finite, rays = history[(step - 1) % READ_EVERY]
+            found = StepStatistics(loss, squared_error, int(samples), int(counted), finite == 1.0)
+            self._note(step, rate, found, int(rays))
         self._pending.clear()
-        self.seconds += time.perf_counter() - start
-        if self._failures >= MAX_FAILURES:
-            raise DivergedError(
-                f"step {self.step}: {self._failures} steps in a row had a gradient that is not finite"
+
+    def _note(self, step: int, rate: float, found: StepStatistics, rays: int) -> None:
+        """Take in what a step found."""
+        is_skipped = not found.is_finite
+        self.samples += found.samples
+        self._failures = self._failures + 1 if is_skipped else 0
+        self._skips += is_skipped
+        result = StepResult(
+            found.loss,
+            found.squared_error,
+            rays,
+            step,
+            rate,
+            is_skipped=is_skipped,
+            skips=self._skips,
+            failures_in_row=self._failures,
+        )
+        self._results.append(result)
+        self._divergence = self._divergence or self.divergence(result, self._skips)
+
+    def explain_skip(self, result: StepResult) -> str:
+        """Where the first value that is not finite arises in the batch of a skipped step, in words.
+
+        The batch is done again by the composed reference under the finite check, with the weights of now: skipping has
+        not changed them, but on a GPU some later steps may have.
+        """
+        step = result.step - 1  # done before it: what its random numbers count
+        rays, target = self._draw(step, result.rays)
+
+        def gradients_of(part: slice) -> Gradients:
+            check_batch(drawn := rays_at(rays, part), target[part])
+            return self._composed_gradients(step, drawn, target[part], part, result.rays)
+
+        found = find_non_finite(gradients_of, result.rays)
+        if found is None:
+            return (
+                f"done again by the reference with the weights of step {self.step}, every operation is finite"
             )
+        error, ray = found
+        if ray is None:
+            return str(error)
+        where = fast_reference.describe_ray(self.source, self._names, self.config.seed, step, ray)
+        return error.of_batch(ray, where)
+
+    def _composed_gradients(
+        self, step: int, rays: MarchRays, target: Tensor, part: slice, total: int
+    ) -> Gradients:
+        """Of the part of a batch of `total` rays, by autograd over the operators; see `fast_skips`."""
+        fields = self.model.fields() if self._captured is None else self._captured.fields
+        return composed_gradients(rays, target, total, self.config.loss_beta, fields)
+
+    def checkpoint_info(self, test_psnr: float | None) -> CheckpointInfo:
+        """What the checkpoint of now says about itself; every skipped step is a failure, there is no loss scale."""
+        skips = int(self.model.skipped_steps)
+        return dataclasses.replace(super().checkpoint_info(test_psnr), skips=skips, failures=skips)
 
     def _scale_range(self, dataset: Dataset) -> tuple[float, float]:
         """The least and the largest width that a sample can have, in units of the box's side."""

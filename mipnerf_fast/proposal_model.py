@@ -102,6 +102,11 @@ class ProposalModel(FastModel):
         )
         return ProposalLevels(t_vals, weights, fine, result)
 
+    @property
+    def rendered_tables(self) -> torch.dtype:
+        """What rendering reads the tables in: as they are, by operators that training has too."""
+        return self.tables.dtype
+
     def _gaussians(self, rays: Rays, t_vals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Means [S, 3] and widths [S] in the unit cube, and the ray of each sample [S]."""
         means, variances = reference.frustum_gaussians(t_vals, rays.origins, rays.directions, rays.radii)
@@ -113,7 +118,7 @@ class ProposalModel(FastModel):
 
     def _proposal_density(self, means: Tensor, scales: Tensor) -> Tensor:
         config = self.config
-        low, high = self.scale_range.tolist()
+        low, high = self._scale_bounds()
         kind, cutoff = config.attenuation, config.attenuation_cutoff
         encoded = ops.hash_encode(means, scales, self.proposal_tables, self.proposal_grid, kind, cutoff)
         extra = reference.scale_inputs(scales, config.scale_input, low, high)
@@ -125,7 +130,7 @@ class ProposalModel(FastModel):
     def _field(self, means: Tensor, scales: Tensor, viewdirs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Colour [S, 3] and density [S]; differentiable in the parameters."""
         config = self.config
-        low, high = self.scale_range.tolist()
+        low, high = self._scale_bounds()
         kind, cutoff = config.attenuation, config.attenuation_cutoff
         encoded = ops.hash_encode(means, scales, self.tables, self.grid, kind, cutoff)
         extra = reference.scale_inputs(scales, config.scale_input, low, high)

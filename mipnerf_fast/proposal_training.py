@@ -12,6 +12,7 @@ from .config import FastConfig
 from .counter_rng import FENCEPOSTS, counter_uniform
 from .data import Dataset
 from .fast_model import FastModel
+from .fast_skips import Gradients
 from .fast_training import DEVIATION_PER_PIXEL, FastTrainer
 from .ops.fast_step import MarchRays, StepStatistics
 from .proposal_model import ProposalModel
@@ -44,13 +45,33 @@ class ProposalTrainer(FastTrainer):
         """There is no grid to renew."""
 
     def _add_gradients(self, rays: MarchRays, target: Tensor) -> StepStatistics:
+        found, grads = self._differentiate(self.step, rays, target, torch.arange(target.shape[0]))
+        if found.is_finite:
+            for name, grad in grads.items():
+                self._gradients[name].add_(grad)
+        return found
+
+    def _composed_gradients(
+        self, step: int, rays: MarchRays, target: Tensor, part: slice, total: int
+    ) -> Gradients:
+        share = target.shape[0] / total
+        return self._differentiate(step, rays, target, torch.arange(part.start, part.stop), share)[1]
+
+    def _differentiate(
+        self, step: int, rays: MarchRays, target: Tensor, rows: Tensor, share: float = 1.0
+    ) -> tuple[StepStatistics, Gradients]:
+        """What a step finds, and its gradients.
+
+        Args:
+            step: steps done before it. rays, target: of its batch, or of a part that is such a share of it.
+            rows: int64 [B], their numbers in the batch.
+        """
         model, config = self.model, self.config
         assert isinstance(model, ProposalModel)
-        count = rays.origins.shape[0]
-        rows = torch.arange(count)
+        count = rows.shape[0]
         sizes = (self.settings.proposal_samples + 1, self.settings.num_samples + 1)
         first, second = (
-            counter_uniform(config.seed, self.step, FENCEPOSTS + level, rows, size)
+            counter_uniform(config.seed, step, FENCEPOSTS + level, rows, size)
             for level, size in enumerate(sizes)
         )
         norms = torch.linalg.vector_norm(rays.directions, dim=-1, keepdim=True)
@@ -72,11 +93,9 @@ class ProposalTrainer(FastTrainer):
                 levels.t_vals, weights, levels.proposal_t_vals, levels.proposal_weights
             )
             names = [name for name, _ in model.named_parameters()]
-            grads = torch.autograd.grad(loss + teaching, list(model.parameters()))
+            grads = torch.autograd.grad(share * (loss + teaching), list(model.parameters()))
         is_finite = bool(loss.isfinite()) and all(bool(grad.isfinite().all()) for grad in grads)
-        if is_finite:
-            for name, grad in zip(names, grads, strict=True):
-                self._gradients[name].add_(grad)
         squared = float(((rgb.detach() - target) ** 2).mean())
         counted = int((weights > 0).sum())
-        return StepStatistics(float(loss.detach()), squared, weights.numel(), counted, is_finite)
+        found = StepStatistics(float(loss.detach()), squared, weights.numel(), counted, is_finite)
+        return found, dict(zip(names, grads, strict=True))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .config import TrainConfig, from_dict, to_dict
+from .config import NOT_OF_FAST_MODEL, TrainConfig, from_dict, to_dict
 from .data import Dataset
 from .durable_files import write_durably
 from .errors import InputError
@@ -157,8 +157,13 @@ def check_resumable(run_dir: Path) -> RunConfig:
 
 def _config_differences(was: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
     """What a resumed run may not change, as sentences."""
-    pairs = [(name, was[name], now[name]) for name in was if name != "model" and name not in _MAY_CHANGE]
     models = was["model"], now["model"]
+    free = {
+        "model",
+        *_MAY_CHANGE,
+        *(NOT_OF_FAST_MODEL if models[0]["kind"] == models[1]["kind"] == "fast" else ()),
+    }
+    pairs = [(name, was[name], now[name]) for name in was if name not in free]
     names = dict.fromkeys([*models[0], *models[1]])
     if "tcnn" not in (models[0].get("mlp_backend"), models[1].get("mlp_backend")):
         # All others compute the same function of the same weights.

@@ -52,6 +52,8 @@ class Trainer(TrainerBase):
         ranks: this process among those that share every batch; the clock and the weights are the first one's.
     """
 
+    remedy = "a smaller lr_init, or grad_max_norm,"
+
     def __init__(
         self,
         config: TrainConfig,
@@ -178,15 +180,7 @@ class Trainer(TrainerBase):
         if self._failure and self.step >= self._failure[0]:
             self._wait()
             raise DivergedError(self._failure[1])
-        return super().results()
-
-    def train_step(self) -> StepResult:
-        """Do one step and wait for its result; it is timed.
-
-        Errors: as of `results`.
-        """
-        self.launch_step()
-        return self.results(wait=True)[-1]
+        return self.unread_results()
 
     def _receive(self, wait: bool) -> bool:
         """Take one result, if it is there."""
@@ -194,34 +188,27 @@ class Trainer(TrainerBase):
         if not numbers:
             return False
         found = dict(zip(WORDS, numbers, strict=True))
-        step, config = int(found["step"]), self.config
+        step = int(found["step"])
         # Until this result is received, that many steps may be launched after it; from then on everybody knows.
         last_launched = step + self._readback.depth - 1
         if found["time_share"] >= 1:
             self._time_ends_at = min(self._time_ends_at, last_launched)
         if found["stop"] > 0:
             self._stops_at = min(self._stops_at, last_launched)
-        if self._failure is None:
-            in_row, failures = int(found["failures_in_row"]), int(found["failures"])
-            if in_row >= config.max_skips_in_row or failures >= config.max_skips:
-                message = (
-                    f"step {step}: the loss is {found['loss']}, the norm of its gradient {found['norm']}; "
-                    f"{in_row} steps in a row and {failures} in all were skipped because of such values"
-                )
-                self._failure = (last_launched, message)
-        self._results.append(
-            StepResult(
-                found["loss"],
-                found["mse"],
-                config.batch_size,
-                step,
-                found["rate"],
-                found["norm"],
-                bool(found["skipped"]),
-                int(found["skips"]),
-                int(found["failures_in_row"]),
-            )
+        result = StepResult(
+            found["loss"],
+            found["mse"],
+            self.config.batch_size,
+            step,
+            found["rate"],
+            found["norm"],
+            bool(found["skipped"]),
+            int(found["skips"]),
+            int(found["failures_in_row"]),
         )
+        if self._failure is None and (message := self.divergence(result, int(found["failures"]))):
+            self._failure = (last_launched, message)
+        self._results.append(result)
         return True
 
     def _be_patient(self, waited: float) -> None:
@@ -232,14 +219,14 @@ class Trainer(TrainerBase):
                 "process of the job has ended or cannot be reached"
             )
 
-    def explain_skip(self, step: int) -> str:
+    def explain_skip(self, result: StepResult) -> str:
         """Where the first value that is not finite arises in the batch of a skipped step, in words.
 
         The whole batch is done again under the finite check, with the weights of now: skipping has not changed them,
         but on a GPU some later steps may have.
         """
         self._wait()
-        config, work = self.config, self.work
+        config, work, step = self.config, self.work, result.step
         work.flat.sums.zero_()
         rays, target = self.batches.draw(config.seed, step, config.batch_size)
         rows, total = torch.arange(config.batch_size, device=self.device), work.total_lossmult(rays)
@@ -255,14 +242,13 @@ class Trainer(TrainerBase):
                     work.accumulate_gradients(step, chunk, target[part], total, rows[part])
                 for name, parameter in self.model.named_parameters():
                     if parameter.grad is not None:
-                        check_finite("backward", f"the gradient of {name}", parameter.grad, has_rays=False)
+                        check_finite("backward", f"the gradient of {name}", parameter.grad, "none")
         except NonFiniteError as error:
             if error.ray is None:
                 return str(error)
             ray = first + error.ray
             where = self.batches.describe(config.seed, step, config.batch_size, ray)
-            sample = "" if error.sample is None else f", sample {error.sample}"
-            return f"{error.operator}: {error.output} is {error.found} at ray {ray}{sample} of the batch, {where}"
+            return error.of_batch(ray, where)
         finally:
             work.flat.sums.zero_()
         return f"done again with the weights of step {self.step}, every operation is finite"

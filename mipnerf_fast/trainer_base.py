@@ -28,9 +28,9 @@ class StepResult:
     """Of one optimiser step.
 
     loss, mse: of the batch and of its finest level. rays: in the batch. step: its number, from 1. rate: the learning
-    rate. norm: of the gradient before it was scaled down. is_skipped: whether loss or gradient was not finite, and
-    the step changed nothing. skips: steps of the run skipped so far. failures_in_row: skipped steps up to this one that
-    no loss scale explains.
+    rate. norm: of the gradient before it was scaled down, None where nobody measures it. is_skipped: whether loss or
+    gradient was not finite, and the step changed nothing. skips: steps of the run skipped so far. failures_in_row:
+    skipped steps up to this one that no loss scale explains.
     """
 
     loss: float
@@ -38,20 +38,31 @@ class StepResult:
     rays: int
     step: int
     rate: float
-    norm: float = math.nan
+    norm: float | None = None
     is_skipped: bool = False
     skips: int = 0
     failures_in_row: int = 0
+
+    @property
+    def numbers(self) -> str:
+        """Loss and gradient, in words: of a skipped step what was not finite."""
+        if self.norm is not None:
+            gradient = f", the norm of its gradient {self.norm:g}"
+        else:
+            gradient = ", its gradient is not finite" if self.is_skipped else ""
+        return f"the loss is {self.loss:g}{gradient}"
 
 
 class TrainerBase(ABC):
     """A model at some step of its training.
 
     config: of the run. device: to train on. step: the last one launched. seconds: of training so far. max_seconds: of
-    training. chunk_rays: rays per pass, or 0. model: what is trained. stop_requested: asked between steps.
+    training. chunk_rays: rays per pass, or 0. model: what is trained. stop_requested: asked between steps. remedy: what
+    may help a run whose steps are not finite.
     """
 
     model: Model
+    remedy: str = "a smaller lr_init"
     chunk_rays: int = 0
 
     def __init__(
@@ -87,28 +98,42 @@ class TrainerBase(ABC):
         """Of the next step: the share of the steps or of the time, whichever is larger."""
         return max((self.step + 1) / self.config.max_steps, self.time_share)
 
-    @abstractmethod
     def train_step(self) -> StepResult:
-        """Do one step and wait for its result; it is timed."""
+        """Do one step and wait for its result; it is timed.
 
+        Errors: as of `results`.
+        """
+        self.launch_step()
+        return self.results(wait=True)[-1]
+
+    @abstractmethod
     def launch_step(self) -> None:
         """Begin a step; its result comes from `results`, maybe some steps later; it is timed."""
-        self._results.append(self.train_step())
 
+    @abstractmethod
     def results(self, wait: bool = False) -> list[StepResult]:
         """The results, in order, of the steps that have finished since the last call.
 
         Args:
             wait: for all steps that have been launched.
 
-        Errors: DivergedError.
+        Errors: DivergedError after config.max_skips_in_row or config.max_skips skipped steps.
         """
-        return self.unread_results()
 
     def unread_results(self) -> list[StepResult]:
         """Those that have arrived and nobody has taken, whatever came after them."""
         unread, self._results = self._results, []
         return unread
+
+    def divergence(self, result: StepResult, failures: int) -> str:
+        """Why the run ends with this step; empty where it goes on. failures: skips that no loss scale explains."""
+        config, in_row = self.config, result.failures_in_row
+        if in_row < config.max_skips_in_row and failures < config.max_skips:
+            return ""
+        return (
+            f"step {result.step}: {result.numbers}; {in_row} steps in a row and {failures} in all were skipped because "
+            "of such values"
+        )
 
     @abstractmethod
     def moments(self) -> dict[str, dict[str, Tensor]]:
@@ -118,9 +143,9 @@ class TrainerBase(ABC):
     def describe_batch(self) -> str:
         """What a step takes, in words."""
 
-    def explain_skip(self, step: int) -> str:
+    @abstractmethod
+    def explain_skip(self, result: StepResult) -> str:
         """Where the first value that is not finite arises in the batch of a skipped step, in words."""
-        return f"the gradient of step {step} is not finite"
 
     def save(self, path: Path, test_psnr: float | None) -> None:
         """Write a checkpoint."""

@@ -29,7 +29,7 @@ from .checkpoint import (
     list_checkpoints,
     prune_checkpoints,
 )
-from .config import FastConfig, TrainConfig
+from .config import FastConfig, TrainConfig, check_options
 from .cpu_setup import cpu_setup
 from .data import Dataset, RayBatches, blender, load_dataset, multiscale
 from .data.scene_files import read_json
@@ -39,6 +39,7 @@ from .environment import choose_device, device_name, revision
 from .errors import InputError, PeerLostError
 from .fast_training import FastTrainer
 from .metrics import mse_to_psnr
+from .ops import widest_network
 from .ops.fast_captured import kernels_for
 from .proposal_training import ProposalTrainer
 from .ranks import ALONE, Ranks, join_ranks
@@ -304,8 +305,8 @@ class _Run:
             )
             return
         self.progress.say(
-            f"train: step {result.step:,} skipped ({result.skips:,} so far): the loss is {result.loss:g}, the norm of "
-            f"its gradient {result.norm:g}; {self.trainer.explain_skip(result.step)}"
+            f"train: step {result.step:,} skipped ({result.skips:,} so far): {result.numbers}; "
+            f"{self.trainer.explain_skip(result)}"
         )
 
     def _report(self, measures: bool, renders: bool) -> None:
@@ -339,7 +340,7 @@ class _Run:
             if self.window.steps:
                 self._report(measures=self.ranks.size == 1, renders=False)
             self._save()
-        return f"saved {path}, which no such step has changed; a smaller lr_init, or grad_max_norm, may keep it finite"
+        return f"saved {path}, which no such step has changed; {self.trainer.remedy} may keep it finite"
 
     def _save_alone(self) -> str:
         """Without the other processes, save the steps that are complete, and say how to go on."""
@@ -392,6 +393,7 @@ def run_training(
     run_dir = Path(run_dir)
     if max_minutes is not None and not 0 < max_minutes < math.inf:
         raise InputError(f"--max-minutes: must be positive, got {max_minutes}")
+    check_options(config)
     if isinstance(config.model, FastConfig):
         device = _device_of_fast_model(device, backend, config.model)
     place = choose_device(device)
@@ -552,6 +554,8 @@ def _device_of_fast_model(device: str, backend: str, model: FastConfig) -> str:
             "--backend reference trains it without, many times slower"
         )
     missing = "the reference trains it on the CPU" if by_reference else kernels_for(torch.device("cuda"))
+    if not missing and model.net_width > (widest := widest_network(torch.device("cuda"))):
+        missing = f"FastConfig.net_width is {model.net_width}, its kernels there take up to {widest}"
     if model.sampling == "proposal":
         missing = "with a proposal it trains on the CPU"
     if device == "cuda" and missing:

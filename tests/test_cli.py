@@ -125,6 +125,12 @@ def test_other_verbs(line: str, want: cli.Verb) -> None:
         ("train --data demo --run-dir x --max-steps 0", ["max_steps", "at least 1", "0"]),
         ("train --data demo --run-dir x --num-samples 0", ["num_samples", "at least 1", "0"]),
         ("train --data demo --run-dir x --lr-init -1", ["lr_init", "positive", "-1"]),
+        (
+            "train --data demo --run-dir x --preset fast --grad-max-norm 1",
+            ["grad_max_norm", "1.0", "fast model"],
+        ),
+        ("train --data demo --run-dir x --preset fast --loss mse", ["loss", "'mse'", "smooth L1"]),
+        ("train --data demo --run-dir x --preset fast --batching single_image", ["batching", "single_image"]),
         ("train --data demo --run-dir x --max-minutes -1", ["--max-minutes", "positive", "-1"]),
         ("train --data demo --run-dir x --max-minutes 0", ["--max-minutes", "positive", "0"]),
         ("train --data demo --run-dir x --device tpu", ["--device", "tpu", "cpu"]),

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 from mipnerf_fast import InputError, MipNerfConfig, NerfConfig, TrainConfig, preset
-from mipnerf_fast.config import PRESET_NOTES, PRESETS, FastConfig, from_dict, to_dict
+from mipnerf_fast.config import (
+    NOT_OF_FAST_MODEL,
+    PRESET_NOTES,
+    PRESETS,
+    FastConfig,
+    check_options,
+    from_dict,
+    to_dict,
+)
 
 
 def test_defaults_are_the_papers() -> None:
@@ -97,6 +106,39 @@ def test_bad_dictionaries_are_named() -> None:
         from_dict({**good, "model": {"kind": "gaussians"}})
     with pytest.raises(InputError, match="model: expected an object, found NoneType"):
         from_dict({k: v for k, v in good.items() if k != "model"})
+
+
+_OF_THE_EXACT_MODEL = {
+    "batching": "single_image",
+    "grad_max_value": 0.1,
+    "grad_max_norm": 1.0,
+    "weight_decay_mult": 1e-4,
+    "coarse_loss_mult": 0.5,
+    "loss": "mse",
+    "disable_multiscale_loss": False,
+    "chunk_rays": 64,
+}
+
+
+@pytest.mark.parametrize("name", list(NOT_OF_FAST_MODEL))
+def test_options_of_the_exact_model_alone_are_refused(name: str) -> None:
+    value = _OF_THE_EXACT_MODEL[name]
+    config = dataclasses.replace(preset("fast"), **{name: value})  # type: ignore[arg-type]
+    # Made and read it is: runs from before may hold it.
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    default = re.escape(repr(getattr(preset("fast"), name)))
+    with pytest.raises(
+        InputError, match=rf"^TrainConfig\.{name}: is {re.escape(repr(value))}, .*; leave it at {default}$"
+    ):
+        check_options(config)
+    check_options(dataclasses.replace(preset("paper"), **{name: value}))  # type: ignore[arg-type]
+
+
+def test_every_other_option_is_the_fast_models_too() -> None:
+    check_options(preset("fast"))
+    assert set(_OF_THE_EXACT_MODEL) == set(NOT_OF_FAST_MODEL)
+    changed = dict(loss_beta=0.5, lr_init=1e-3, max_skips=7, max_skips_in_row=3, capture=False, seed=5)
+    check_options(dataclasses.replace(preset("fast"), **changed))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model", [MipNerfConfig(), FastConfig()])

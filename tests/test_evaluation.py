@@ -15,7 +15,7 @@ import torch
 from analytic_models import Ball
 from tiny_scenes import dataset
 
-from mipnerf_fast import Composite, metrics
+from mipnerf_fast import Composite, FastConfig, FastModel, metrics
 from mipnerf_fast.data import Dataset
 from mipnerf_fast.evaluation import evaluate, markdown_table, score, terminal_table, write_reports
 
@@ -104,6 +104,16 @@ def test_metrics_json(white: Dataset, tmp_path: Path) -> None:
     assert (found["run"]["steps"], found["run"]["seconds"]) == (12, 3.5)
     assert found["run"]["precision"] == "float32"
     assert found["run"]["torch"] == torch.__version__
+
+
+def test_precision_is_what_the_fast_model_says_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FastModel(FastConfig(levels=2, finest_resolution=32, log2_table_size=9, occupancy_resolution=32))
+    data = dataset([12], [1], Ball())
+    assert evaluate(model, data).run["precision"] == "float32"
+    monkeypatch.setattr(FastModel, "precision", "float32; tables float16, products tf32")
+    evaluation = evaluate(model, data)
+    assert evaluation.run["precision"] == "float32; tables float16, products tf32"
+    assert "float32; tables float16, products tf32, backend" in markdown_table(evaluation)
 
 
 def test_tables_say_what_was_measured(white: Dataset, tmp_path: Path) -> None:

@@ -47,6 +47,55 @@ def test_of_packed_samples_the_sample_is_named() -> None:
     assert result.stdout.startswith("hash_encode: features is nan at sample 4, index [4, 0]"), result.stderr
 
 
+FAST = """
+import torch
+from mipnerf_fast import FastConfig, FastModel, fast_reference, ops
+from mipnerf_fast.cameras import pinhole_rays
+from mipnerf_fast.ops.fast_step import FastGradients, MarchRays
+model = FastModel(FastConfig(levels=2, finest_resolution=32, log2_table_size=9, occupancy_resolution=32, net_width=16))
+c2w = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4]])
+rays = pinhole_rays(c2w, 3, 3, 4.0).flatten()
+white = torch.ones(9, 3)
+def step(rays, target, fields):
+    zeros = (getattr(fields, name) for name in FastGradients._fields)
+    zeros = FastGradients(*(None if value is None else torch.zeros_like(value) for value in zeros))
+    return operators.fast_train_step(rays, target, 0.1, fields, zeros).is_finite
+def tell(call, *arguments):
+    try:
+        found = call(*arguments)
+        print(found if isinstance(found, bool) else bool(found[0].isnan().any()))
+    except FloatingPointError as error:
+        print(error)
+good = MarchRays(*rays[:2], rays.radii, rays.near, rays.far, None, white)
+bad = good._replace(background=white.clone())
+bad.background[5, 1] = torch.nan
+target = white.clone()
+target[7] = torch.inf
+for operators in (ops, fast_reference):
+    tell(step, good, white, model.fields())
+    tell(step, bad, white, model.fields())
+    tell(step, good, target, model.fields())
+    tell(operators.fast_render, good, model.fields())
+    tell(operators.fast_render, bad, model.fields())
+"""
+
+
+@pytest.mark.parametrize("check", ["0", "1"])
+def test_the_fused_operators_of_the_fast_model_name_the_ray(check: str) -> None:
+    environment = {**os.environ, "MIPNERF_FAST_CHECK": check}
+    result = subprocess.run([sys.executable, "-c", FAST], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    wanted = [
+        "True",
+        "fast_train_step: rgb is nan at ray 5, index [5, 1] of shape [9, 3] (1 places in all)",
+        "fast_train_step: target is inf at ray 7, index [7, 0] of shape [9, 3] (1 places in all)",
+        "False",
+        "fast_render: rgb is nan at ray 5, index [5, 1] of shape [9, 3] (1 places in all)",
+    ]
+    silent = ["True", "False", "False", "False", "True"]
+    assert result.stdout.splitlines() == 2 * (wanted if check == "1" else silent)
+
+
 @pytest.mark.parametrize(("check", "wanted"), [("0", "1"), ("1", "composite: rgb is nan at ray 3, sample 0")])
 def test_the_ray_is_named_on_request_and_alone_otherwise(check: str, wanted: str) -> None:
     environment = {**os.environ, "MIPNERF_FAST_CHECK": check}
@@ -68,3 +117,10 @@ def test_ray_and_sample_of_the_first() -> None:
     distance = torch.tensor([1.0, torch.nan])
     with pytest.raises(NonFiniteError, match="distance is nan at ray 1, index"):
         check_finite("composite", "distance", distance)
+    packed = torch.zeros(5, 3)
+    packed[4, 2] = -torch.inf
+    for rows, place in (("pixels", " at ray 4"), ("samples", " at sample 4"), ("none", "")):
+        with pytest.raises(NonFiniteError, match=rf"tiny_mlp: rgb is -inf{place}, index \[4, 2\]"):
+            check_finite("tiny_mlp", "rgb", packed, rows)  # type: ignore[arg-type]
+    with pytest.raises(NonFiniteError, match="is nan at ray 1, sample 0, index"):
+        check_finite("composite", "weights", distance[:, None])

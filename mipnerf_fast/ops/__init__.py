@@ -4,6 +4,7 @@ from ..reference import Composite
 from .composite import composite, composite_resample
 from .fast_step import (
     draw_rays,
+    fast_query,
     fast_render,
     fast_train_step,
     occupancy_masks,
@@ -20,13 +21,14 @@ from .implementations import (
     implementations,
     why_no_tf32,
 )
+from .keeping import KeepsWeights, keeping_weights
 from .march import march
-from .mlp import MipMLP, keeping_weights
+from .mlp import MipMLP
 from .mlp_backends import MLP_BACKENDS, MLP_DTYPES, MlpChoice, MlpShape, choose_mlp
 from .mlp_fused import Encoding, Frusta
 from .packed_composite import packed_composite
 from .resample import resample
-from .tiny_mlp import tiny_mlp
+from .tiny_mlp import tiny_mlp, widest_network
 
 __all__ = [
     "FAST_OPERATIONS",
@@ -37,6 +39,7 @@ __all__ = [
     "Encoding",
     "Frusta",
     "Implementation",
+    "KeepsWeights",
     "MipMLP",
     "MlpChoice",
     "MlpShape",
@@ -45,6 +48,7 @@ __all__ = [
     "composite",
     "composite_resample",
     "draw_rays",
+    "fast_query",
     "fast_render",
     "fast_train_step",
     "frustum_ipe",
@@ -59,4 +63,5 @@ __all__ = [
     "sparse_adam",
     "tiny_mlp",
     "why_no_tf32",
+    "widest_network",
 ]

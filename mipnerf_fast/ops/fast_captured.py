@@ -12,7 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .fast_step import FastFields, FastGradients, MarchRays, PixelSource, flat_fields, native_operators
+from .fast_step import (
+    FastFields,
+    FastGradients,
+    MarchRays,
+    PixelSource,
+    flat_fields,
+    native_operators,
+    raise_non_finite,
+)
+from .finite import is_checking
 from .implementations import why_no_kernel
 
 # Rays are drawn in multiples of so many.
@@ -71,11 +80,19 @@ def fast_train_step_captured(
     Returns:
         float64 [6] on the device: loss, mean squared error, samples, samples that counted, whether all is finite, rays
         that took part.
+
+    Errors: NonFiniteError under the finite check, as of `fast_train_step`; a graph cannot capture that.
     """
     flat = flat_fields("fast_train_step_captured", fields)
     statistics: Tensor = native_operators().fast_train_step_captured(
         *rays, target, clock.active_rays, capacity, loss_beta, *flat, *gradients, sums
     )
+    if is_checking():
+        loss, _, _, _, is_finite, taken = statistics.tolist()
+        if is_finite != 1.0:
+            part = slice(int(taken))
+            drawn = MarchRays(*(None if field is None else field[part] for field in rays))  # type: ignore[arg-type]
+            raise_non_finite("fast_train_step_captured", drawn, target[part], fields, loss)
     return statistics
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, reference
+from ..reference import TinyMlp
 from .arguments import require
-from .hash_encode import ATTENUATION_CODES
+from .finite import NonFiniteError, check_finite, is_checking, reports_non_finite
+from .hash_encode import ATTENUATION_CODES, hash_encode
+from .tiny_mlp import tiny_mlp
 
 
 class FastFields(NamedTuple):
@@ -107,13 +110,26 @@ def fast_train_step(
         gradients: where to add.
 
     Errors: RuntimeError naming the argument that is wrong, or why there is no native library; ValueError for an unknown
-    attenuation.
+    attenuation; NonFiniteError under the finite check, where a colour or a gradient is not finite.
     """
     flat = flat_fields("fast_train_step", fields)
     is_fixed = fields.tables.is_cuda and torch.are_deterministic_algorithms_enabled()
     sums = table_sums(fields.tables) if is_fixed else None
     values = native_operators().fast_train_step(*rays, target, loss_beta, *flat, *gradients, sums).tolist()
+    if values[4] != 1.0 and is_checking():
+        raise_non_finite("fast_train_step", rays, target, fields, values[0])
     return StepStatistics(values[0], values[1], int(values[2]), int(values[3]), values[4] == 1.0)
+
+
+def raise_non_finite(
+    operator: str, rays: MarchRays, target: Tensor, fields: FastFields, loss: float
+) -> NoReturn:
+    """Raise NonFiniteError for a step that was not finite: at the first colour of a ray, or else of the gradients."""
+    rgb = native_operators().fast_render(*rays, *flat_fields(operator, fields))[0]
+    check_finite(operator, "rgb", rgb, "pixels")
+    check_finite(operator, "target", target, "pixels")
+    details = f"every colour is finite and the loss is {loss:g}"
+    raise NonFiniteError(operator, "the gradient", None, None, None, details)
 
 
 def table_sums(tables: Tensor) -> Tensor:
@@ -121,10 +137,31 @@ def table_sums(tables: Tensor) -> Tensor:
     return torch.zeros_like(tables, dtype=torch.int64)
 
 
+@reports_non_finite("fast_render", "rgb", "distance", "acc", rows="pixels")
 def fast_render(rays: MarchRays, fields: FastFields) -> tuple[Tensor, Tensor, Tensor]:
     """Colour [B, 3], expected distance [B] (near where the ray is empty) and opacity [B] of rays."""
     rgb, distance, acc = native_operators().fast_render(*rays, *flat_fields("fast_render", fields))
     return rgb, distance, acc
+
+
+def fast_query(means: Tensor, scales: Tensor, viewdirs: Tensor, rays: Tensor, fields: FastFields) -> TinyMlp:
+    """Colour and density of Gaussians, by the operators `hash_encode` and `tiny_mlp`; differentiable in the parameters.
+
+    Args:
+        means: [S, 3] in the unit box. scales: [S], deviations in units of its side.
+        viewdirs: [B, 3], unit length. rays: int64 [S], which of them each Gaussian is seen along.
+        fields: the model; tables float32.
+    """
+    grid = reference.hash_grid_of(fields.resolutions, fields.table_size)
+    encoded = hash_encode(means, scales, fields.tables, grid, fields.attenuation, fields.cutoff)
+    extra = reference.scale_inputs(scales, fields.scale_input, fields.scale_low, fields.scale_high)
+    return tiny_mlp(
+        torch.cat([encoded, extra], -1),
+        reference.spherical_harmonics(viewdirs),
+        rays,
+        *(getattr(fields, name) for name in FastGradients._fields[1:]),
+        tf32=fields.tf32,
+    )
 
 
 def occupancy_update(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,22 +19,38 @@ from torch import Tensor
 _enabled = os.environ.get("MIPNERF_FAST_CHECK", "0") not in ("", "0")
 
 Operator = TypeVar("Operator", bound=Callable[..., Any])
+# What the first axes of a tensor count: rays [B] or rays and their samples [B, N, ...]; rays and channels [B, C];
+# samples that lie one after the other [S, ...]; neither.
+Rows = Literal["rays", "pixels", "samples", "none"]
 
 
 class NonFiniteError(FloatingPointError):
     """A value is NaN or infinite; the message names operator, output, ray and sample.
 
-    operator, output: whose. found: the value. ray, sample: its place; None where it has none.
+    operator, output: whose. found: the value, None where it is not known which. ray, sample: its place; None where it
+    has none.
     """
 
     def __init__(
-        self, operator: str, output: str, found: float, ray: int | None, sample: int | None, details: str
+        self,
+        operator: str,
+        output: str,
+        found: float | None,
+        ray: int | None,
+        sample: int | None,
+        details: str,
     ) -> None:
         self.operator, self.output, self.found, self.ray, self.sample = operator, output, found, ray, sample
         place = ", ".join(
             f"{word} {number}" for word, number in (("ray", ray), ("sample", sample)) if number is not None
         )
-        super().__init__(f"{operator}: {output} is {found}{f' at {place}' if place else ''}, {details}")
+        value = "not finite" if found is None else found
+        super().__init__(f"{operator}: {output} is {value}{f' at {place}' if place else ''}, {details}")
+
+    def of_batch(self, ray: int, where: str) -> str:
+        """The same of a part of a batch, in words: with the ray's number in the batch, and where it comes from."""
+        sample = "" if self.sample is None else f", sample {self.sample}"
+        return f"{self.operator}: {self.output} is {self.found} at ray {ray}{sample} of the batch, {where}"
 
 
 @contextmanager
@@ -51,14 +67,18 @@ def checking() -> Iterator[None]:
         _enabled = previous
 
 
-def check_finite(
-    operator: str, output: str, tensor: Tensor, is_packed: bool = False, has_rays: bool = True
-) -> None:
+def is_checking() -> bool:
+    """Whether operators look at their values now."""
+    return _enabled
+
+
+def check_finite(operator: str, output: str, tensor: Tensor, rows: Rows = "rays") -> None:
     """Raise NonFiniteError at the first element that is not finite.
 
     Args:
         operator, output: what to call it.
-        tensor: of rays [B, ...]; of packed samples [S, ...] where is_packed; of neither where has_rays is false.
+        tensor: in any shape that rows describes.
+        rows: see `Rows`.
     """
     bad = ~torch.isfinite(tensor.detach())
     if not bool(bad.any()):
@@ -66,8 +86,8 @@ def check_finite(
     first = [int(i) for i in bad.nonzero()[0]]
     count = int(bad.any(-1).sum()) if bad.dim() > 1 else int(bad.sum())
     # Packed samples know their rays, their values do not.
-    ray = first[0] if has_rays and not is_packed and first else None
-    sample = first[0] if is_packed else first[1] if ray is not None and len(first) > 1 else None
+    ray = first[0] if rows in ("rays", "pixels") and first else None
+    sample = first[0] if rows == "samples" else first[1] if rows == "rays" and len(first) > 1 else None
     raise NonFiniteError(
         operator,
         output,
@@ -78,10 +98,10 @@ def check_finite(
     )
 
 
-def _check_gradient(operator: str, output: str, is_packed: bool, gradient: Tensor | None) -> None:
+def _check_gradient(operator: str, output: str, rows: Rows, gradient: Tensor | None) -> None:
     """As a hook: the gradient of an output that the loss does not depend on is None."""
     if gradient is not None:
-        check_finite(operator, f"the gradient of {output}", gradient, is_packed)
+        check_finite(operator, f"the gradient of {output}", gradient, rows)
 
 
 def _named(outputs: tuple[str, ...], result: Any) -> Iterator[tuple[str, Tensor]]:
@@ -95,15 +115,16 @@ def _named(outputs: tuple[str, ...], result: Any) -> Iterator[tuple[str, Tensor]
 
 
 def reports_non_finite(
-    operator: str, *outputs: str, is_packed: bool = False
+    operator: str, *outputs: str, rows: Rows = "rays", others: Mapping[str, Rows] | None = None
 ) -> Callable[[Operator], Operator]:
     """Decorate an operator so that, while checking is on, it looks at its outputs and at their gradients.
 
     Args:
         operator: its name in the message.
         outputs: names of what it returns; the fields of a named tuple name themselves.
-        is_packed: whether rows are samples that lie one after the other, not rays.
+        rows: of the outputs. others: of those outputs that differ.
     """
+    rows_of = others or {}
 
     def decorate(function: Operator) -> Operator:
         @functools.wraps(function)
@@ -111,9 +132,10 @@ def reports_non_finite(
             result = function(*arguments, **options)
             if _enabled:
                 for name, tensor in _named(outputs, result):
-                    check_finite(operator, name, tensor, is_packed)
+                    kind = rows_of.get(name, rows)
+                    check_finite(operator, name, tensor, kind)
                     if tensor.requires_grad:
-                        tensor.register_hook(functools.partial(_check_gradient, operator, name, is_packed))
+                        tensor.register_hook(functools.partial(_check_gradient, operator, name, kind))
             return result
 
         return checked  # type: ignore[return-value]

@@ -21,7 +21,7 @@ _MAX_LEVELS = 16
 ATTENUATION_CODES = {"none": 0, "gaussian": 1, "erf": 2}
 
 
-@reports_non_finite("hash_encode", "features", is_packed=True)
+@reports_non_finite("hash_encode", "features", rows="samples")
 def hash_encode(
     points: Tensor,
     scales: Tensor,

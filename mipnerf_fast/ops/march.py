@@ -8,9 +8,11 @@ from torch import Tensor
 from .. import reference
 from ..reference import PackedSamples
 from .arguments import check_float, check_like, check_shape, require
+from .finite import reports_non_finite
 from .implementations import takes_kernel
 
 
+@reports_non_finite("march", rows="samples")
 def march(
     origins: Tensor,
     directions: Tensor,

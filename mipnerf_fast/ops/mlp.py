@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from ..backend import current_backend
 from ..reference import Activations, Composite
 from .arguments import check_float, require
 from .finite import reports_non_finite
+from .keeping import KeepsWeights
 from .mlp_autograd import Architecture
 from .mlp_backends import MLP_BACKENDS, MLP_DTYPES, MlpChoice, MlpShape, choose_mlp
 from .mlp_folded import CUBLASLT, TORCH, TWIN, folded_mlp
@@ -24,13 +24,12 @@ from .mlp_fused import (
     fused_mlp_encoded,
     why_not_composited,
 )
-from .mlp_fused_network import KeptNetworks
 from .mlp_tcnn import WHAT, TcnnNetworks
 
 _PRODUCTS = {"folded": TORCH, "emulated": TWIN, "cublaslt": CUBLASLT}
 
 
-class MipMLP(nn.Module):
+class MipMLP(KeepsWeights):
     """The mip-NeRF network: 8 x 256 with a skip, a linear bottleneck and a view branch (612,740 parameters).
 
     The function is `mipnerf_fast.reference.mip_mlp` over `linears`: the trunk layers, density, bottleneck, view layers
@@ -95,7 +94,6 @@ class MipMLP(nn.Module):
             net_width_condition,
             skip_layer,
         )
-        self._kept: KeptNetworks | None = None
         self.tcnn = TcnnNetworks(self.shape, compute_dtype) if backend == "tcnn" else None
         shapes = [] if backend == "tcnn" else reference.mip_mlp_shapes(*self.shape)
         self.linears = nn.ModuleList(nn.Linear(i, o) for i, o in shapes)
@@ -295,21 +293,3 @@ class MipMLP(nn.Module):
         if choice.engine == "fused":
             return fused_mlp(*inputs, choice.dtype, kept=self._kept)
         return folded_mlp(*inputs, _PRODUCTS[choice.engine], choice.dtype)
-
-
-@contextmanager
-def keeping_weights(module: nn.Module) -> Iterator[None]:
-    """Within the context the parameters of every `MipMLP` in a module do not change.
-
-    What the fused kernels make of them is then made once, and kept: folded and packed weights, in one pass of a
-    training step and the next, or from chunk to chunk of a picture.
-    """
-    networks = [part for part in module.modules() if isinstance(part, MipMLP)]
-    before = [network._kept for network in networks]
-    for network in networks:
-        network._kept = {} if network._kept is None else network._kept
-    try:
-        yield
-    finally:
-        for network, kept in zip(networks, before, strict=True):
-            network._kept = kept

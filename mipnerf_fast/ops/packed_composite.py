@@ -10,10 +10,12 @@ from torch import Tensor
 from .. import _native, reference
 from ..reference import PackedComposite
 from .arguments import check_float, check_like, check_shape, require
+from .finite import reports_non_finite
 from .implementations import takes_kernel
 from .registration import register_differentiable
 
 
+@reports_non_finite("packed_composite", rows="pixels", others={"weights": "samples"})
 def packed_composite(
     rgb: Tensor,
     density: Tensor,

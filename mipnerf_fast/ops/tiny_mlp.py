@@ -16,10 +16,19 @@ from .registration import register_differentiable
 
 _GEOMETRY, _HARMONICS = 16, 16
 # Hidden neurons and inputs that the kernels take.
-_LARGEST = {"cpu": (256, 256), "cuda": (64, 96)}
+_WIDEST, _MOST_INPUTS = {"cpu": 256, "cuda": 64}, {"cpu": 256, "cuda": 96}
 
 
-@reports_non_finite("tiny_mlp", is_packed=True)
+def widest_network(device: torch.device) -> int:
+    """How many neurons a hidden layer of the fast model's networks may have in the kernels for a device."""
+    return _WIDEST[_place(device)]
+
+
+def _place(device: torch.device) -> str:
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+@reports_non_finite("tiny_mlp", rows="samples")
 def tiny_mlp(
     features: Tensor,
     harmonics: Tensor,
@@ -98,7 +107,7 @@ def tiny_mlp(
     ):
         check_like(name, argument, tensor, "features", features)
     unsupported = ""
-    widest, most_inputs = _LARGEST["cuda" if features.device.type == "cuda" else "cpu"]
+    widest, most_inputs = widest_network(features.device), _MOST_INPUTS[_place(features.device)]
     if hidden % 8 or hidden > widest:
         unsupported = f"the kernel takes multiples of 8 up to {widest} neurons, not {hidden}"
     elif inputs % 4 or inputs > most_inputs:
