@@ -35,6 +35,8 @@ def planted(name: str, program: str, home: str, faults: Iterable[tuple[str, str,
     for file, text in sources.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text)
-    if not (folder / "common").is_symlink():
-        (folder / "common").symlink_to(csrc / "common")
+    common = folder / "common"
+    if common.resolve() != csrc / "common":  # a cache that was copied points to another tree
+        common.unlink(missing_ok=True)
+        common.symlink_to(csrc / "common")
     return folder / f"emulate_{name}.cpp"
