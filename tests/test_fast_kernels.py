@@ -627,10 +627,13 @@ def broken_half() -> Path:
     return planted("broken_half_tables", text, "hash_encode/hash_encode_device.cuh", HALF_FAULTS.values())
 
 
-@pytest.mark.parametrize("fault", ["none", *HALF_FAULTS])
-@pytest.mark.parametrize("tf32", [False, True])
+# Products in TF32 round their operands to as many bits as features have: there it is no fault not to.
+@pytest.mark.parametrize(
+    ("fault", "tf32"),
+    [("", False), ("", True), *((name, False) for name in HALF_FAULTS), ("another corner's entry", True)],
+)
 def test_a_fault_of_tables_in_half_is_caught(fault: str, tf32: bool, broken_half: Path) -> None:
-    number = ["none", *HALF_FAULTS].index(fault)
+    number = ["", *HALF_FAULTS].index(fault)
     options: dict[str, Any] = {
         "program": str(broken_half),
         "scalars": {"fault": number},
