@@ -86,12 +86,14 @@ def fast_train_step(
 ) -> StepStatistics:
     """March, encode, evaluate, composite and differentiate a batch of rays by autograd: see `ops.fast_train_step`."""
     names = [name for name in FastGradients._fields if getattr(fields, name) is not None]
-    leaves = {name: getattr(fields, name).detach().requires_grad_() for name in names}
+    # Tables in float16 have a gradient in float32.
+    leaves = {name: getattr(fields, name).detach().to(target.dtype).requires_grad_() for name in names}
+    in_half = fields.tables.dtype == torch.float16
     with torch.no_grad():
         samples = reference.fast_samples(*rays[:6], fields)
     with torch.enable_grad():
         found = reference.fast_composite(
-            samples, rays.directions, rays.near, rays.background, fields._replace(**leaves)
+            samples, rays.directions, rays.near, rays.background, fields._replace(**leaves), in_half
         )
         loss = torch.nn.functional.smooth_l1_loss(found.rgb, target, beta=loss_beta)
         grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)

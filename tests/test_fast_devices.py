@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from rounding_bound import within_rounding
 from test_fast_step import SMALL, _composed, _model, _rays, _source
 from test_fast_training import _config, _psnr, _spheres
-from tf32_bound import within_tf32
 from torch import Tensor
 
 from mipnerf_fast import ops, reference, use_backend
@@ -25,7 +25,7 @@ from mipnerf_fast.determinism import deterministic
 from mipnerf_fast.fast_captured import READ_EVERY
 from mipnerf_fast.fast_model import FastModel
 from mipnerf_fast.fast_training import FastTrainer
-from mipnerf_fast.ops.fast_step import FastFields, FastGradients, MarchRays, PixelSource
+from mipnerf_fast.ops.fast_step import FastFields, FastGradients, MarchRays, PixelSource, StepStatistics
 
 FLOOR = 16 * 2.0**-23
 
@@ -41,8 +41,17 @@ def moved(rays: MarchRays, device: torch.device) -> MarchRays:
     return MarchRays(*(None if field is None else field.to(device) for field in rays))  # type: ignore[arg-type]
 
 
-def on_cpu(fields: FastFields) -> FastFields:
-    return FastFields(*(value.cpu() if isinstance(value, Tensor) else value for value in fields))  # type: ignore[arg-type]
+def placed(fields: FastFields, device: torch.device) -> FastFields:
+    return FastFields(*(value.to(device) if isinstance(value, Tensor) else value for value in fields))  # type: ignore[arg-type]
+
+
+def stepped(rays: MarchRays, target: Tensor, fields: FastFields) -> tuple[StepStatistics, FastGradients]:
+    """One training step, and the gradients that it adds to zeros."""
+    values = (getattr(fields, name) for name in FastGradients._fields)
+    gradients = FastGradients(
+        *(None if v is None else torch.zeros_like(v, dtype=torch.float32) for v in values)  # type: ignore[arg-type]
+    )
+    return ops.fast_train_step(rays, target, 0.1, fields, gradients), gradients
 
 
 def test_hash_encode(device: torch.device) -> None:
@@ -174,7 +183,7 @@ def test_tiny_mlp_in_tf32(device: torch.device) -> None:
         run("reference", cpu, torch.float64, False),
     ]
     for found, *numbers in zip(run("native", device, torch.float32, True), *wanted, strict=True):
-        within_tf32(found, *numbers)
+        within_rounding(found, *numbers)
 
 
 def test_gradients_of_the_networks_have_the_same_bits_on_request(device: torch.device) -> None:
@@ -202,14 +211,9 @@ def test_step_and_render(device: torch.device, is_deterministic: bool) -> None:
         torch.nn.functional.smooth_l1_loss(result.rgb, target.to(dtype), beta=0.1).backward()
         wanted[dtype] = result, {name: parameter.grad for name, parameter in parameters.items()}
     fields = model.to(device).fields()._replace(tf32=False)
-    values = [getattr(fields, name) for name in FastGradients._fields]
-    gradients, again = (
-        FastGradients(*(None if v is None else torch.zeros_like(v) for v in values))  # type: ignore[arg-type]
-        for _ in range(2)
-    )
     with deterministic(is_deterministic):
-        for buffers in (gradients, again):
-            found = ops.fast_train_step(moved(rays, device), target.to(device), 0.1, fields, buffers)
+        _, again = stepped(moved(rays, device), target.to(device), fields)
+        found, gradients = stepped(moved(rays, device), target.to(device), fields)
     assert not is_deterministic or torch.equal(gradients.tables, again.tables)
     for one, other in zip(gradients[1:], again[1:], strict=True):
         assert one is None or torch.equal(one, other)  # type: ignore[arg-type]
@@ -224,35 +228,46 @@ def test_step_and_render(device: torch.device, is_deterministic: bool) -> None:
         bounded(getattr(gradients, name), rounded_grads[name], gradient)
 
 
-def test_step_and_render_in_tf32(device: torch.device) -> None:
-    """Or, where there is no such product, their refusal."""
+@pytest.mark.parametrize(("half", "tf32"), [(False, True), (True, False), (True, True)])
+def test_step_and_render_that_round(device: torch.device, half: bool, tf32: bool) -> None:
+    """Products to TF32, tables and features to float16; or, where there is no such thing, their refusal."""
     model, rays, target = _model(SMALL), _rays(), torch.rand(70, 3)
     with torch.no_grad():
         model.density_out[0] += 1.2
     fields = model.fields()
+    if half:
+        fields = fields._replace(tables=fields.tables.half())
 
-    def composed(dtype: torch.dtype, tf32: bool) -> list[Tensor]:
-        result, parameters = _composed(rays, fields._replace(tf32=tf32), dtype)
+    def composed(dtype: torch.dtype, fields: FastFields) -> list[Tensor]:
+        result, parameters = _composed(rays, fields, dtype)
         loss = torch.nn.functional.smooth_l1_loss(result.rgb, target.to(dtype), beta=0.1)
         grads = torch.autograd.grad(loss, list(parameters.values()))
         return [x.detach() for x in (*result[:3], loss, *grads)]
 
-    placed = model.to(device).fields()._replace(tf32=True)
-    values = [getattr(placed, name) for name in FastGradients._fields]
-    gradients = FastGradients(*(None if v is None else torch.zeros_like(v) for v in values))  # type: ignore[arg-type]
-    missing = ops.why_no_tf32(device)
-    if missing:
-        with pytest.raises(RuntimeError, match="tf32"):
-            ops.fast_train_step(moved(rays, device), target.to(device), 0.1, placed, gradients)
-        with pytest.raises(RuntimeError, match="tf32"):
-            ops.fast_render(moved(rays, device), placed)
+    rounding = fields._replace(tf32=tf32)
+    on_device, drawn, seen = placed(rounding, device), moved(rays, device), target.to(device)
+    is_refused = half and device.type == "cpu"
+    if is_refused or (tf32 and ops.why_no_tf32(device)):
+        densities = model.densities.to(device)
+        for run in (
+            lambda: stepped(drawn, seen, on_device),
+            lambda: ops.fast_render(drawn, on_device),
+            lambda: ops.occupancy_update(densities, 0.01, 7, 48, 16, 0.5, 0.9, on_device),
+        ):
+            with pytest.raises(RuntimeError, match="tables must be" if is_refused else "tf32 must be"):
+                run()
         return
-    step = ops.fast_train_step(moved(rays, device), target.to(device), 0.1, placed, gradients)
-    rendered = ops.fast_render(moved(rays, device), placed)
+    step, gradients = stepped(drawn, seen, on_device)
+    rendered = ops.fast_render(drawn, on_device)
     found = [*rendered, torch.tensor(step.loss), *(grad for grad in gradients if grad is not None)]
-    wanted = composed(torch.float32, True), composed(torch.float64, True), composed(torch.float64, False)
+    precise = fields._replace(tables=fields.tables.float())
+    wanted = (
+        composed(torch.float32, rounding),
+        composed(torch.float64, rounding),
+        composed(torch.float64, precise),
+    )
     for one, *numbers in zip(found, *wanted, strict=True):
-        within_tf32(one, *numbers)
+        within_rounding(one, *numbers)
 
 
 def test_drawing(device: torch.device) -> None:

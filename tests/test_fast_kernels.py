@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,25 @@ import pytest
 import torch
 from cuda_emulation import harness
 from cuda_emulation.harness import EmulationError
+from planted_faults import planted
+from rounding_bound import within_rounding
 from test_fast_step import SMALL, VARIANTS, _composed, _model, _rays, _source
-from tf32_bound import within_tf32
 from torch import Tensor
 
 from mipnerf_fast import fast_reference, ops, reference
-from mipnerf_fast.fast_model import FastModel
 from mipnerf_fast.ops.fast_step import FastFields, FastGradients, MarchRays
 
 FLOOR = 16 * 2.0**-23
 SEEDS = range(20)
 OPERATORS, STEP, ENCODING = "fast_operators", "fast_step", "hash_encode"
 RAYS = ("origins", "directions", "radii", "near", "far", "phase")
+
+
+def instance(tables: np.ndarray) -> tuple[str, ...]:
+    """How the program of the step is built for tables: none for four numbers of float32."""
+    kind, features = "Half" if tables.dtype == np.float16 else "float", tables.shape[1]
+    is_usual = kind == "float" and features == 4
+    return () if is_usual else (f"MIPNERF_TABLES={kind}", f"MIPNERF_FEATURES={features}")
 
 
 def emulate(
@@ -44,6 +51,8 @@ def emulate(
 ) -> dict[str, np.ndarray]:
     """One run of a program: float32 for tensors of floats; an output is a shape, of float32, or first values."""
     given = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in arrays.items()}
+    if program == STEP and (tables := given.get("tables")) is not None:
+        options["defines"] = instance(tables)
     wanted = {
         name: value.numpy().copy()
         if isinstance(value, Tensor)
@@ -351,7 +360,7 @@ def test_tiny_mlp_in_tf32(samples: int, encoded: int, hidden: int, layers: int, 
     rounded, truth = (case.by_reference(dtype, True) for dtype in (torch.float32, torch.float64))
     exact = case.by_reference(torch.float64, False)
     for name, *numbers in zip(case.NAMES, rounded, truth, exact, strict=True):
-        within_tf32(found[name], *numbers)
+        within_rounding(found[name], *numbers)
 
 
 # --------------------------------------------------------------------------------------------- the training step
@@ -445,54 +454,47 @@ def by_autograd(rays: MarchRays, target: Tensor, fields: FastFields, dtype: torc
     return {**grads, "loss": loss.detach()}
 
 
-@pytest.mark.parametrize(("variant", "seed"), [("gaussian", 0), ("two colour layers", 1)])
-def test_step_in_tf32(variant: str, seed: int) -> None:
-    model, rays = _model(VARIANTS[variant]), _rays()
+def checks_of(variant: str) -> Sequence[str]:
+    """Two features take another program, and their threads do what those of four do: one build less."""
+    return ["memory"] if VARIANTS[variant].features == 2 else harness.CHECKS
+
+
+def rounding(fields: FastFields, half: bool, tf32: bool) -> tuple[FastFields, FastFields]:
+    """A model that rounds as wanted, tables and features to float16, products to TF32; and one of its tables that does
+    not round further."""
+    tables = fields.tables.half() if half else fields.tables
+    return fields._replace(tables=tables, tf32=tf32), fields._replace(tables=tables.float())
+
+
+@pytest.mark.parametrize(
+    ("variant", "half", "tf32", "fixed"),
+    [
+        ("gaussian", False, True, False),
+        ("two colour layers", False, True, True),
+        ("gaussian", True, False, True),
+        ("gaussian", True, True, False),
+        ("two colour layers", True, True, True),
+        ("aliased", True, False, False),
+        ("erf", True, False, False),
+    ],
+)
+def test_step_that_rounds(variant: str, half: bool, tf32: bool, fixed: bool) -> None:
+    """To float16, of tables all of whose entries differ, and to TF32."""
+    model, rays, target = _model(VARIANTS[variant]), _rays(), torch.rand(70, 3)
     with torch.no_grad():
         model.density_out[0] += 1.2
-    fields, target = model.fields(), torch.rand(70, 3)
-    rounding = fields._replace(tf32=True)
-    found = emulate_step(rays, target, rounding, seed)
-    rounded, truth = (by_autograd(rays, target, rounding, d) for d in (torch.float32, torch.float64))
-    exact = by_autograd(rays, target, fields, torch.float64)
+    fields, precise = rounding(model.fields(), half, tf32)
+    found = emulate_step(rays, target, fields, 3, fixed=fixed, checks=checks_of(variant))
+    rounded, truth = (by_autograd(rays, target, fields, d) for d in (torch.float32, torch.float64))
+    exact = by_autograd(rays, target, precise, torch.float64)
     assert found["statistics"][4] == 1 and found["statistics"][3] > 64
-    within_tf32(found["statistics"][:1], *(x["loss"] for x in (rounded, truth, exact)))
+    within_rounding(found["statistics"][:1], *(x["loss"] for x in (rounded, truth, exact)))
     for name in parameter_names(fields):
-        within_tf32(found[f"grad_{name}"], rounded[name], truth[name], exact[name])
+        within_rounding(found[f"grad_{name}"], rounded[name], truth[name], exact[name])
 
 
 def parameter_names(fields: FastFields) -> list[str]:
     return [name for name in FastGradients._fields if getattr(fields, name) is not None]
-
-
-def half_model() -> FastModel:
-    """A model whose entries are numbers of float16, the same in all of a level: interpolation then gives them back."""
-    model = _model(VARIANTS["erf"])
-    model.config = VARIANTS["aliased"]  # not attenuated
-    with torch.no_grad():
-        at = 0
-        for n in model.grid.resolutions:
-            count = min((n + 1) ** 3 + 7 & ~7, 2**9)
-            model.tables[at : at + count] = torch.randn(2).half().float()
-            at += count
-        assert at == model.grid.entries
-    return model
-
-
-@pytest.mark.parametrize("fixed", [False, True])
-def test_step_with_half_tables(fixed: bool) -> None:
-    model, rays, target = half_model(), _rays(40), torch.rand(40, 3)
-    fields = model.fields()
-    wanted = {}
-    for dtype in (torch.float32, torch.float64):
-        result, parameters = _composed(rays, fields, dtype)
-        torch.nn.functional.smooth_l1_loss(result.rgb, target.to(dtype), beta=0.1).backward()
-        wanted[dtype] = {name: parameter.grad for name, parameter in parameters.items()}
-    found = emulate_step(rays, target, fields._replace(tables=fields.tables.half()), 3, fixed=fixed)
-    for name, truth in wanted[torch.float64].items():
-        assert truth is not None and truth.abs().max() > 0
-        # All samples see the same features: their gradients add up one by one, 64 in a tile, each rounded one way.
-        bounded(found[f"grad_{name}"], wanted[torch.float32][name], truth, 64 * 2.0**-24)  # type: ignore[arg-type]
 
 
 def test_step_leaves_rays_out_that_have_no_room() -> None:
@@ -533,48 +535,115 @@ def test_step_without_gradients(case: str, fixed: bool) -> None:
     assert found["statistics"][5] == (7 if case in ("no samples", "nan") else 0)
 
 
+def emulate_render(
+    rays: MarchRays, fields: FastFields, seed: int, blocks: int, program: str = STEP, **options: Any
+) -> list[np.ndarray]:
+    """Colour, distance and opacity of rays."""
+    (arrays, scalars), count = model_arrays(fields), len(rays.origins)
+    outputs = {"out_rgb": (count, 3), "out_distance": (count,), "out_acc": (count,)}
+    found = emulate(
+        program,
+        "render",
+        {**dict(zip(RAYS, rays[:6], strict=True)), "background": rays.background, **arrays},
+        {**outputs, "next_ray": np.zeros(1, np.int32)},
+        {**scalars, "blocks": blocks, **options.pop("scalars", {})},
+        seed,
+        **options,
+    )
+    return [found[name] for name in outputs]
+
+
 @pytest.mark.parametrize(
-    ("variant", "blocks", "seed"), [("gaussian", 1, 0), ("two colour layers", 2, 1), ("aliased", 5, 2)]
+    ("variant", "blocks", "seed"),
+    [("gaussian", 1, 0), ("two colour layers", 2, 1), ("aliased", 5, 2)],
 )
 def test_render(variant: str, blocks: int, seed: int) -> None:
     model, rays = _model(VARIANTS[variant]), _rays(150)
     rays.origins[[1, 70]] = 9.0
     fields = model.fields()
-    arrays, scalars = model_arrays(fields)
-    found = emulate(
-        STEP,
-        "render",
-        {**dict(zip(RAYS, rays[:6], strict=True)), "background": rays.background, **arrays},
-        {"out_rgb": (150, 3), "out_distance": (150,), "out_acc": (150,), "next_ray": np.zeros(1, np.int32)},
-        {**scalars, "blocks": blocks},
-        seed,
-    )
+    found = emulate_render(rays, fields, seed, blocks)
     with torch.no_grad():
         rounded, truth = (_composed(rays, fields, d)[0] for d in (torch.float32, torch.float64))
-    for name, a, b in zip(("out_rgb", "out_distance", "out_acc"), rounded, truth, strict=False):
-        bounded(found[name], a, b)
-    assert found["out_acc"][1] == 0 and found["out_distance"][1] == 2
+    for one, a, b in zip(found, rounded, truth, strict=False):
+        bounded(one, a, b)
+    assert found[2][1] == 0 and found[1][1] == 2
 
 
-@pytest.mark.parametrize(("variant", "blocks", "seed"), [("gaussian", 1, 0), ("two colour layers", 2, 1)])
-def test_render_in_tf32(variant: str, blocks: int, seed: int) -> None:
+def check_render_that_rounds(
+    variant: str, half: bool, tf32: bool, seed: int, blocks: int, **options: Any
+) -> None:
     model, rays = _model(VARIANTS[variant]), _rays(100)
-    fields = model.fields()
-    rounding = fields._replace(tf32=True)
-    arrays, scalars = model_arrays(rounding)
-    found = emulate(
-        STEP,
-        "render",
-        {**dict(zip(RAYS, rays[:6], strict=True)), "background": rays.background, **arrays},
-        {"out_rgb": (100, 3), "out_distance": (100,), "out_acc": (100,), "next_ray": np.zeros(1, np.int32)},
-        {**scalars, "blocks": blocks},
-        seed,
-    )
+    fields, precise = rounding(model.fields(), half, tf32)
+    found = emulate_render(rays, fields, seed, blocks, **options)
     with torch.no_grad():
-        rounded, truth = (_composed(rays, rounding, d)[0] for d in (torch.float32, torch.float64))
-        exact = _composed(rays, fields, torch.float64)[0]
-    for name, *numbers in zip(("out_rgb", "out_distance", "out_acc"), rounded, truth, exact, strict=False):
-        within_tf32(found[name], *numbers)
+        rounded, truth = (_composed(rays, fields, d)[0] for d in (torch.float32, torch.float64))
+        exact = _composed(rays, precise, torch.float64)[0]
+    for one, *numbers in zip(found, rounded, truth, exact, strict=False):
+        within_rounding(one, *numbers)
+
+
+@pytest.mark.parametrize(
+    ("variant", "half", "tf32", "blocks"),
+    [
+        ("gaussian", False, True, 1),
+        ("two colour layers", False, True, 2),
+        ("gaussian", True, False, 2),
+        ("gaussian", True, True, 1),
+        ("two colour layers", True, True, 5),
+        ("erf", True, True, 1),
+    ],
+)
+def test_render_that_rounds(variant: str, half: bool, tf32: bool, blocks: int) -> None:
+    check_render_that_rounds(variant, half, tf32, 1, blocks, checks=checks_of(variant))
+
+
+# Faults of tables in float16: file, what stands there, what is put in its place.
+HALF_FAULTS = {
+    "another corner's entry": (
+        "hash_encode/hash_encode_device.cuh",
+        "corner_entry(level, cell, corner))",
+        "corner_entry(level, cell, corner ^ fault))",
+    ),
+    "numbers of an entry exchanged": (
+        "hash_encode/hash_encode_device.cuh",
+        "to_float(entry[corner].value[f])",
+        "to_float(entry[corner].value[f ^ fault])",
+    ),
+    "features not rounded": (
+        "fast_step/fast_step_device.cuh",
+        "features = pack_to_float(rounded);",
+        "if (!fault) features = pack_to_float(rounded);",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def broken_half() -> Path:
+    """A program that renders with four features of float16, over sources with every fault built in."""
+    text = (harness.HERE / f"emulate_{STEP}.cpp").read_text()
+    text = text[: text.index("template <typename S, int F>\nstatic void step(")]
+    text += "int main(int argc, char** argv) {\n    const emulation::Program program(argc, argv);\n"
+    text += "    render<Half, 4>(program);\n}\n"
+    return planted("broken_half_tables", text, "hash_encode/hash_encode_device.cuh", HALF_FAULTS.values())
+
+
+# Products in TF32 round their operands to as many bits as features have: there it is no fault not to.
+@pytest.mark.parametrize(
+    ("fault", "tf32"),
+    [("", False), ("", True), *((name, False) for name in HALF_FAULTS), ("another corner's entry", True)],
+)
+def test_a_fault_of_tables_in_half_is_caught(fault: str, tf32: bool, broken_half: Path) -> None:
+    number = ["", *HALF_FAULTS].index(fault)
+    options: dict[str, Any] = {
+        "program": str(broken_half),
+        "scalars": {"fault": number},
+        "checks": ["memory"],
+    }
+    if number == 0:  # the copy is sound
+        check_render_that_rounds("gaussian", True, tf32, 1, 1, **options)
+        return
+    with pytest.raises(AssertionError, match="from the truth"):
+        check_render_that_rounds("gaussian", True, tf32, 1, 1, **options)
 
 
 def test_pace() -> None:
@@ -621,24 +690,26 @@ def test_masks(highest: float, seed: int) -> None:
     assert found["summary"][0] == masks[0][0].double().mean().item()
 
 
-def test_visits_in_tf32() -> None:
+@pytest.mark.parametrize(("half", "tf32"), [(False, True), (True, False), (True, True)])
+def test_visits_that_round(half: bool, tf32: bool) -> None:
     model = _model(SMALL)
     model.densities.zero_()  # so that a visited cell takes what is found
-    fields, stride = model.fields(), 300
-    arrays, scalars = model_arrays(fields._replace(tf32=True))
+    (fields, precise), stride = rounding(model.fields(), half, tf32), 300
+    arrays, scalars = model_arrays(fields)
     numbers = {"seed": 7, "step": 48, "visits": -(-(32**3) // stride), "cell_scale": 0.01, "decay": 0.5}
     found = emulate(STEP, "visits", arrays, {"densities": model.densities}, {**scalars, **numbers})
 
-    def wanted(dtype: torch.dtype, tf32: bool) -> Tensor:
-        of_dtype = (x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in fields)
-        own = FastFields(*of_dtype)._replace(masks=fields.masks.clone(), tf32=tf32)  # type: ignore[arg-type]
+    def wanted(fields: FastFields, dtype: torch.dtype) -> Tensor:
+        weights = {n: getattr(fields, n).to(dtype) for n in parameter_names(fields) if n != "tables"}
+        tables = fields.tables if fields.tables.dtype == torch.float16 else fields.tables.to(dtype)
+        own = fields._replace(**weights, tables=tables, masks=fields.masks.clone())
         densities = model.densities.to(dtype, copy=True)
         fast_reference.occupancy_update(densities, 0.01, 7, 48, stride, 0.5, 0.9, own)
         return densities
 
-    truth = wanted(torch.float64, True)
+    truth = wanted(fields, torch.float64)
     assert 100 < (truth > 0).sum() < 300
-    within_tf32(found["densities"], wanted(torch.float32, True), truth, wanted(torch.float64, False))
+    within_rounding(found["densities"], wanted(fields, torch.float32), truth, wanted(precise, torch.float64))
 
 
 @pytest.mark.parametrize("stride", [1000, 150])
@@ -707,16 +778,7 @@ def small_step(seed: int, checks: list[str], tf32: bool = False) -> None:
 def small_render(seed: int, checks: list[str], tf32: bool = False) -> None:
     model, rays = _model(dataclasses.replace(TWIN, min_step=0.6, max_step=0.6)), _rays(66)
     model.masks.fill_(-1)
-    arrays, scalars = model_arrays(model.fields()._replace(tf32=tf32))
-    emulate(
-        STEP,
-        "render",
-        {**dict(zip(RAYS, rays[:6], strict=True)), "background": rays.background, **arrays},
-        {"out_rgb": (66, 3), "out_distance": (66,), "out_acc": (66,), "next_ray": np.zeros(1, np.int32)},
-        {**scalars, "blocks": 1},
-        seed,
-        checks=checks,
-    )
+    emulate_render(rays, model.fields()._replace(tf32=tf32), seed, 1, checks=checks)
 
 
 def small_visits(seed: int, checks: list[str], tf32: bool = False) -> None:
@@ -869,7 +931,7 @@ def test_a_fault_of_the_products_in_tf32_is_caught(name: str, tmp_path: Path) ->
     far = 0
     for output, *numbers in zip(case.NAMES, rounded, truth, exact, strict=True):
         try:
-            within_tf32(found[output], *numbers)
+            within_rounding(found[output], *numbers)
         except AssertionError:
             far += 1
     assert far > 0

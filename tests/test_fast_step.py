@@ -58,7 +58,10 @@ def _rays(count: int = 70) -> MarchRays:
 def _composed(
     rays: MarchRays, fields: FastFields, dtype: torch.dtype
 ) -> tuple[reference.PackedComposite, dict[str, Tensor]]:
-    """Rendering by the references in a dtype, on the samples that a float32 march finds; and its parameters."""
+    """Rendering by the references in a dtype, on the samples that a float32 march finds; and its parameters.
+
+    Beside tables in float16 features are rounded to it in every dtype.
+    """
     samples = reference.fast_samples(*rays[:6], fields)
     o, d, radii, near, _, _, background = (field.to(dtype) for field in rays if field is not None)
     t0, t1 = samples.t0.to(dtype), samples.t1.to(dtype)
@@ -69,7 +72,8 @@ def _composed(
         if name in FastGradients._fields and value is not None
     }
     packed = reference.PackedSamples(samples.ray_starts, samples.rays, t0, t1, means, scales)
-    result = reference.fast_composite(packed, d, near, background, fields._replace(**parameters))
+    in_half = fields.tables.dtype == torch.float16
+    result = reference.fast_composite(packed, d, near, background, fields._replace(**parameters), in_half)
     return result, parameters
 
 

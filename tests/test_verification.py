@@ -15,7 +15,11 @@ from torch import Tensor
 
 from mipnerf_fast import _native, cli, fast_reference, ops, reference, verification
 from mipnerf_fast.backend import current_backend
+from mipnerf_fast.ops import fast_captured
+from mipnerf_fast.ops.fast_captured import StepClock
+from mipnerf_fast.ops.fast_step import MarchRays, PixelSource
 from mipnerf_fast.reference import Composite
+from mipnerf_fast.verification_case import Case
 
 
 @pytest.fixture(scope="module")
@@ -127,35 +131,132 @@ def test_a_wrong_kernel_of_the_fast_model_fails_and_is_named(
     assert all(r.operation == operation for r in report.rows)
 
 
-@pytest.mark.parametrize("fraction_bits", [10, 8])
-def test_products_in_tf32_are_held_to_what_their_rounding_makes(
-    fraction_bits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A twin takes the kernels' place here: sums as a kernel has them, and 10 fraction bits pass, 8 do not."""
-    module = importlib.import_module("mipnerf_fast.reference.tiny_mlp")
-    right, generator = module.round_to_tf32, torch.Generator().manual_seed(0)
+# The captured step's operators by twins on the CPU: they do what the operators do, in plain PyTorch.
 
-    def rounded(x: Tensor) -> Tensor:
-        if current_backend() == "reference":
-            return right(x)
-        x = x * (1 + 2.0**-23 * (2 * torch.rand(x.shape, generator=generator) - 1))
-        spread = (2.0 ** (10 - fraction_bits) - 1) * x  # a sum of which fewer bits are left
-        return right(x + spread) - spread
 
-    monkeypatch.setattr(module, "round_to_tf32", rounded)
+def _draw_captured(
+    source: PixelSource, seed: int, clock: StepClock, count: int, *behind: Any
+) -> tuple[MarchRays, Tensor]:
+    active = int(clock.active_rays)
+    rays, target = fast_reference.draw_rays(source, seed, int(clock.step), active, *behind)
+    behind_them = torch.full((count - active, 3), math.nan)
+    *fields, target = (torch.cat([x, behind_them[:, : x.shape[1]]]) for x in (*rays, target) if x is not None)
+    return MarchRays(*fields), target
+
+
+def _step_captured(
+    rays: MarchRays, target: Tensor, clock: StepClock, capacity: int, *arguments: Any
+) -> Tensor:
+    active = int(clock.active_rays)
+    some = MarchRays(*(x[:active] for x in rays))  # type: ignore[index]
+    found = fast_reference.fast_train_step(some, target[:active], *arguments[:-1])
+    return torch.tensor([*found, active], dtype=torch.float64)
+
+
+def _adam_captured(*arguments: Any) -> None:
+    *state, copy, clock, ratio, beta1, beta2, eps = arguments
+    rate = float(clock.learning_rate) * ratio
+    fast_reference.sparse_adam(*state, rate, beta1, beta2, eps, int(clock.step) + 1)
+    copy.copy_(state[0])
+
+
+def _pace_captured(statistics: Tensor, clock: StepClock, *limits: int) -> None:
+    clock.samples_per_ray.mul_(0.8).add_(0.2 * statistics[2] / statistics[5])
+    clock.active_rays.fill_(fast_captured.rays_of_pace(clock.samples_per_ray, *limits))
+    clock.step.add_(1)
+
+
+def _update_captured(*arguments: Any) -> Tensor:
+    return torch.tensor(fast_reference.occupancy_update(*arguments))
+
+
+# By their names: how the cases' names begin, and the twin.
+TWINS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "draw_rays_captured": ("captured, 448 of 512", _draw_captured),
+    "fast_train_step_captured": ("captured training step", _step_captured),
+    "fast_pace_captured": ("captured, pace", _pace_captured),
+    "occupancy_update_captured": ("captured, visited cells", _update_captured),
+    "sparse_adam_captured": ("captured, step 7", _adam_captured),
+}
+
+
+@pytest.fixture
+def of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """What only a GPU serves, done by twins on the CPU; `verify` calls nothing else."""
     monkeypatch.setattr(ops, "why_no_tf32", lambda device: "")
+    monkeypatch.setattr(fast_captured, "kernels_for", lambda device: "")
     monkeypatch.setattr(ops, "tiny_mlp", reference.tiny_mlp)
     for name in ("fast_train_step", "fast_render", "occupancy_update"):
         monkeypatch.setattr(ops, name, getattr(fast_reference, name))
-    chosen = [case for case in verification.FAST_CASES if case.name.endswith("TF32")]
+    for name, (_, twin) in TWINS.items():
+        monkeypatch.setattr(fast_captured, name, twin)
+    chosen = [case for case in verification.FAST_CASES if case.served is not None]
     monkeypatch.setattr(verification, "_CASES", ())
     monkeypatch.setattr(verification, "MLP_CASES", ())
     monkeypatch.setattr(verification, "FAST_CASES", tuple(chosen))
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("coarse", "of_cases"), [("", ""), ("round_to_tf32", "TF32"), ("round_to_half", "float16 tables")]
+)
+def test_what_a_gpu_rounds_is_held_to_what_its_rounding_makes(
+    coarse: str, of_cases: str, of_a_gpu: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A twin takes the kernels' place here: sums as a kernel has them pass, roundings of fewer bits do not."""
+    generator = torch.Generator().manual_seed(0)
+
+    def patch(module: str, name: str) -> None:
+        file = importlib.import_module(f"mipnerf_fast.reference.{module}")
+        right = getattr(file, name)
+
+        def rounded(x: Tensor) -> Tensor:
+            if current_backend() == "reference":
+                return right(x)  # type: ignore[no-any-return]
+            x = x * (1 + 2.0**-23 * (2 * torch.rand(x.shape, generator=generator) - 1))
+            spread = (15 if name == coarse else 0) * x  # of the sum four bits fewer are left
+            return right(x + spread) - spread  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(file, name, rounded)
+
+    patch("tiny_mlp", "round_to_tf32")
+    patch("fast_step", "round_to_half")
     report = verification.verify(["cpu"])
     failed = {(row.operation, row.quantity.split(":")[0]) for row in report.rows if not row.passed}
-    assert all(row.native_error is not None and row.reference_error > 0 for row in report.rows)
-    assert {row.operation for row in report.rows} == {"tiny_mlp", "fast_step", "occupancy"}
-    assert failed == (set() if fraction_bits == 10 else {(case.operation, case.name) for case in chosen})
+    assert all(row.native_error is not None for row in report.rows)
+    assert {row.operation for row in report.rows} == {
+        *("draw_rays", "fast_step", "occupancy", "sparse_adam", "tiny_mlp")
+    }
+    wanted = {(case.operation, case.name) for case in of_a_gpu if of_cases and of_cases in case.name}
+    assert failed == wanted and (len(wanted) > 4) == bool(coarse)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_captured_operator_that_takes_another_step_fails_and_is_named(
+    name: str, of_a_gpu: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begins, twin = TWINS[name]
+
+    def faulty(*arguments: Any) -> Any:
+        changed = [
+            x._replace(step=x.step + 1, active_rays=x.active_rays - 1) if isinstance(x, StepClock) else x
+            for x in arguments
+        ]
+        if name == "occupancy_update_captured":
+            changed[3] += 1
+        return twin(*changed)
+
+    monkeypatch.setattr(fast_captured, name, faulty)
+    chosen = [case for case in of_a_gpu if case.name.startswith(begins)]
+    monkeypatch.setattr(verification, "FAST_CASES", tuple(chosen))
+    report = verification.verify(["cpu"])
+    failed = {row.quantity.split(":")[0] for row in report.rows if not row.passed}
+    assert failed == {case.name for case in chosen} and len(failed) > 0
+
+
+def test_the_cpu_has_no_rows_of_what_only_a_gpu_serves(report: verification.Report) -> None:
+    names = {case.name for case in verification.FAST_CASES if case.served is not None}
+    assert len(names) > 15 and not names & {row.quantity.split(":")[0] for row in report.rows}
 
 
 def test_without_the_library_nothing_is_verified(

@@ -20,6 +20,9 @@ class FastFields(NamedTuple):
 
     tf32: the networks' products with operands rounded to TF32, on tensor cores: see `reference.linear`. Of a CUDA
     device of compute capability 8.0 or higher; the native operators refuse it anywhere else.
+
+    tables: of a CUDA device they may be float16. The encoding's features are then rounded to it too; sums and gradients
+    are float32 as ever.
     """
 
     tables: Tensor

@@ -19,6 +19,7 @@ from .hash_encode import (
     hash_encode,
     hash_grid,
     hash_grid_of,
+    round_to_half,
     scale_inputs,
 )
 from .ipe import integrated_pos_enc, pos_enc
@@ -91,6 +92,7 @@ __all__ = [
     "packed_composite",
     "pos_enc",
     "resample",
+    "round_to_half",
     "round_to_tf32",
     "sample_gaussians",
     "sample_piecewise_constant",

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .hash_encode import HashGrid, hash_encode, hash_grid_of, scale_inputs
+from .hash_encode import HashGrid, hash_encode, hash_grid_of, round_to_half, scale_inputs
 from .march import PackedSamples, march
 from .occupancy import unpack_masks
 from .packed_composite import PackedComposite, packed_composite
@@ -59,16 +59,28 @@ class FieldsLike(Protocol):
     def tf32(self) -> bool: ...
 
 
-def fast_query(means: Tensor, scales: Tensor, viewdirs: Tensor, rays: Tensor, fields: FieldsLike) -> TinyMlp:
+def fast_query(
+    means: Tensor,
+    scales: Tensor,
+    viewdirs: Tensor,
+    rays: Tensor,
+    fields: FieldsLike,
+    half_features: bool = False,
+) -> TinyMlp:
     """Colour and density of Gaussians.
 
     Args:
         means: [S, 3] in the unit box. scales: [S], deviations in units of its side.
         viewdirs: [B, 3], unit length. rays: int64 [S], which of them each Gaussian is seen along.
-        fields: the model.
+        fields: the model; its tables may be float16.
+        half_features: round the encoding's features to float16, as it is done wherever the tables are: the kernels keep
+            them so.
     """
     grid: HashGrid = hash_grid_of(fields.resolutions, fields.table_size)
-    encoded = hash_encode(means, scales, fields.tables, grid, fields.attenuation, fields.cutoff)
+    tables = fields.tables.to(means.dtype)
+    encoded = hash_encode(means, scales, tables, grid, fields.attenuation, fields.cutoff)
+    if half_features or fields.tables.dtype == torch.float16:
+        encoded = round_to_half(encoded)
     extra = scale_inputs(scales, fields.scale_input, fields.scale_low, fields.scale_high)
     return tiny_mlp(
         torch.cat([encoded, extra], -1),
@@ -109,12 +121,17 @@ def fast_samples(
 
 
 def fast_composite(
-    samples: PackedSamples, directions: Tensor, near: Tensor, background: Tensor, fields: FieldsLike
+    samples: PackedSamples,
+    directions: Tensor,
+    near: Tensor,
+    background: Tensor,
+    fields: FieldsLike,
+    half_features: bool = False,
 ) -> PackedComposite:
-    """Evaluate and composite given samples; differentiable in the parameters."""
+    """Evaluate and composite given samples; differentiable in the parameters. half_features: see `fast_query`."""
     norms = torch.linalg.vector_norm(directions, dim=-1)
     rgb, density = fast_query(
-        samples.means, samples.scales, directions / norms[:, None], samples.rays, fields
+        samples.means, samples.scales, directions / norms[:, None], samples.rays, fields, half_features
     )
     return packed_composite(
         rgb,

@@ -119,6 +119,12 @@ def hash_encode(
     return torch.cat(features, -1)
 
 
+def round_to_half(x: Tensor) -> Tensor:
+    """To the nearest number of float16, ties to even, in x's own dtype; gradients pass as if it were not there."""
+    own = x.detach()
+    return x + (own.to(torch.float16).to(x.dtype) - own)
+
+
 def scale_inputs(scales: Tensor, enabled: bool, low: float, high: float) -> Tensor:
     """[1, q, 0.3 q^2] with q = log2(512 s) / 2, s clamped to [low, high]; [1, 0, 0] where not enabled: [S, 3].
 

@@ -9,6 +9,12 @@
 
 using namespace mipnerf;
 
+// What the tables are of is said when this is compiled: an instance takes longer than all the rest.
+#ifndef MIPNERF_TABLES
+#define MIPNERF_TABLES float
+#define MIPNERF_FEATURES 4
+#endif
+
 static float number(const emulation::Program& program, const char* name) {
     return static_cast<float>(program.number(name));
 }
@@ -66,40 +72,44 @@ static MarchArguments march_arguments(const emulation::Program& program) {
 }
 
 template <typename S, int F>
-static void run(const emulation::Program& program) {
+static void render(const emulation::Program& program) {
     Given<S> given(program);
-    const std::string kernel = program.text("kernel");
-    if (kernel == "step") {
-        const MarchArguments rays = march_arguments(program);
-        std::size_t bytes = 0;
-        const auto lay_out = [&](unsigned char* base) {
-            return StepScratch::lay_out(base, given.sizes, given.layout.total, sizeof(S), rays.rays,
-                                        program.integer("capacity"),
-                                        static_cast<int>(program.integer("parts")), bytes);
-        };
-        lay_out(nullptr);
-        const StepScratch s = lay_out(scratch<unsigned char>("scratch", static_cast<std::int64_t>(bytes)));
-        given.pack(s.packed);
-        launch_step_march(rays, s, nullptr);
-        launch_train_step<S, F>(
-            given.model, rays,
-            {program.input<float>("background"), program.input<float>("target"), number(program, "beta")}, s,
-            program.output<float>("grad_tables"), program.output<std::int64_t>("table_sums"),
-            {program.output<float>("grad_density_in"), program.output<float>("grad_density_out"),
-             program.output<float>("grad_colour_in"), program.output<float>("grad_colour_hidden"),
-             program.output<float>("grad_colour_out")},
-            program.output<double>("statistics"), nullptr);
-        return;
-    }
     given.pack(scratch<float>("packed", given.layout.total));
-    if (kernel == "render") {
-        launch_fast_render<S, F>(given.model, march_arguments(program),
-                                 {program.input<float>("background"), program.output<float>("out_rgb"),
-                                  program.output<float>("out_distance"), program.output<float>("out_acc"),
-                                  program.output<std::int32_t>("next_ray")},
-                                 static_cast<int>(program.integer("blocks")), nullptr);
-        return;
-    }
+    launch_fast_render<S, F>(given.model, march_arguments(program),
+                             {program.input<float>("background"), program.output<float>("out_rgb"),
+                              program.output<float>("out_distance"), program.output<float>("out_acc"),
+                              program.output<std::int32_t>("next_ray")},
+                             static_cast<int>(program.integer("blocks")), nullptr);
+}
+
+template <typename S, int F>
+static void step(const emulation::Program& program) {
+    Given<S> given(program);
+    const MarchArguments rays = march_arguments(program);
+    std::size_t bytes = 0;
+    const auto lay_out = [&](unsigned char* base) {
+        return StepScratch::lay_out(base, given.sizes, given.layout.total, sizeof(S), rays.rays,
+                                    program.integer("capacity"), static_cast<int>(program.integer("parts")),
+                                    bytes);
+    };
+    lay_out(nullptr);
+    const StepScratch s = lay_out(scratch<unsigned char>("scratch", static_cast<std::int64_t>(bytes)));
+    given.pack(s.packed);
+    launch_step_march(rays, s, nullptr);
+    launch_train_step<S, F>(
+        given.model, rays,
+        {program.input<float>("background"), program.input<float>("target"), number(program, "beta")}, s,
+        program.output<float>("grad_tables"), program.output<std::int64_t>("table_sums"),
+        {program.output<float>("grad_density_in"), program.output<float>("grad_density_out"),
+         program.output<float>("grad_colour_in"), program.output<float>("grad_colour_hidden"),
+         program.output<float>("grad_colour_out")},
+        program.output<double>("statistics"), nullptr);
+}
+
+template <typename S, int F>
+static void visits(const emulation::Program& program) {
+    Given<S> given(program);
+    given.pack(scratch<float>("packed", given.layout.total));
     const auto R = static_cast<std::int32_t>(program.integer("occupancy_resolution"));
     const std::int64_t chunks = occupancy_chunks(R);
     launch_occupancy_visits<S, F>(
@@ -115,6 +125,18 @@ static void run(const emulation::Program& program) {
          {chunks, program.input<std::uint32_t>("masks"), scratch<std::int32_t>("counts", chunks),
           scratch<std::int32_t>("totals", ray_blocks(chunks)), scratch<std::int64_t>("starts", chunks + 1)}},
         nullptr);
+}
+
+template <typename S, int F>
+static void run(const emulation::Program& program) {
+    if (program.size("tables", 1) != F) emulation::fail("this program is of %d features", F);
+    const std::string kernel = program.text("kernel");
+    if (kernel == "step")
+        step<S, F>(program);
+    else if (kernel == "render")
+        render<S, F>(program);
+    else
+        visits<S, F>(program);
 }
 
 static void masks(const emulation::Program& program) {
@@ -141,8 +163,6 @@ int main(int argc, char** argv) {
         masks(program);
     else if (program.text("kernel") == "pace")
         pace(program);
-    else if (program.type("tables") == "<f4")
-        run<float, 4>(program);
     else
-        run<Half, 2>(program);
+        run<MIPNERF_TABLES, MIPNERF_FEATURES>(program);
 }
