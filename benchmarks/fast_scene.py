@@ -8,12 +8,12 @@ from torch import Tensor
 from benchmarks.harness import Inputs
 from mipnerf_fast import FastConfig, FastModel, reference
 from mipnerf_fast.cameras import pinhole_rays
-from mipnerf_fast.ops.fast_step import MarchRays
+from mipnerf_fast.ops.fast_step import FastFields, MarchRays
 
 WIDTH, FOCAL = 200, 277.8  # of the Blender scenes at a quarter of their size
 
 
-def model(seed: int = 0) -> FastModel:
+def model(device: torch.device, seed: int = 0) -> FastModel:
     """The model for images of 200 x 200, its tables as large as training makes them, around a ball of matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -24,7 +24,22 @@ def model(seed: int = 0) -> FastModel:
     radius = torch.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2)
     made.masks.copy_(reference.pack_masks(reference.occupancy_masks((radius < 0.2).float(), 0.5)))
     made.scale_range.copy_(torch.tensor([5e-4, 2e-2]))
-    return made
+    return made.to(device)
+
+
+def in_float32(of: FastModel) -> FastFields:
+    """The model as it is; products in float32 on a GPU too."""
+    return of.fields()._replace(tf32=False)
+
+
+def as_on_gpu(of: FastModel) -> FastFields:
+    """The model as a GPU trains and renders it: tables in float16, products in TF32 where there are any."""
+    return of.fields()._replace(tables=of.tables.detach().to(torch.float16))
+
+
+def for_reference(fields: FastFields) -> FastFields:
+    """The same for the operators in plain PyTorch, which compute in the precision of the tables: float16 as float32."""
+    return fields._replace(tables=fields.tables.to(torch.float32))
 
 
 def rays(seed: int, count: int) -> Inputs:
@@ -48,6 +63,14 @@ def rays(seed: int, count: int) -> Inputs:
     }
 
 
+def steady_rays(seed: int, count: int, of: FastModel) -> Inputs:
+    """`rays` on the model's device, without those that the last bit of a position gives more or fewer samples."""
+    drawn = {name: value.to(of.masks.device) for name, value in rays(seed, count + count // 16).items()}
+    found = [samples(given, of).ray_starts.diff() for given in (drawn, double(drawn))]
+    same = (found[0] == found[1]).nonzero()[:count, 0]
+    return {name: value[same] for name, value in drawn.items()}
+
+
 def march_rays(inputs: Inputs) -> MarchRays:
     """Of the inputs."""
     return MarchRays(*(inputs[name] for name in MarchRays._fields))
@@ -55,7 +78,7 @@ def march_rays(inputs: Inputs) -> MarchRays:
 
 def samples(inputs: Inputs, of: FastModel) -> reference.PackedSamples:
     """The samples of the rays."""
-    return reference.fast_samples(*march_rays(inputs)[:6], of.fields())
+    return reference.fast_samples(*march_rays(inputs)[:6], in_float32(of))
 
 
 def double(tensors: Inputs) -> Inputs:

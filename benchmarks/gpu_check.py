@@ -1,9 +1,13 @@
-"""Everything that only a GPU can show, in stages: `make gpu-check [STAGE="verify steps"] [VENV=none]`.
+"""Everything that only a GPU can show, in stages: `make gpu-check [STAGE="verify steps"] [SCENE=lego] [VENV=none]`.
 
 Stages, in this order: build (the library, for this GPU alone), tests (all that run on CUDA), sanitizer (memcheck and
-racecheck over every kernel), verify (every operation against float64), kernels (their benchmarks), steps (a training
-step beside PyTorch's), training (the paper's network on multi-scale data, evaluated, and its rendered frame), profile
-(where a step's time goes).
+racecheck over every kernel), verify (every operation against float64), kernels (their benchmarks, the fast model's
+captured step among them), steps (a training step beside PyTorch's), training (the paper's network on multi-scale data,
+evaluated, and its rendered frame; the fast model for a minute on four scales, evaluated, its captured step's rate and
+its frame, beside what they should be), profile (where a step's time goes, of both models).
+
+The fast model trains on the scene folder that SCENE names, else on the built-in scene, whose views are 200 x 200: what
+it should reach is said of lego at 800 x 800.
 
 Each stage is bounded to nine minutes and writes what it found to FOLDER/STAGE.json after every one of its commands,
 before the next begins; a stage that fails or runs out of time does not keep the others from running. FOLDER is named
@@ -38,6 +42,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 STAGE_SECONDS = 540.0
 # The end of what a command printed is kept, so many characters of it.
 _TAIL = 6000
+BUILT_IN = "demo"
 PASSED, FAILED, OUT_OF_TIME, NOT_RUN = "passed", "failed", "out of time", "not run"
 # What the package imports when it is used from Python; its command line needs tyro besides.
 _PACKAGE = ("torch", "numpy", "imageio", "PIL", "safetensors", "tqdm", "matplotlib", "tensorboard")
@@ -51,6 +56,7 @@ class Command:
 
     name: in the results. argv: what to run. seconds: at most. collect: reads what it left behind, after it ended, in
     whatever way; the result goes into the stage's file. judge: from exit status and output to a fault, or "".
+    needs: packages beside the stage's.
     """
 
     name: str
@@ -59,6 +65,7 @@ class Command:
     collect: Callable[[], Any] | None = None
     judge: Callable[[int, str], str] = lambda status, output: f"exit status {status}" if status else ""
     environment: dict[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
 
 @dataclass
@@ -169,9 +176,11 @@ def run_stage(stage: Stage, folder: Path, facts: dict[str, Any], seconds: float 
     for command in stage.commands():
         left = end - time.monotonic()
         if left < 1:
-            outcomes.append(
-                Outcome(command.name, NOT_RUN, note="the commands before it took the stage's time")
-            )
+            note = "the commands before it took the stage's time"
+            outcomes.append(Outcome(command.name, NOT_RUN, note=note))
+        elif lacking := missing_packages(command.needs):
+            note = f"this interpreter lacks {', '.join(lacking)}"
+            outcomes.append(Outcome(command.name, NOT_RUN, note=note))
         else:
             outcomes.append(run_command(dataclasses.replace(command, seconds=min(command.seconds, left))))
         last = outcomes[-1]
@@ -233,13 +242,16 @@ def junit_result(report: Path) -> dict[str, Any]:
     return {"ran": len(cases) - skipped, "skipped": skipped, "failed": bad}
 
 
-def make_stages(scratch: Path, architecture: str, python: str = sys.executable) -> list[Stage]:
+def make_stages(
+    scratch: Path, architecture: str, python: str = sys.executable, scene: str = BUILT_IN
+) -> list[Stage]:
     """All stages, in order.
 
     Args:
         scratch: a folder for what commands leave to each other.
         architecture: of this GPU.
         python: the interpreter of all commands.
+        scene: what the fast model trains on, a folder or the built-in one.
     """
     script = "benchmarks/gpu_processes.py"
 
@@ -316,15 +328,26 @@ def make_stages(scratch: Path, architecture: str, python: str = sys.executable) 
 
     def training() -> list[Command]:
         run = scratch / "run"
-        out = ["--device", "cuda", "--out", str(scratch), "--seconds", "4", "--no-compile"]
-        render = ["benchmarks/bench_render.py", *out, "--run-dir", str(run)]
+        out = ["--device", "cuda", "--out", str(scratch)]
+        fast = ["benchmarks/bench_fast_quality.py", *out, "--data", scene, "--runs", str(scratch / "fast")]
+        render = ["benchmarks/bench_render.py", *out, "--seconds", "4", "--no-compile", "--run-dir", str(run)]
         return [
-            step("train and evaluate", 380, script, "train", str(scratch), result="training.json"),
-            step("render", 150, *render, result="render_cuda.json"),
+            step("train and evaluate", 250, script, "train", str(scratch), result="training.json"),
+            Command(
+                "the fast model",
+                [python, *fast, "--only", "minute", "speed"],
+                240,
+                lambda: fast_results(scratch),
+                needs=("tyro",),
+            ),
+            step("render", 110, *render, result="render_cuda.json"),
         ]
 
     def profile() -> list[Command]:
-        return [step("profile", 300, script, "profile", str(scratch), result="profile.json")]
+        return [
+            step(name, 265, script, "profile", str(scratch), name, result=f"profile_{name}.json")
+            for name in ("paper", "fast-gpu")
+        ]
 
     return [
         Stage(
@@ -338,9 +361,27 @@ def make_stages(scratch: Path, architecture: str, python: str = sys.executable) 
         Stage("verify", "every operation against the float64 reference", ("torch", "numpy"), verify),
         Stage("kernels", "the benchmark of each operation", ("torch", "numpy"), kernels),
         Stage("steps", "a training step beside PyTorch's", ("torch", "numpy", "safetensors"), steps),
-        Stage("training", "multi-scale training, evaluation, a rendered frame", _PACKAGE, training),
+        Stage(
+            "training",
+            "multi-scale training, evaluation, a rendered frame, of both models",
+            _PACKAGE,
+            training,
+        ),
         Stage("profile", "where the time of a step goes", ("torch", "numpy", "safetensors"), profile),
     ]
+
+
+def fast_results(folder: Path) -> dict[str, Any]:
+    """What bench_fast_quality.py left: the minute's evaluation, the speed, and both beside what they should be.
+
+    Errors: OSError where the minute left nothing; the speed may be missing.
+    """
+    minute, speed = (folder / f"fast_{name}_cuda.json" for name in ("minute", "speed"))
+    found = {"minute": json.loads(minute.read_text())}
+    if speed.is_file():
+        found["speed"] = json.loads(speed.read_text())
+    tables = [folder / f"fast_{name}_cuda.md" for name in ("quality", "targets")]
+    return found | {"tables": [table.read_text() for table in tables if table.is_file()]}
 
 
 def kernel_benchmarks() -> list[Path]:
@@ -410,12 +451,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages; 0 where all passed, 1 where one did not, 2 where none could be run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--stage", default="", help="some stages, by default all")
+    parser.add_argument(
+        "--scene", default=BUILT_IN, help="what the fast model trains on: a Blender scene's folder"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the folder of results is made")
     parser.add_argument("--seconds", type=float, default=STAGE_SECONDS, help="of each stage, at most")
     options = parser.parse_args(argv)
     try:
         # Before anything else, so that a misspelt stage is told even where there is no GPU.
         choose_stages(make_stages(Path(), ""), options.stage)
+        if options.scene != BUILT_IN and not Path(options.scene).is_dir():
+            raise ValueError(f"SCENE={options.scene}: there is no such folder")
         facts, capability = gpu_facts()
     except (ValueError, RuntimeError) as error:
         print(f"gpu-check: {error}", file=sys.stderr)
@@ -423,7 +469,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.out / folder_name(facts["gpu"], facts["revision"])
     states = {}
     with tempfile.TemporaryDirectory() as scratch:
-        stages = make_stages(Path(scratch), architecture_of(capability))
+        scene = options.scene if options.scene == BUILT_IN else str(Path(options.scene).resolve())
+        stages = make_stages(Path(scratch), architecture_of(capability), scene=scene)
         for stage in choose_stages(stages, options.stage):
             states[stage.name] = run_stage(stage, folder, facts, min(options.seconds, STAGE_SECONDS))
     print(f"\n{facts['gpu']}, revision {facts['revision']}: {folder}")

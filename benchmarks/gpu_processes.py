@@ -1,6 +1,6 @@
 """What stages of gpu_check.py run in a process of their own: every kernel once, a training, a profile.
 
-python benchmarks/gpu_processes.py touch-kernels | train FOLDER | profile FOLDER
+python benchmarks/gpu_processes.py touch-kernels | train FOLDER | profile FOLDER [PRESET]
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ def touch_fast_kernels(device: torch.device) -> None:
 
 def train_multiscale(
     scratch: Path,
-    minutes: float = 3.0,
+    minutes: float = 1.5,
     device: str = "cuda",
     name: str = "paper",
     source: str = "demo",
@@ -130,27 +130,46 @@ def train_multiscale(
     return int(psnr is None or psnr < 20)
 
 
-def profile_steps(scratch: Path, device: str = "cuda", name: str = "paper", steps: int = 10) -> int:
-    """The kernels of a step by their time, launched one by one and replayed from the graph."""
+def profile_steps(
+    scratch: Path, name: str = "paper", device: str = "cuda", steps: int = 32, warm_up: int = 0
+) -> int:
+    """The kernels of a preset's step by their time: profile_NAME.json.
+
+    The exact model's step is launched one kernel at a time and then replayed from its graph; the fast model's is
+    replayed.
+
+    Args:
+        steps: in the profile. warm_up: before it; 0: until the step is recorded and more, of the fast model until its
+            occupancy grid is no longer that of the first steps.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     from benchmarks.bench_train import random_images
     from mipnerf_fast import preset
-    from mipnerf_fast.trainer import Trainer
+    from mipnerf_fast.config import FastConfig
+    from mipnerf_fast.data.procedural import demo_scene
+    from mipnerf_fast.training import make_trainer
 
     on_gpu = device.startswith("cuda")
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    base = preset(name)
+    is_fast = isinstance(base.model, FastConfig)
+    if isinstance(base.model, FastConfig):
+        # Images that a grid can settle on, of the size that the design is for.
+        images = demo_scene("train", size=800 if on_gpu else 25, views=12, supersample=1)
+        base = dataclasses.replace(base, model=base.model.for_images(int(images.width.max())))
+    else:
+        images = random_images(100, 400 if on_gpu else 50)
 
     def microseconds(row: Any) -> float:
         return float(row.self_device_time_total if on_gpu else row.self_cpu_time_total)
 
     found: dict[str, Any] = {}
-    for captured in (False, True):
-        config = dataclasses.replace(preset(name), capture=captured)
-        trainer = Trainer(config, random_images(100, 400 if on_gpu else 50), device)
-        # Until the step is recorded, and some more.
-        for _ in range(10 if on_gpu else 1):
-            trainer.train_step()
+    for captured in (True,) if is_fast else (False, True):
+        trainer = make_trainer(dataclasses.replace(base, capture=captured), images, device)
+        for _ in range(warm_up or (1000 if is_fast else 10)):
+            trainer.launch_step()
+        trainer.results(wait=True)
         start = time.perf_counter()
         with profile(activities=[activity]) as trace:
             for _ in range(steps):
@@ -173,7 +192,7 @@ def profile_steps(scratch: Path, device: str = "cuda", name: str = "paper", step
             "milliseconds_a_step_on_the_gpu": busy / steps * 1e3,
             "kernels": rows,
         }
-        (scratch / "profile.json").write_text(json.dumps(found))
+        (scratch / f"profile_{name}.json").write_text(json.dumps(found))
         for row in rows[:15]:
             print(f"{row['milliseconds_a_step']:9.3f} ms {row['share']:6.1%}  {row['kernel']}")
         del trainer
@@ -182,11 +201,11 @@ def profile_steps(scratch: Path, device: str = "cuda", name: str = "paper", step
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The one that is named."""
-    name, *folder = sys.argv[1:] if argv is None else argv
+    name, *more = sys.argv[1:] if argv is None else argv
     if name == "touch-kernels":
         return touch_kernels()
-    run: Callable[[Path], int] = train_multiscale if name == "train" else profile_steps
-    return run(Path(folder[0]))
+    folder, *preset = more
+    return train_multiscale(Path(folder)) if name == "train" else profile_steps(Path(folder), *preset)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def keep_pages() -> None:
         libc.mallopt(m_mmap_max, 0)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -436,7 +436,7 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
 def test_a_series_goes_on_where_it_stopped(tmp_path: Path, scripts: Callable[[str], int]) -> None:
     facts, out = {"device": "A machine", "torch": "2.13.0", "revision": "abc"}, tmp_path / "out"
-    chosen = run_all.benchmarks("cpu", None)
+    chosen = run_all.benchmarks(None)
     assert [benchmark.name for benchmark in chosen] == ["bad", "good"]
     state = run_all.run_all(chosen, out, "cpu", facts)
     assert state["benchmarks"]["good"]["state"] == "done"
@@ -456,10 +456,9 @@ def test_a_series_goes_on_where_it_stopped(tmp_path: Path, scripts: Callable[[st
 
 
 def test_the_series_knows_every_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    names = {benchmark.name for benchmark in run_all.benchmarks("cuda", tmp_path)}
-    on_cpu = {benchmark.name for benchmark in run_all.benchmarks("cpu", tmp_path)}
-    assert {f"bench_{name}" for name in on_cpu} == {name for name in SCRIPTS if name.startswith("bench_")}
-    assert {"train", "render", "quality", "composite"} <= names <= on_cpu
-    assert not any("quality" in benchmark.name for benchmark in run_all.benchmarks("cpu", None))
+    names = {benchmark.name for benchmark in run_all.benchmarks(tmp_path)}
+    assert {f"bench_{name}" for name in names} == {name for name in SCRIPTS if name.startswith("bench_")}
+    assert {"train", "render", "quality", "fast_quality", "composite"} <= names
+    assert not any("quality" in benchmark.name for benchmark in run_all.benchmarks(None))
     assert run_all.main(["--out", str(tmp_path), "--device", "cpu", "--only", "nothing"]) == 2
     assert "no benchmark 'nothing' here" in capsys.readouterr().err

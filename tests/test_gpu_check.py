@@ -32,7 +32,7 @@ from benchmarks.gpu_check import (
     run_stage,
     sanitizer_fault,
 )
-from mipnerf_fast import environment
+from mipnerf_fast import environment, ops
 
 ROOT = Path(gpu_check.__file__).resolve().parents[1]
 FACTS = {"gpu": "NVIDIA A", "revision": "abc"}
@@ -90,7 +90,32 @@ def test_max_autotune_rows_are_of_4096_rays_alone() -> None:
 
 def test_every_operation_with_cuda_sources_is_measured() -> None:
     measured = {path.stem.removeprefix("bench_") for path in gpu_check.kernel_benchmarks()}
-    assert {"composite", "frustum_ipe", "resample"} <= measured
+    assert {"composite", "frustum_ipe", "resample", *ops.FAST_OPERATIONS} <= measured
+
+
+def test_the_fast_model_is_trained_timed_and_profiled(tmp_path: Path) -> None:
+    stages = {s.name: s.commands() for s in make_stages(tmp_path, "9.0a", scene="/scenes/lego")}
+    (fast,) = (c for c in stages["training"] if "benchmarks/bench_fast_quality.py" in c.argv)
+    after = {flag: fast.argv[fast.argv.index(flag) + 1] for flag in ("--device", "--data", "--only")}
+    assert after == {"--device": "cuda", "--data": "/scenes/lego", "--only": "minute"}
+    assert fast.argv[-2:] == ["minute", "speed"] and fast.needs == ("tyro",)
+    assert [command.name for command in stages["profile"]] == ["paper", "fast-gpu"]
+    # What the minute left is kept, even where the time was over before the speed was measured.
+    assert fast.collect is not None
+    with pytest.raises(FileNotFoundError):
+        fast.collect()
+    (tmp_path / "fast_minute_cuda.json").write_text('{"mean": 1}')
+    assert fast.collect() == {"minute": {"mean": 1}, "tables": []}
+    (tmp_path / "fast_speed_cuda.json").write_text('{"view": 2}')
+    (tmp_path / "fast_targets_cuda.md").write_text("| a |")
+    assert fast.collect() == {"minute": {"mean": 1}, "speed": {"view": 2}, "tables": ["| a |"]}
+    (training,) = (s for s in make_stages(tmp_path, "9.0a") if s.name == "training")
+    assert any(argument == "demo" for command in training.commands() for argument in command.argv)
+
+
+def test_a_scene_that_is_missing_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert gpu_check.main(["--scene", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    assert f"SCENE={tmp_path / 'none'}: there is no such folder" in capsys.readouterr().err
 
 
 def test_results_are_written_after_every_command(tmp_path: Path) -> None:
@@ -149,6 +174,12 @@ def test_what_is_missing_is_named_before_anything_runs(tmp_path: Path) -> None:
     assert run_stage(stage(touch, needs=("json", "no_such_package")), tmp_path, FACTS) == NOT_RUN
     assert content(tmp_path)["commands"][0]["note"] == "this interpreter lacks no_such_package"
     assert not ran.exists()
+    # What one command alone needs keeps no other from running.
+    poor = python("poor", "raise SystemExit(1)", needs=("no_such_package",))
+    assert run_stage(stage(poor, touch), tmp_path, FACTS) == NOT_RUN
+    first, second = content(tmp_path)["commands"]
+    assert (first["note"], first["state"]) == ("this interpreter lacks no_such_package", NOT_RUN)
+    assert second["state"] == PASSED and ran.exists()
 
 
 @pytest.mark.parametrize(
@@ -214,6 +245,7 @@ def test_the_given_interpreter_is_used_as_it_is() -> None:
         "VENV=none",
         f"PYTHON={sys.executable}",
         "STAGE=verify",
+        f"SCENE={ROOT}",
         "gpu-check",
     ]
     # A make that runs this suite hands its variables down to this one.
@@ -221,7 +253,7 @@ def test_the_given_interpreter_is_used_as_it_is() -> None:
     planned = subprocess.run(
         [*make, "-n"], cwd=ROOT, env=alone, capture_output=True, text=True, check=True
     ).stdout
-    assert f"{sys.executable} benchmarks/gpu_check.py --stage 'verify'" in planned
+    assert f"{sys.executable} benchmarks/gpu_check.py --stage 'verify' --scene '{ROOT}'" in planned
     for word in ("-m pip", "pip install", "-m venv", "setup.py", "download"):
         assert word not in planned
     done = subprocess.run(make, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
@@ -237,10 +269,11 @@ def test_what_the_stages_run_in_processes_of_their_own(
     said = capsys.readouterr().out
     assert "ours, network folded fp32, 33 samples, width 64: loss" in said
     assert "ours, network fused bf16: not run: it runs on a GPU" in said
-    assert gpu_processes.profile_steps(tmp_path, "cpu", "small", steps=1) == 0
-    profile = json.loads((tmp_path / "profile.json").read_text())
-    assert set(profile) == {"launched", "captured"}
-    assert profile["launched"]["kernels"][0]["share"] > 0
+    for name, kinds in (("small", {"launched", "captured"}), ("fast", {"captured"})):
+        assert gpu_processes.profile_steps(tmp_path, name, "cpu", steps=1, warm_up=1) == 0
+        profile = json.loads((tmp_path / f"profile_{name}.json").read_text())
+        assert set(profile) == kinds
+        assert profile["captured"]["kernels"][0]["share"] > 0
     scene = write_scene(tmp_path / "small")
     # A second teaches a network little: the status says so.
     assert gpu_processes.train_multiscale(tmp_path, 0.02, "cpu", "demo", str(scene), levels=2) in (0, 1)
