@@ -22,26 +22,27 @@ from mipnerf_fast import ops, reference, use_backend
 NAMES = ("points", "scales", "tables")
 
 
-def case(rays: int, backward: bool, device: torch.device) -> Case:
+def case(rays: int, backward: bool) -> Case:
     """The samples of so many rays through the 8 levels of the model for 200 x 200."""
-    model = fast_scene.model(torch.device("cpu"))
-    tables, grid = model.tables.detach().to(device), model.grid
-    levels, features = len(grid.resolutions), tables.shape[1]
-    drawn = fast_scene.samples(fast_scene.rays(0, rays), model)
-    count = int(drawn.scales.shape[0])
+    model = fast_scene.model()
+    tables, grid = model.tables.detach(), model.grid
+    count = int(fast_scene.samples(fast_scene.rays(0, rays), model).scales.shape[0])
 
     def make_inputs(seed: int, device: torch.device) -> Inputs:
+        drawn = fast_scene.samples(fast_scene.rays(0, rays), model)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(count // 64, generator=generator)
+        order = torch.randperm(drawn.scales.shape[0] // 64, generator=generator)
         whole = order.shape[0] * 64
         # Rays in another order: the same work, other addresses.
         index = (order[:, None] * 64 + torch.arange(64)).reshape(-1)
-        assert whole <= count
+        assert whole <= drawn.scales.shape[0]
         return {
             "points": drawn.means[index].to(device),
             "scales": drawn.scales[index].to(device),
             "tables": tables,
-            "grad": torch.rand(whole, features * levels, generator=generator).to(device),
+            "grad": torch.rand(whole, tables.shape[1] * len(grid.resolutions), generator=generator).to(
+                device
+            ),
         }
 
     def wrap(encode: Callable[..., Tensor]) -> Callable[[Inputs], Outputs]:
@@ -61,6 +62,7 @@ def case(rays: int, backward: bool, device: torch.device) -> Case:
         with use_backend("native"):
             return ops.hash_encode(*arguments)
 
+    levels, features = len(grid.resolutions), tables.shape[1]
     return Case(
         name=f"{'forward + backward' if backward else 'forward'}, {rays} rays of 200 x 200, float32",
         make_inputs=make_inputs,
@@ -77,7 +79,8 @@ def case(rays: int, backward: bool, device: torch.device) -> Case:
 
 def cases(device: torch.device) -> Sequence[Case]:
     """A training step's rays and a picture's row of tiles."""
-    return [case(2048, False, device), case(2048, True, device)]
+    del device
+    return [case(2048, False), case(2048, True)]
 
 
 if __name__ == "__main__":

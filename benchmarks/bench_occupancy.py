@@ -24,7 +24,7 @@ SEED, CELL_SCALE, THRESHOLD = 3, 1e-3, 0.5
 
 def case(stride: int, decay: float, device: torch.device) -> Case:
     """One of so many cells visited, and as many of those that hold the scene's ball."""
-    model = fast_scene.model(device)
+    model = fast_scene.model().to(device)
     fields, cells = fast_scene.in_float32(model), model.config.occupancy_resolution
     exact = fields._replace(
         **{n: v.double() for n in FastGradients._fields if (v := getattr(fields, n)) is not None}

@@ -24,7 +24,8 @@ LEAVES = ("rgb", "density", "lengths", "background")
 
 def case(rays: int, backward: bool) -> Case:
     """The samples of so many rays through a ball of matter that is never quite opaque."""
-    packed = fast_scene.samples(fast_scene.rays(0, rays), fast_scene.model(torch.device("cpu")))
+    model = fast_scene.model()
+    packed = fast_scene.samples(fast_scene.rays(0, rays), model)
     count = int(packed.t0.shape[0])
 
     def make_inputs(seed: int, device: torch.device) -> Inputs:

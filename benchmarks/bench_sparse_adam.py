@@ -69,7 +69,7 @@ def _captured(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor]
 
 def case(share: float, device: torch.device) -> Case:
     """The tables of the model for 200 x 200; this share of the entries has a gradient."""
-    shape = fast_scene.model(torch.device("cpu")).tables.shape
+    shape = fast_scene.model().tables.shape
 
     def make_inputs(seed: int, device: torch.device) -> Inputs:
         generator = torch.Generator(device).manual_seed(seed)

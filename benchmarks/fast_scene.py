@@ -13,7 +13,7 @@ from mipnerf_fast.ops.fast_step import FastFields, MarchRays
 WIDTH, FOCAL = 200, 277.8  # of the Blender scenes at a quarter of their size
 
 
-def model(device: torch.device, seed: int = 0) -> FastModel:
+def model(seed: int = 0) -> FastModel:
     """The model for images of 200 x 200, its tables as large as training makes them, around a ball of matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -24,7 +24,7 @@ def model(device: torch.device, seed: int = 0) -> FastModel:
     radius = torch.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2)
     made.masks.copy_(reference.pack_masks(reference.occupancy_masks((radius < 0.2).float(), 0.5)))
     made.scale_range.copy_(torch.tensor([5e-4, 2e-2]))
-    return made.to(device)
+    return made
 
 
 def in_float32(of: FastModel) -> FastFields:
@@ -63,14 +63,6 @@ def rays(seed: int, count: int) -> Inputs:
     }
 
 
-def steady_rays(seed: int, count: int, of: FastModel) -> Inputs:
-    """`rays` on the model's device, without those that the last bit of a position gives more or fewer samples."""
-    drawn = {name: value.to(of.masks.device) for name, value in rays(seed, count + count // 16).items()}
-    found = [samples(given, of).ray_starts.diff() for given in (drawn, double(drawn))]
-    same = (found[0] == found[1]).nonzero()[:count, 0]
-    return {name: value[same] for name, value in drawn.items()}
-
-
 def march_rays(inputs: Inputs) -> MarchRays:
     """Of the inputs."""
     return MarchRays(*(inputs[name] for name in MarchRays._fields))
@@ -78,7 +70,7 @@ def march_rays(inputs: Inputs) -> MarchRays:
 
 def samples(inputs: Inputs, of: FastModel) -> reference.PackedSamples:
     """The samples of the rays."""
-    return reference.fast_samples(*march_rays(inputs)[:6], in_float32(of))
+    return reference.fast_samples(*march_rays(inputs)[:6], of.fields())
 
 
 def double(tensors: Inputs) -> Inputs:
