@@ -39,10 +39,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+BUILT_IN = "demo"  # in place of a scene folder
 STAGE_SECONDS = 540.0
 # The end of what a command printed is kept, so many characters of it.
 _TAIL = 6000
-BUILT_IN = "demo"
 PASSED, FAILED, OUT_OF_TIME, NOT_RUN = "passed", "failed", "out of time", "not run"
 # What the package imports when it is used from Python; its command line needs tyro besides.
 _PACKAGE = ("torch", "numpy", "imageio", "PIL", "safetensors", "tqdm", "matplotlib", "tensorboard")

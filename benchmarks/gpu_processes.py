@@ -1,4 +1,4 @@
-"""What stages of gpu_check.py run in a process of their own: every kernel once, a training, a profile.
+"""What stages of gpu_check.py run in a process of their own: every kernel once, a training, profiles.
 
 python benchmarks/gpu_processes.py touch-kernels | train FOLDER | profile FOLDER [PRESET]
 """
@@ -204,8 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *more = sys.argv[1:] if argv is None else argv
     if name == "touch-kernels":
         return touch_kernels()
-    folder, *preset = more
-    return train_multiscale(Path(folder)) if name == "train" else profile_steps(Path(folder), *preset)
+    folder, preset = Path(more[0]), (*more[1:], "paper")[0]
+    return train_multiscale(folder) if name == "train" else profile_steps(folder, preset)
 
 
 if __name__ == "__main__":

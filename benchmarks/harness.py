@@ -137,6 +137,7 @@ def keep_pages() -> None:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
