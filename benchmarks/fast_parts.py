@@ -232,7 +232,7 @@ def _judges(found: dict[str, Any] | None) -> bool:
 
 def _gpu_rows(table: _Table, results: Path) -> str:
     """The targets of one H200, "not measured" without a result; what there is of another GPU is not judged."""
-    facts = {}
+    facts: dict[str, None] = {}  # in order
     for name, part in PARTS["cuda"].items():
         if found := _load(name, results, "cuda"):
             facts[_facts(found["run"])] = None

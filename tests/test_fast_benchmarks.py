@@ -26,7 +26,7 @@ from benchmarks import (
     fast_scene,
 )
 from benchmarks.harness import Case, Inputs, largest_error
-from mipnerf_fast import fast_reference, ops, preset
+from mipnerf_fast import cli, fast_reference, ops, preset
 from mipnerf_fast.config import FastConfig
 from mipnerf_fast.data import multiscale
 from mipnerf_fast.ops.fast_captured import StepClock
@@ -204,6 +204,40 @@ def test_parts_are_named_and_a_gpu_is_needed_where_one_is_asked_for(
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_part_is_trained_and_evaluated_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line that it runs is one that parses, and says what the part says."""
+    verbs: list[Any] = []
+
+    def run(arguments: list[str]) -> dict[str, float]:
+        verbs.append(verb := cli.parse(arguments))
+        if isinstance(verb, cli.Eval):
+            (verb.run_dir / "eval").mkdir(parents=True)
+            metrics = {"scales": {}, "mean": {"psnr": 35.5}, "run": {"device": "NVIDIA H200"}}
+            (verb.run_dir / "eval" / "metrics.json").write_text(json.dumps(metrics))
+        return {"wall_seconds": 70.0}
+
+    monkeypatch.setattr(bench_fast_quality, "_run", run)
+    part = fast_parts.PARTS["cuda"]["minute"]
+    found = bench_fast_quality.quality(part, tmp_path / "lego", tmp_path / "runs", "cuda")
+    convert, train, evaluate = verbs
+    assert (convert.downscale, convert.levels) == (1, 4) and convert.data == str(tmp_path / "lego")
+    assert (train.preset, train.device, train.max_minutes) == ("fast-gpu", "cuda", 1)
+    assert train.config == preset("fast-gpu") and train.data == str(convert.out)
+    assert (evaluate.device, evaluate.run_dir) == ("cuda", train.run_dir)
+    assert (found["scene"], found["mean"], found["training"]) == (
+        "lego",
+        {"psnr": 35.5},
+        {"wall_seconds": 70.0},
+    )
+    verbs.clear()
+    aliased = fast_parts.PARTS["cpu"]["aliased"]
+    bench_fast_quality.quality(aliased, tmp_path / "lego", tmp_path / "runs", "cpu")
+    assert verbs[1].device == verbs[2].device == "cpu" and verbs[1].preset == "fast"
+    assert verbs[1].config.model.attenuation == "none" and not verbs[1].config.model.scale_input
+    with pytest.raises(SystemExit, match="exists; move it away"):
+        bench_fast_quality.quality(aliased, tmp_path / "lego", tmp_path / "runs", "cpu")
 
 
 def test_children_are_told_the_revision_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
