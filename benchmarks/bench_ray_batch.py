@@ -39,6 +39,8 @@ def case(rays: int, device: torch.device, graph: bool = False) -> Case:
     """A batch of so many rays from all pixels of all images."""
     data = images(device.type)
     batches = RayBatches(data, device)
+    cameras = {name: getattr(data, name).double() for name in ("c2w", "near", "far", "lossmult")}
+    exact = RayBatches(dataclasses.replace(data, **cameras), device)
 
     def make_inputs(seed: int, to: torch.device) -> Inputs:
         return {"step": torch.tensor(seed + 1, device=to)}
@@ -60,10 +62,8 @@ def case(rays: int, device: torch.device, graph: bool = False) -> Case:
         image = torch.div(index, batches.common_size, rounding_mode="floor")
         return batches.gather(image, index - image * batches.common_size)
 
-    def truth(inputs: Inputs) -> Outputs:
-        fields = {name: getattr(data, name).double() for name in ("c2w", "near", "far", "lossmult")}
-        exact = RayBatches(dataclasses.replace(data, **fields), device)
-        return wrap(lambda step: exact.gather(*exact.choose(SEED, step, rays)))(inputs)
+    def in_float64(step: Tensor) -> Batch:
+        return exact.gather(*exact.choose(SEED, step, rays))
 
     return Case(
         name=f"{rays} rays of 100 views",
@@ -74,7 +74,7 @@ def case(rays: int, device: torch.device, graph: bool = False) -> Case:
             "randint": wrap(randint),
             "native": wrap(lambda step: batches.draw(SEED, step, rays), "native"),
         },
-        truth=truth,
+        truth=wrap(in_float64),
         reference=wrap(drawn),
         floor=4 * 2.0**-23,
         floor_why="8 roundings of a direction of 1",

@@ -227,9 +227,12 @@ def train_multiscale(
     }
     (scratch / "training.json").write_text(json.dumps(found))
     print(terminal_table(evaluation))
-    # Half a minute of a GPU gets past this; a network that learns nothing stays below.
-    psnr = evaluation.mean().psnr
-    return int(psnr is None or psnr < 20)
+    return int(not has_learned(evaluation.mean().psnr))
+
+
+def has_learned(psnr: float | None) -> bool:
+    """Whether a network is trained: half a minute of a GPU gets past this, one that learns nothing stays below."""
+    return psnr is not None and psnr >= 20
 
 
 def profile_steps(scratch: Path, device: str = "cuda", name: str = "paper", steps: int = 10) -> int:

@@ -260,7 +260,7 @@ def _cache_bytes(device: torch.device) -> int:
 
 
 def largest_error(outputs: Outputs, truth: Outputs) -> float:
-    """Largest absolute difference over all outputs; NaN when anything is NaN that should not be, or of another shape."""
+    """Largest absolute difference over all outputs; NaN where one is NaN that should not be, or of another shape."""
     worst = 0.0
     for name, want in truth.items():
         got = outputs[name].detach().double()
