@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch import Tensor
 
 from benchmarks.harness import RESULTS, machine
 from mipnerf_fast import preset, use_backend
@@ -129,6 +131,10 @@ def levels_to_reach(curves: Sequence[Sequence[dict[str, Any]]]) -> list[int]:
     return list(range(max(1, int(best) - 5), int(best) + 1))
 
 
+def _at_once(add_gradients: Callable[[Sequence[Tensor]], None], losses: Sequence[Tensor]) -> None:
+    add_gradients([torch.stack(list(losses)).sum()])
+
+
 def train_curve(
     backend: Backend,
     config: TrainConfig,
@@ -152,6 +158,9 @@ def train_curve(
         if backend.compile:
             torch.compiler.reset()
             trainer.model.compile(**_COMPILE)
+            # Compiled, the levels are one graph, which can be gone back through only once.
+            flat = trainer.work.flat
+            flat.add_gradients = functools.partial(_at_once, flat.add_gradients)  # type: ignore[method-assign]
         if backend.autocast:
             trainer.work.model = InAutocast(trainer.model)
         waiting = marks(seconds)

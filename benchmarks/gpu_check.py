@@ -246,7 +246,7 @@ def sanitizer_fault(status: int, output: str) -> str:
     return f"{found} found, in {', '.join(kernels) or 'kernels that the output does not name'}"
 
 
-def tests_result(journal: Path) -> dict[str, Any]:
+def journal_result(journal: Path) -> dict[str, Any]:
     """What pytest_journal.py wrote: counts, which tests passed, by file, which failed and why, which did not end.
 
     Errors: ValueError where no test ran: that is no pass.
@@ -313,7 +313,7 @@ def make_stages(scratch: Path, architecture: str, python: str = sys.executable) 
         choice = "cuda and not test_cuda_check and not test_cuda_emulation"
         arguments = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", choice]
         arguments += ["-p", "benchmarks.pytest_journal", f"--journal={journal}"]
-        return [Command("pytest on CUDA", arguments, 535, lambda: tests_result(journal), leaves=(journal,))]
+        return [Command("pytest on CUDA", arguments, 535, lambda: journal_result(journal), leaves=(journal,))]
 
     def sanitizer() -> list[Command]:
         tool = shutil.which("compute-sanitizer") or "compute-sanitizer"

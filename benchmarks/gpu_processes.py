@@ -131,6 +131,7 @@ def touch_operators(device: torch.device) -> None:
             for is_deterministic in (False, True):
                 with deterministic(is_deterministic):
                     back(ops.hash_encode(rand(70, 3), 0.01 * rand(70), tables, grid, kind))
+        ops.occupancy_masks(torch.ones_like(model.densities), 0.5, model.masks)
         cones = (rays.origins, rays.directions, rays.radii, rays.near, rays.far, rand(35, 1, wants=False))
         found = ops.march(*cones, model.masks, model.config.occupancy_resolution)
         samples, encoded = found.t0.shape[0], len(grid.resolutions) * tables.shape[1]

@@ -88,7 +88,7 @@ CURVES = [
 def test_curves_of_a_scene(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Everything but the time: three seconds of every kind of curve on a few small views."""
+    """Everything but the time: a few seconds of every kind of curve on a few small views."""
     monkeypatch.setattr(bench_quality, "backends", lambda device: CURVES)
     # A break in the graph is an error; compiling itself would take longer than the test.
     assert bench_quality._COMPILE["fullgraph"]

@@ -30,12 +30,12 @@ from benchmarks.gpu_check import (
     architecture_of,
     choose_stages,
     folder_name,
+    journal_result,
     kernel_benchmarks,
     make_stages,
     run_command,
     run_stage,
     sanitizer_fault,
-    tests_result,
 )
 from mipnerf_fast import environment
 from mipnerf_fast.ops import mlp_fused
@@ -319,7 +319,7 @@ def test_a_session_that_is_killed_leaves_what_it_knew(tmp_path: Path) -> None:
         str(tmp_path / "pytest.ini"),
         str(tmp_path),
     ]
-    outcome = run_command(Command("tests", arguments, 60, lambda: tests_result(journal), leaves=(journal,)))
+    outcome = run_command(Command("tests", arguments, 60, lambda: journal_result(journal), leaves=(journal,)))
     assert outcome.state == FAILED
     found = outcome.result
     assert found["passed"] == {"test_it.py": ["test_one", "test_two[a b]"]}
@@ -331,13 +331,13 @@ def test_a_session_that_is_killed_leaves_what_it_knew(tmp_path: Path) -> None:
     # Killed within a line.
     whole = journal.read_text()
     journal.write_text(whole[:-5])
-    assert tests_result(journal)["passed"] == found["passed"]
+    assert journal_result(journal)["passed"] == found["passed"]
     # A file that cannot be imported is a failure, and a session without a test no pass.
     journal.write_text('{"test": "tests/test_b.py", "state": "failed", "why": "ImportError: no"}\n')
-    assert tests_result(journal)["failed"] == {"tests/test_b.py": "ImportError: no"}
+    assert journal_result(journal)["failed"] == {"tests/test_b.py": "ImportError: no"}
     journal.write_text('{"test": "a", "state": "begun"}\n{"test": "a", "state": "skipped"}\n')
     with pytest.raises(ValueError, match="no test ran"):
-        tests_result(journal)
+        journal_result(journal)
 
 
 def test_names_and_architectures() -> None:
