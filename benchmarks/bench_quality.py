@@ -91,11 +91,16 @@ class InAutocast(torch.nn.Module):
 def backends(device: torch.device) -> list[Backend]:
     """Those that are compared on a device."""
     if device.type == "cuda":
-        plain = {"operations": "reference", "capture": False}
         return [
-            Backend("PyTorch fp32", **plain),
-            Backend("PyTorch bf16 autocast", **plain, autocast=True),
-            Backend("PyTorch bf16 autocast, torch.compile", **plain, autocast=True, compile=True),
+            Backend("PyTorch fp32", "reference", capture=False),
+            Backend("PyTorch bf16 autocast", "reference", capture=False, autocast=True),
+            Backend(
+                "PyTorch bf16 autocast, torch.compile",
+                "reference",
+                capture=False,
+                autocast=True,
+                compile=True,
+            ),
             Backend("ours, fused, launched", "auto", "fused", "bf16", capture=False),
             Backend("ours, fused, in a CUDA graph", "auto", "fused", "bf16"),
             Backend("ours, cublaslt, in a CUDA graph", "auto", "cublaslt", "bf16"),
@@ -162,7 +167,7 @@ def train_curve(
             flat = trainer.work.flat
             flat.add_gradients = functools.partial(_at_once, flat.add_gradients)  # type: ignore[method-assign]
         if backend.autocast:
-            trainer.work.model = InAutocast(trainer.model)
+            trainer.work.model = InAutocast(trainer.model)  # type: ignore[assignment]
         waiting = marks(seconds)
         while not trainer.is_done:
             trainer.launch_step()

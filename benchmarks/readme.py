@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import readme_gpu, readme_steps
+from mipnerf_fast.ops import FAST_OPERATIONS, OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 # One line per operation and setting; everything else is in the result files.
@@ -27,18 +28,8 @@ _DIGEST = (
     "forward + backward, 4096 x 64, float32",
     "4096 x 64, stratified",
 )
-_EXACT = ("ray_batch", "frustum_ipe", "composite", "resample")
-# The fast model's, one table of their own.
-_FAST = (
-    "draw_rays",
-    "march",
-    "hash_encode",
-    "tiny_mlp",
-    "packed_composite",
-    "fast_step",
-    "occupancy",
-    "sparse_adam",
-)
+# The network has a table of its own.
+_EXACT = tuple(name for name in OPERATIONS if name != "mlp")
 _BLOCK = re.compile(
     r"(?P<begin><!-- results: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL
 )
@@ -94,7 +85,7 @@ def fast_speed(results: Path) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     facts, runs, missing = set(), [], []
-    for operation in _FAST:
+    for operation in FAST_OPERATIONS:
         path = results / f"{operation}_cpu.json"
         if not path.is_file():
             missing.append(operation)
@@ -114,7 +105,7 @@ def fast_speed(results: Path) -> str:
     lines += ["", f"As above, at least {min(runs, default=0)} calls. {'; '.join(sorted(facts))}."]
     if missing:
         lines[-1] += f" Not measured: {', '.join(missing)}."
-    return "\n".join([*lines, "", readme_gpu.kernels(results, _FAST)])
+    return "\n".join([*lines, "", readme_gpu.kernels(results, FAST_OPERATIONS)])
 
 
 def mlp_speed(results: Path) -> str:
