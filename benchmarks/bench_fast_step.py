@@ -28,17 +28,21 @@ BETA = 0.1
 CAPTURED, AS_RENDERED = "captured, float16 tables", "native, float16 tables"
 
 
-def _truth(inputs: Inputs, model: FastModel, backward: bool) -> Outputs:
+def _truth(inputs: Inputs, exact: FastFields, backward: bool) -> Outputs:
     """In float64, on the samples that the float32 march finds."""
-    found = fast_scene.samples(inputs, model)
+    found = _marched(inputs, exact)
     rays = {name: value.double() for name, value in inputs.items()}
     t0, t1 = found.t0.double(), found.t1.double()
     means, scales = reference.sample_gaussians(
-        rays["origins"], rays["directions"], rays["radii"], found.rays, t0, t1, model.config.box_half
+        rays["origins"], rays["directions"], rays["radii"], found.rays, t0, t1, exact.box_half
     )
     packed = reference.PackedSamples(found.ray_starts, found.rays, t0, t1, means, scales)
-    leaves = {name: value.detach().double().requires_grad_() for name, value in model.named_parameters()}
-    fields = fast_scene.in_float32(model)._replace(**leaves)  # type: ignore[arg-type]
+    leaves = {
+        name: value.double().requires_grad_()
+        for name in FastGradients._fields
+        if (value := getattr(exact, name)) is not None
+    }
+    fields = exact._replace(**leaves)  # type: ignore[arg-type]
     result = reference.fast_composite(packed, rays["directions"], rays["near"], rays["background"], fields)
     if not backward:
         return {"rgb": result.rgb.detach(), "acc": result.acc.detach()}
@@ -124,9 +128,9 @@ class ReplayedStep:
 
 def training(rays: int, device: torch.device) -> Case:
     """Everything from marching to gradients."""
-    model = fast_scene.model().to(device)
-    exact, rounded = fast_scene.in_float32(model), fast_scene.as_on_gpu(model)
-    samples = _samples(rays, model)
+    model = fast_scene.model()
+    exact, rounded = fast_scene.in_float32(model, device), fast_scene.as_on_gpu(model, device)
+    samples = _samples(rays, model, exact)
     plain = _stepping(fast_reference.fast_train_step, exact)
     variants = {"eager": plain, "native": _stepping(ops.fast_train_step, exact)}
     references = {}
@@ -134,13 +138,13 @@ def training(rays: int, device: torch.device) -> Case:
         variants[CAPTURED] = ReplayedStep(rounded, 2 * samples)
         references[CAPTURED] = _stepping(fast_reference.fast_train_step, fast_scene.for_reference(rounded))
     not_run = {} if device.type == "cuda" else {CAPTURED: "a CUDA graph needs a GPU"}
-    return _case("training step", rays, samples, model, True, plain, variants, references, not_run)
+    return _case("training step", rays, samples, exact, True, plain, variants, references, not_run)
 
 
 def rendering(rays: int, device: torch.device) -> Case:
     """From rays to colours."""
-    model = fast_scene.model().to(device)
-    exact, rounded = fast_scene.in_float32(model), fast_scene.as_on_gpu(model)
+    model = fast_scene.model()
+    exact, rounded = fast_scene.in_float32(model, device), fast_scene.as_on_gpu(model, device)
 
     def with_(render: Callable[..., Any], fields: FastFields) -> Callable[[Inputs], Outputs]:
         def run(inputs: Inputs) -> Outputs:
@@ -157,33 +161,38 @@ def rendering(rays: int, device: torch.device) -> Case:
         variants[AS_RENDERED] = with_(ops.fast_render, rounded)
         references[AS_RENDERED] = with_(fast_reference.fast_render, fast_scene.for_reference(rounded))
     not_run = {} if device.type == "cuda" else {AS_RENDERED: "the CPU's tables are float32"}
-    samples = _samples(rays, model)
-    return _case("rendering", rays, samples, model, False, plain, variants, references, not_run)
+    samples = _samples(rays, model, exact)
+    return _case("rendering", rays, samples, exact, False, plain, variants, references, not_run)
 
 
-def _drawn(seed: int, rays: int, model: FastModel) -> Inputs:
+def _marched(inputs: Inputs, fields: FastFields) -> reference.PackedSamples:
+    return reference.fast_samples(*fast_scene.march_rays(inputs)[:6], fields)
+
+
+def _drawn(seed: int, rays: int, fields: FastFields) -> Inputs:
     """Rays on the model's device; on a GPU, whose positions differ from the reference's in their last bit, the first
     ones, on which errors are measured, are those to which that bit gives neither more nor fewer samples."""
-    device = model.masks.device
-    if device.type == "cpu" or seed:
+    device = fields.masks.device
+    if device.type != "cuda" or seed:
         return {name: value.to(device) for name, value in fast_scene.rays(seed, rays).items()}
     drawn = {name: value.to(device) for name, value in fast_scene.rays(seed, rays + rays // 16).items()}
-    found = [
-        fast_scene.samples(given, model).ray_starts.diff() for given in (drawn, fast_scene.double(drawn))
-    ]
+    found = [_marched(given, fields).ray_starts.diff() for given in (drawn, fast_scene.double(drawn))]
     same = (found[0] == found[1]).nonzero()[:rays, 0]
     return {name: value[same] for name, value in drawn.items()}
 
 
-def _samples(rays: int, model: FastModel) -> int:
-    return int(fast_scene.samples(_drawn(0, rays, model), model).t0.shape[0])
+def _samples(rays: int, model: FastModel, fields: FastFields) -> int:
+    """How many the first rays have; counted on the CPU, but for a GPU's own rays."""
+    if fields.masks.device.type != "cuda":
+        fields = fast_scene.in_float32(model, torch.device("cpu"))
+    return int(_marched(_drawn(0, rays, fields), fields).t0.shape[0])
 
 
 def _case(
     what: str,
     rays: int,
     samples: int,
-    model: FastModel,
+    exact: FastFields,
     backward: bool,
     plain: Callable[[Inputs], Outputs],
     variants: dict[str, Callable[[Inputs], Outputs]],
@@ -191,14 +200,14 @@ def _case(
     not_run: dict[str, str],
 ) -> Case:
     def make_inputs(seed: int, device: torch.device) -> Inputs:
-        return {name: value.to(device) for name, value in _drawn(seed, rays, model).items()}
+        return {name: value.to(device) for name, value in _drawn(seed, rays, exact).items()}
 
     products = 64 * (36 + 16 + 32 + 3)
     return Case(
         name=f"{what}, {rays} rays of 200 x 200, float32",
         make_inputs=make_inputs,
         variants=lambda: variants,
-        truth=lambda inputs: _truth(inputs, model, backward),
+        truth=lambda inputs: _truth(inputs, exact, backward),
         reference=plain,
         floor=2e-7 if backward else 1e-5,
         floor_why="8 roundings of a loss of 0.2; of a rendering 100 of a colour of 1, for some 40 samples a ray",

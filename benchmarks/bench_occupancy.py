@@ -24,8 +24,8 @@ SEED, CELL_SCALE, THRESHOLD = 3, 1e-3, 0.5
 
 def case(stride: int, decay: float, device: torch.device) -> Case:
     """One of so many cells visited, and as many of those that hold the scene's ball."""
-    model = fast_scene.model().to(device)
-    fields, cells = fast_scene.in_float32(model), model.config.occupancy_resolution
+    model = fast_scene.model()
+    fields, cells = fast_scene.in_float32(model, device), model.config.occupancy_resolution
     exact = fields._replace(
         **{n: v.double() for n in FastGradients._fields if (v := getattr(fields, n)) is not None}
     )
@@ -33,8 +33,8 @@ def case(stride: int, decay: float, device: torch.device) -> Case:
 
     def make_inputs(seed: int, device: torch.device) -> Inputs:
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.rand(cells, cells, cells, generator=generator).to(device)
-        return {"densities": ball.to(device) * (THRESHOLD + drawn), "masks": model.masks.to(device)}
+        drawn = torch.rand(cells, cells, cells, generator=generator)
+        return {"densities": (ball * (THRESHOLD + drawn)).to(device), "masks": model.masks.to(device)}
 
     def wrap(update: Callable[..., Any], of: FastFields) -> Callable[[Inputs], Outputs]:
         def run(inputs: Inputs) -> Outputs:

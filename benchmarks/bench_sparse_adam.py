@@ -72,10 +72,10 @@ def case(share: float, device: torch.device) -> Case:
     shape = fast_scene.model().tables.shape
 
     def make_inputs(seed: int, device: torch.device) -> Inputs:
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
 
         def rand(*size: int) -> Tensor:
-            return torch.rand(*size, generator=generator, device=device)
+            return torch.rand(*size, generator=generator).to(device)
 
         return {
             "values": rand(*shape) - 0.5,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Inputs
-from mipnerf_fast import FastConfig, FastModel, reference
+from mipnerf_fast import FastConfig, FastModel, ops, reference
 from mipnerf_fast.cameras import pinhole_rays
 from mipnerf_fast.ops.fast_step import FastFields, MarchRays
 
@@ -27,14 +27,17 @@ def model(seed: int = 0) -> FastModel:
     return made
 
 
-def in_float32(of: FastModel) -> FastFields:
-    """The model as it is; products in float32 on a GPU too."""
-    return of.fields()._replace(tf32=False)
+def in_float32(of: FastModel, device: torch.device) -> FastFields:
+    """The model as it is, on a device; products in float32 on a GPU too."""
+    fields = of.fields()._asdict()
+    moved = {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
+    return FastFields(**fields | moved)._replace(tf32=False)
 
 
-def as_on_gpu(of: FastModel) -> FastFields:
+def as_on_gpu(of: FastModel, device: torch.device) -> FastFields:
     """The model as a GPU trains and renders it: tables in float16, products in TF32 where there are any."""
-    return of.fields()._replace(tables=of.tables.detach().to(torch.float16))
+    fields = in_float32(of, device)
+    return fields._replace(tables=fields.tables.to(torch.float16), tf32=not ops.why_no_tf32(device))
 
 
 def for_reference(fields: FastFields) -> FastFields:
