@@ -42,7 +42,7 @@ def _truth(inputs: Inputs, exact: FastFields, backward: bool) -> Outputs:
         for name in FastGradients._fields
         if (value := getattr(exact, name)) is not None
     }
-    fields = exact._replace(**leaves)  # type: ignore[arg-type]
+    fields = exact._replace(**leaves)
     result = reference.fast_composite(packed, rays["directions"], rays["near"], rays["background"], fields)
     if not backward:
         return {"rgb": result.rgb.detach(), "acc": result.acc.detach()}
