@@ -7,8 +7,9 @@ TORCH_INDEX ?=
 # Of cuda-build: an environment of its own, and a torch whose index entry comes with CUDA.
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.11.*
-# Of gpu-check: its stages, all of them by default.
+# Of gpu-check: its stages, all of them by default, and the scene folder that the fast model trains on.
 STAGE ?=
+SCENE ?=
 # More for pytest, such as ARGS="-k composite".
 ARGS ?=
 
@@ -47,7 +48,8 @@ help:
 	@echo 'make cuda-check  compile every CUDA kernel for every architecture; registers, spills, instructions (nvcc, no GPU)'
 	@echo 'make cuda-build  the library with its kernels for a torch with CUDA, in build/cuda (nvcc, no GPU; gigabytes)'
 	@echo 'make gpu-check   on a machine with a GPU: build for it, tests, sanitizer, verify, benchmarks, training, profile'
-	@echo '                 (STAGE="verify steps" for some; MIPNERF_FAST_REVISION=... where there is no git)'
+	@echo '                 (STAGE="verify steps" for some; SCENE=path/to/lego for the fast model to train on;'
+	@echo '                 MIPNERF_FAST_REVISION=... where there is no git)'
 	@echo 'make setup   only the set-up: virtual environment, torch, the package, the native library'
 	@echo 'make clean   remove what was built (the virtual environment stays)'
 	@echo
@@ -138,7 +140,7 @@ cuda-build: | check-machine
 
 # With VENV=none the interpreter is used as it is; the library is built by the first stage, for this GPU alone.
 gpu-check: $(INSTALLED)
-	$(PYTHON_RUN) benchmarks/gpu_check.py --stage '$(STAGE)' $(ARGS)
+	$(PYTHON_RUN) benchmarks/gpu_check.py --stage '$(STAGE)' $(if $(SCENE),--scene '$(SCENE)') $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info mipnerf_fast/_C*.so .mypy_cache .ruff_cache .pytest_cache

@@ -1,10 +1,11 @@
 """What the fast model reaches in a given time: PSNR by scale, samples a second, memory, time of a view.
 
-python benchmarks/bench_fast_quality.py --data path/to/lego --only single multi aliased speed full
+python benchmarks/bench_fast_quality.py --data path/to/lego [--device cuda] [--only single multi aliased speed full]
 
-Every part trains by the command line, as a user would, evaluates the test views, and writes a JSON file to
-benchmarks/results; the tables fast_*_cpu.md are made anew from all of those that are there. Runs, and the multi-scale
-scenes made for them, stay in --runs (fast_pictures.py draws from them).
+The parts of a device are those of fast_parts.py. Every part trains by the command line, as a user would, evaluates the
+test views, and writes a JSON file to benchmarks/results; the tables there are made anew from all of those that are
+there, which with --only and no name is all that happens. Runs, and the multi-scale scenes made for them, stay in --runs
+(fast_pictures.py draws from them). All of it is of the revision at the start: results written meanwhile change nothing.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,50 +26,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.fast_parts import PARTS, SPEED, USUAL, Part, result_file, write_tables
+from benchmarks.harness import synchronize
 from mipnerf_fast.checkpoint import load_model
 from mipnerf_fast.config import FastConfig, preset
 from mipnerf_fast.cpu_setup import cpu_setup, usable_cores
-from mipnerf_fast.data import load_dataset
-from mipnerf_fast.environment import cpu_name, revision
+from mipnerf_fast.data import Dataset, load_dataset
+from mipnerf_fast.environment import cpu_name, device_name, revision
 from mipnerf_fast.fast_training import FastTrainer
+from mipnerf_fast.rendering import render_image
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-ALIASED = ("--attenuation", "none", "--no-scale-input")
 SPEED_SECONDS = 12.0
-
-
-@dataclass(frozen=True)
-class Part:
-    """One training run: its name and title, the data it takes, its minutes, further flags of `train`."""
-
-    name: str
-    title: str
-    downscale: int
-    levels: int
-    minutes: float
-    flags: tuple[str, ...] = ()
-
-
-PARTS = {
-    part.name: part
-    for part in (
-        Part("single", "one scale, 100 x 100", 8, 1, 1.0),
-        Part("multi", "four scales, 200 to 25 pixels", 4, 4, 2.5),
-        Part("aliased", "four scales, 200 to 25 pixels, aliased", 4, 4, 2.5, ALIASED),
-        Part("full", "four scales, 800 to 100 pixels", 1, 4, 10.0),
-    )
-}
-# What the parts are held to: mean PSNR and PSNR of every scale, dB; peak memory, bytes.
-WANTED_MEAN = {"single": 32.0, "multi": 32.0}
-WANTED_EACH = {"multi": 31.0}
-WANTED_GAIN, WANTED_MEMORY, WANTED_RATE, WANTED_VIEW = 3.0, 10**9, 0.5e6, 0.3
+# On a GPU: until the step is captured and the occupancy grid is no longer that of the first steps.
+WARM_UP_STEPS = 1000
 
 
 def _run(arguments: Sequence[str]) -> dict[str, float]:
     """Run the command line; its wall and CPU seconds, largest memory and the load before and after."""
     command = [sys.executable, "-m", "mipnerf_fast.cli", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MIPNERF_FAST_REVISION": revision()}
     load, start = os.getloadavg()[0], time.perf_counter()
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
@@ -91,267 +67,197 @@ def _scene(data: Path, part: Part, runs: Path) -> tuple[Path, int]:
         return data, part.downscale
     folder = runs / f"{data.name}_{part.levels}_from_{part.downscale}"
     if not folder.exists():
-        _run(
-            [
-                "convert",
-                "--data",
-                str(data),
-                "--out",
-                str(folder),
-                "--downscale",
-                str(part.downscale),
-                "--levels",
-                str(part.levels),
-            ]
-        )
+        sizes = ["--downscale", str(part.downscale), "--levels", str(part.levels)]
+        _run(["convert", "--data", str(data), "--out", str(folder), *sizes])
     return folder, 1
 
 
-def quality(part: Part, data: Path, runs: Path) -> dict[str, Any]:
-    """Train a part and evaluate it on the test views."""
+def quality(part: Part, data: Path, runs: Path, device: str) -> dict[str, Any]:
+    """Train a part on a device and evaluate it on the test views."""
     scene, downscale = _scene(data, part, runs)
     run_dir = runs / part.name
     if run_dir.exists():
         raise SystemExit(f"--runs: {run_dir} exists; move it away")
-    used = _run(
-        [
-            "train",
-            "--preset",
-            "fast",
-            "--data",
-            str(scene),
-            "--downscale",
-            str(downscale),
-            "--max-minutes",
-            f"{part.minutes:g}",
-            "--run-dir",
-            str(run_dir),
-            "--device",
-            "cpu",
-            *part.flags,
-        ]
-    )
-    _run(["eval", "--run-dir", str(run_dir), "--device", "cpu"])
+    options = {
+        "--preset": part.preset,
+        "--data": str(scene),
+        "--downscale": str(downscale),
+        "--max-minutes": f"{part.minutes:g}",
+        "--run-dir": str(run_dir),
+        "--device": device,
+    }
+    used = _run(["train", *(word for pair in options.items() for word in pair), *part.flags])
+    _run(["eval", "--run-dir", str(run_dir), "--device", device])
     metrics = json.loads((run_dir / "eval" / "metrics.json").read_text(encoding="utf-8"))
-    return {"part": part.name, "training": used, "scales": metrics["scales"], "mean": metrics["mean"]} | {
-        "run": metrics["run"]
+    return {
+        "part": part.name,
+        "scene": data.name,
+        "training": used,
+        "scales": metrics["scales"],
+        "mean": metrics["mean"],
+        "run": metrics["run"],
     }
 
 
-def training_rate(data: Path, runs: Path, threads: int) -> dict[str, float]:
-    """Samples a second through whole training steps, on the four-scale set, from the first step on."""
-    scene, _ = _scene(data, PARTS["multi"], runs)
-    train = load_dataset(str(scene), "train")
-    config = preset("fast")
+def training_rate(part: Part, train: Dataset, device: torch.device, warm_up: int = 0) -> dict[str, float]:
+    """Whole training steps by the second, as training launches them: a part's preset on its data for SPEED_SECONDS.
+
+    Args:
+        warm_up: steps that are not counted.
+    """
+    config = preset(part.preset)
     assert isinstance(config.model, FastConfig)
     sized = config.model.for_images(int(train.width.max()))
-    with cpu_setup():
-        torch.set_num_threads(threads)
-        trainer = FastTrainer(dataclasses.replace(config, model=sized), train, max_seconds=SPEED_SECONDS)
-        before = time.process_time()
-        while not trainer.is_done:
-            trainer.train_step()
-        spent = time.process_time() - before
+    trainer = FastTrainer(dataclasses.replace(config, model=sized), train, device, max_seconds=SPEED_SECONDS)
+    while trainer.step < warm_up:
+        trainer.launch_step()
+    trainer.results(wait=True)
+    synchronize(device)
+    begin, steps, samples, rays = trainer.seconds, trainer.step, trainer.samples, 0
+    before, start = time.process_time(), time.perf_counter()
+    trainer.max_seconds = begin + SPEED_SECONDS
+    while not trainer.is_done:
+        trainer.launch_step()
+        rays += sum(result.rays for result in trainer.results())
+    rays += sum(result.rays for result in trainer.results(wait=True))
+    synchronize(device)
+    wall, spent = time.perf_counter() - start, time.process_time() - before
+    steps, samples = trainer.step - steps, trainer.samples - samples
     return {
-        "threads": threads,
-        "steps": trainer.step,
-        "samples": trainer.samples,
-        "wall_seconds": trainer.seconds,
+        "steps": steps,
+        "samples": samples,
+        "rays": rays,
+        "wall_seconds": wall,
         "cpu_seconds": spent,
-        "samples_per_second": trainer.samples / trainer.seconds,
-        "samples_per_cpu_second": trainer.samples / spent,
+        "samples_per_second": samples / wall,
+        "rays_per_second": rays / wall,
+        "steps_per_second": steps / wall,
+        "samples_per_cpu_second": samples / spent,
     }
 
 
-def view_time(data: Path, runs: Path, threads: int) -> dict[str, float]:
-    """Seconds that the test views of 200 x 200 pixels take, one by one, by the run "multi"."""
-    scene, _ = _scene(data, PARTS["multi"], runs)
-    test = load_dataset(str(scene), "test")
-    model, _, _ = load_model(runs / "multi", torch.device("cpu"), "latest")
-    views = [i for i in range(len(test)) if test.scale[i] == 1]
-    with cpu_setup(), torch.no_grad():
-        torch.set_num_threads(threads)
-        seconds = []
-        for index in [views[0], *views]:  # the first one warms up
-            rays = test.rays(index)
-            start = time.perf_counter()
-            model(rays)
-            seconds.append(time.perf_counter() - start)
+def view_time(run_dir: Path, test: Dataset, device: torch.device) -> dict[str, Any]:
+    """Seconds that the finest test views take, one by one, by a run's model; rays and colours stay on the device."""
+    model = load_model(run_dir, device, "latest")[0].eval()
+    views = [i for i in range(len(test)) if test.scale[i] == test.scale.min()]
+    seconds = []
+    for index in [views[0], *views]:  # the first one warms up
+        rays = test.rays(index).map(lambda field: field.to(device))
+        synchronize(device)
+        start = time.perf_counter()
+        render_image(model, rays, test.white_background)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    height, width = (int(size[views[0]]) for size in (test.height, test.width))
     return {
-        "threads": threads,
+        "run": run_dir.name,
         "views": len(views),
-        "pixels": int(test.width[views[0]] * test.height[views[0]]),
+        "height": height,
+        "width": width,
+        "pixels": height * width,
         "median_seconds": statistics.median(seconds[1:]),
         "slowest_seconds": max(seconds[1:]),
     }
 
 
 def speed(data: Path, runs: Path) -> dict[str, Any]:
-    """Rates and times with one thread and with all."""
+    """Rates and times on the CPU, with one thread and with all, on the data and by the run of the part "multi"."""
+    part, cpu = PARTS["cpu"]["multi"], torch.device("cpu")
+    scene, _ = _scene(data, part, runs)
+    train, test = (load_dataset(str(scene), split) for split in ("train", "test"))
     counts = sorted({1, usable_cores()})
     load = os.getloadavg()[0]
+    training, views = [], []
+    with cpu_setup():
+        for threads in counts:
+            torch.set_num_threads(threads)
+            training.append({"threads": threads} | training_rate(part, train, cpu))
+        for threads in counts:
+            torch.set_num_threads(threads)
+            views.append({"threads": threads} | view_time(runs / part.name, test, cpu))
     return {
-        "part": "speed",
-        "training": [training_rate(data, runs, threads) for threads in counts],
-        "views": [view_time(data, runs, threads) for threads in counts],
+        "part": SPEED,
+        "scene": data.name,
+        "training": training,
+        "views": views,
         "load_before": load,
         "load_after": os.getloadavg()[0],
         "run": {"device": cpu_name(), "torch": torch.__version__, "revision": revision()},
     }
 
 
-# ---------------------------------------------------------------------------------------------------- the tables
+def speed_on_gpu(data: Path, runs: Path, device: torch.device) -> dict[str, Any]:
+    """The captured step's rate, a frame's time and the device memory of both.
+
+    Errors: SystemExit where none of the parts that train has left a run to render with.
+    """
+    trained = [part for part in PARTS["cuda"].values() if (runs / part.name).is_dir()]
+    if not trained:
+        raise SystemExit(f"--only {SPEED}: a frame needs a run in {runs}, of {' or '.join(PARTS['cuda'])}")
+    part = trained[-1]
+    scene, _ = _scene(data, part, runs)
+    train, test = (load_dataset(str(scene), split) for split in ("train", "test"))
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    training = training_rate(part, train, device, WARM_UP_STEPS)
+    view = view_time(runs / part.name, test, device)
+    return {
+        "part": SPEED,
+        "scene": data.name,
+        "preset": part.preset,
+        "training": training,
+        "view": view,
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else 0,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if on_gpu else 0,
+        "run": {"device": device_name(device), "torch": torch.__version__, "revision": revision()},
+    }
 
 
-def _load(name: str, results: Path) -> dict[str, Any] | None:
-    path = results / f"fast_{name}_cpu.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _verdict(holds: bool) -> str:
-    return "yes" if holds else "**no**"
-
-
-def _note(found: dict[str, Any]) -> str:
-    return f"; {found['note']}" if found.get("note") else ""
-
-
-def quality_table(results: Path) -> str:
-    """PSNR by scale of the parts that are there."""
-    lines = [
-        "| training | minutes | PSNR, dB, finest scale first | mean | CPU s of 2 x wall s "
-        "| load average before, after |",
-        "| --- | ---: | --- | ---: | ---: | --- |",
-    ]
-    facts = set()
-    for name, part in PARTS.items():
-        found = _load(name, results)
-        if found is None:
-            lines.append(f"| {part.title} | {part.minutes:g} | not measured | | | |")
-            continue
-        scales = [found["scales"][s]["psnr"] for s in sorted(found["scales"], key=int)]
-        used = found["training"]
-        cells = " / ".join(f"{psnr:.2f}" for psnr in scales)
-        lines.append(
-            f"| {part.title}{_note(found)} | {part.minutes:g} | {cells} | {found['mean']['psnr']:.2f} "
-            f"| {used['cpu_seconds']:.0f} of {2 * used['wall_seconds']:.0f} "
-            f"| {used['load_before']:.1f}, {used['load_after']:.1f} |"
-        )
-        run = found["run"]
-        facts.add(f"{run['device']}, torch {run['torch']}, revision {run['revision']}")
-    lines += [
-        "",
-        "Lego, white background, 25 test views (every 8th) a scale, one seed. CPU seconds beside twice the wall time, "
-        "loading included, say how much of two cores the run had (the load average before counts "
-        "what was paused for it). The settings are those of the design's prototype, "
-        "which was tuned looking at these views; nothing was tuned on them since. "
-        + "; ".join(sorted(facts))
-        + ".",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def targets_table(results: Path) -> str:
-    """Each measure beside what it should be."""
-    lines = ["| measure | wanted | measured | holds |", "| --- | ---: | ---: | --- |"]
-
-    def row(name: str, wanted: str, found: str | None, holds: bool | None) -> None:
-        verdict = "-" if found is None or holds is None else _verdict(holds)
-        lines.append(f"| {name} | {wanted} | {found or 'not measured'} | {verdict} |")
-
-    parts = {name: _load(name, results) for name in (*PARTS, "speed")}
-    for name, wanted in WANTED_MEAN.items():
-        found = parts[name]
-        mean = found["mean"]["psnr"] if found else math.nan
-        title = f"{PARTS[name].title}, {PARTS[name].minutes:g} min: mean PSNR"
-        row(title, f"at least {wanted:g} dB", f"{mean:.2f} dB" if found else None, mean >= wanted)
-    for name, wanted in WANTED_EACH.items():
-        found = parts[name]
-        least = min(s["psnr"] for s in found["scales"].values()) if found else math.nan
-        row(
-            "the same: worst scale",
-            f"at least {wanted:g} dB",
-            f"{least:.2f} dB" if found else None,
-            least >= wanted,
-        )
-    aware, aliased = parts["multi"], parts["aliased"]
-    gain = aware["scales"]["8"]["psnr"] - aliased["scales"]["8"]["psnr"] if aware and aliased else math.nan
-    text = f"{gain:.2f} dB" if aware and aliased else None
-    row(
-        "25 x 25: gain over the aliased switch, equal time",
-        f"at least {WANTED_GAIN:g} dB",
-        text,
-        gain >= WANTED_GAIN,
-    )
-    peaks = [p["training"]["peak_bytes"] for p in (parts["single"], parts["multi"]) if p]
-    row(
-        "peak memory of the training process",
-        "below 1 GB",
-        f"{max(peaks) / 1e9:.2f} GB" if peaks else None,
-        bool(peaks) and max(peaks) < WANTED_MEMORY,
-    )
-    if parts["full"]:
-        peak = parts["full"]["training"]["peak_bytes"] / 1e9
-        row("the same, four scales from 800 x 800", "-", f"{peak:.2f} GB", None)
-    found = parts["speed"]
-    rate = found["training"][0]["samples_per_second"] if found else math.nan
-    row(
-        "whole training step, one thread",
-        "at least 0.5 M samples/s",
-        f"{rate / 1e6:.2f} M" if found else None,
-        rate >= WANTED_RATE,
-    )
-    if found and len(found["training"]) > 1:
-        many = found["training"][-1]
-        row(
-            f"the same, {many['threads']} threads",
-            "-",
-            f"{many['samples_per_second'] / 1e6:.2f} M",
-            None,
-        )
-    for view in found["views"] if found else []:
-        threads = f"{view['threads']} thread{'s' if view['threads'] > 1 else ''}"
-        row(
-            f"200 x 200 view, {threads}",
-            "below 0.3 s",
-            f"{view['median_seconds']:.3f} s",
-            view["median_seconds"] < WANTED_VIEW,
-        )
-    if found:
-        lines += [
-            "",
-            f"Speed: load average {found['load_before']:.1f} before, {found['load_after']:.1f} after; "
-            f"{found['run']['device']}, torch {found['run']['torch']}, revision {found['run']['revision']}; views: the "
-            "median over 25.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure the parts asked for, then write the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, help="the lego scene, in Blender layout")
     parser.add_argument(
-        "--only", nargs="*", choices=[*PARTS, "speed"], default=["single", "multi", "aliased", "speed"]
+        "--data", type=Path, help='the lego scene, in Blender layout; "demo": the built-in one'
+    )
+    parser.add_argument("--device", choices=list(PARTS), default="cpu")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        help="parts; on the CPU "
+        + ", ".join(PARTS["cpu"])
+        + f", {SPEED}; on a GPU "
+        + ", ".join(PARTS["cuda"])
+        + f", {SPEED}",
     )
     parser.add_argument("--runs", type=Path, default=Path("outputs/fast_quality"), help="where runs are kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--note", default="", help="what a reader must know about this measurement")
-    options = parser.parse_args()
-    if options.only and options.data is None:
+    options = parser.parse_args(argv)
+    parts = PARTS[options.device]
+    chosen = USUAL[options.device] if options.only is None else options.only
+    for name in chosen:
+        if name not in (*parts, SPEED):
+            parser.error(f"--only {name}: on {options.device} the parts are {', '.join((*parts, SPEED))}")
+    if chosen and options.data is None:
         parser.error("--data: needed, unless --only is empty and just the tables are written")
-    options.runs.mkdir(parents=True, exist_ok=True)
-    for name in options.only:
-        if name == "speed":
+    if chosen and options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} sees no GPU")
+    revision()  # of now: what is written below makes the checkout another one
+    options.out.mkdir(parents=True, exist_ok=True)
+    if chosen:
+        options.runs.mkdir(parents=True, exist_ok=True)
+    for name in chosen:
+        if name != SPEED:
+            found = quality(parts[name], options.data, options.runs, options.device)
+        elif options.device == "cpu":
             found = speed(options.data, options.runs)
         else:
-            found = quality(PARTS[name], options.data, options.runs)
-        path = options.out / f"fast_{name}_cpu.json"
+            found = speed_on_gpu(options.data, options.runs, torch.device(options.device))
+        path = options.out / result_file(name, options.device)
         path.write_text(json.dumps(found | {"note": options.note}, indent=1) + "\n", encoding="utf-8")
-    for name, table in (("quality", quality_table), ("targets", targets_table)):
-        text = table(options.out)
-        (options.out / f"fast_{name}_cpu.md").write_text(text, encoding="utf-8")
-        print(text)
+    for path in write_tables(options.out, options.device):
+        print(f"{path.name}\n\n{path.read_text(encoding='utf-8')}")
     return 0
 
 

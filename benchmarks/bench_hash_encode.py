@@ -39,7 +39,7 @@ def case(rays: int, backward: bool) -> Case:
         return {
             "points": drawn.means[index].to(device),
             "scales": drawn.scales[index].to(device),
-            "tables": tables,
+            "tables": tables.to(device),
             "grad": torch.rand(whole, tables.shape[1] * len(grid.resolutions), generator=generator).to(
                 device
             ),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -19,24 +20,54 @@ from benchmarks.harness import Case, Inputs, Outputs, main
 from mipnerf_fast import ops, reference, use_backend
 
 NAMES = ("origins", "directions", "radii", "near", "far", "phase")
+Masks = list[tuple[Tensor, Tensor]]
+_NUDGES = 2
 
 
-def case(rays: int) -> Case:
-    """So many rays, those whose samples the last bit of a position does not move in or out."""
+def steady_rays(seed: int, rays: int, count: Callable[[Inputs], Tensor]) -> Inputs:
+    """Rays, those whose samples the last bits of a position do not move in or out.
+
+    count: of the samples of each ray. It is the same in float32, in float64, and with all numbers off by some 4 units
+    in the last place this way and that.
+    """
+    drawn = fast_scene.rays(seed, rays + rays // 8)
+    exact, generator = fast_scene.double(drawn), torch.Generator().manual_seed(seed)
+    wanted = count(exact)
+    steady = count(drawn) == wanted
+    for _ in range(_NUDGES):
+        apart = {n: 2.0**-21 * x * torch.randn(x.shape, generator=generator) for n, x in exact.items()}
+        for sign in (1, -1):
+            steady &= count({name: x + sign * apart[name] for name, x in exact.items()}) == wanted
+    chosen = steady.nonzero()[:rays, 0]
+    if chosen.shape[0] < rays:
+        raise RuntimeError(
+            f"bench_march: {chosen.shape[0]} of {drawn['near'].shape[0]} rays are steady, not {rays}"
+        )
+    return {name: drawn[name][chosen] for name in NAMES}
+
+
+def case(rays: int, device: torch.device) -> Case:
+    """So many rays."""
     model = fast_scene.model()
     config = model.config
     numbers = (config.box_half, config.step_scale, config.min_step, config.max_step)
-    masks = reference.unpack_masks(model.masks, config.occupancy_resolution)
+    packed = model.masks.to(device)
+    masks = reference.unpack_masks(packed, config.occupancy_resolution)
+    drawn_with = reference.unpack_masks(model.masks, config.occupancy_resolution)
+
+    def march(inputs: Inputs, occupied: Masks) -> reference.PackedSamples:
+        o, d, radii, near, far, phase = (inputs[name] for name in NAMES)
+        return reference.march(o, d, radii, near, far, phase, occupied, *numbers)
 
     def plain(inputs: Inputs) -> reference.PackedSamples:
-        o, d, radii, near, far, phase = (inputs[name] for name in NAMES)
-        return reference.march(o, d, radii, near, far, phase, masks, *numbers)
+        return march(inputs, masks)
 
-    def make_inputs(seed: int, device: torch.device) -> Inputs:
-        drawn = fast_scene.rays(seed, rays + rays // 16)
-        found = [plain(d).ray_starts.diff() for d in (drawn, fast_scene.double(drawn))]
-        same = (found[0] == found[1]).nonzero()[:rays, 0]
-        return {name: drawn[name][same].to(device) for name in NAMES}
+    # Of the errors, which are taken on these; those of other seeds are for the time alone.
+    steady = steady_rays(0, rays, lambda inputs: march(inputs, drawn_with).ray_starts.diff())
+
+    def make_inputs(seed: int, to: torch.device) -> Inputs:
+        drawn = steady if seed == 0 else fast_scene.rays(seed, rays)
+        return {name: drawn[name].to(to) for name in NAMES}
 
     def wrap(march: Callable[[Inputs], Any]) -> Callable[[Inputs], Outputs]:
         def run(inputs: Inputs) -> Outputs:
@@ -49,11 +80,9 @@ def case(rays: int) -> Case:
     def native(inputs: Inputs) -> reference.PackedSamples:
         with use_backend("native"):
             o, d, radii, near, far, phase = (inputs[name] for name in NAMES)
-            return ops.march(
-                o, d, radii, near, far, phase, model.masks, config.occupancy_resolution, *numbers
-            )
+            return ops.march(o, d, radii, near, far, phase, packed, config.occupancy_resolution, *numbers)
 
-    count = int(plain(make_inputs(0, torch.device("cpu"))).t0.shape[0])
+    count = int(march(steady, drawn_with).t0.shape[0])
     return Case(
         name=f"{rays} rays of 200 x 200, float32",
         make_inputs=make_inputs,
@@ -70,8 +99,7 @@ def case(rays: int) -> Case:
 
 def cases(device: torch.device) -> Sequence[Case]:
     """A training step's rays, and more."""
-    del device
-    return [case(2048), case(16384)]
+    return [case(2048, device), case(16384, device)]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ python benchmarks/bench_quality.py --data path/to/lego --downscale 8 --preset sm
 
 Every backend trains the same configuration from the same weights on the same pixels for the same time, which its
 learning rate is stretched over. From time to time the clock stands still and the PSNR of the finest level is taken on
-a fixed random sample of the test pixels; at the end on all of them. One chart holds all curves.
+a fixed random sample of the test pixels; at the end on all of them, always in float32 where PyTorch trains. What
+torch.compile takes is part of its time. One chart holds all curves.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch import Tensor
 
 from benchmarks.harness import RESULTS, machine
 from mipnerf_fast import preset, use_backend
+from mipnerf_fast.cameras import Rays
 from mipnerf_fast.config import MipNerfConfig, MlpBackend, MlpDtype, TrainConfig
 from mipnerf_fast.cpu_setup import cpu_setup
 from mipnerf_fast.data import Dataset, RayBatches, load_dataset
@@ -33,7 +37,9 @@ from mipnerf_fast.environment import choose_device
 from mipnerf_fast.errors import InputError
 from mipnerf_fast.evaluation import evaluate
 from mipnerf_fast.metrics import mse_to_psnr
+from mipnerf_fast.ops import Composite
 from mipnerf_fast.rendering import render_image
+from mipnerf_fast.trainer import Trainer
 from mipnerf_fast.training import make_trainer
 
 SAMPLE = 8192
@@ -41,15 +47,45 @@ SAMPLE = 8192
 POINTS = 24
 
 
+# A break in the graph is an error: then the curve says why it is missing.
+_COMPILE: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+
+
 @dataclass(frozen=True)
 class Backend:
-    """A curve: what computes the operations and the network, and whether the step is a CUDA graph."""
+    """A curve.
+
+    operations, network, operands: what computes them. capture: whether the step is a CUDA graph. autocast, compile: how
+    PyTorch runs the model, in bfloat16 and compiled.
+    """
 
     name: str
     operations: str
     network: MlpBackend = "auto"
     operands: MlpDtype = "auto"
     capture: bool = True
+    autocast: bool = False
+    compile: bool = False
+
+    @property
+    def precision(self) -> str:
+        """Of the operands of the network's products in training; everything else is float32."""
+        if self.operations == "reference":
+            return "bf16 autocast" if self.autocast else "fp32"
+        return self.operands
+
+
+class InAutocast(torch.nn.Module):
+    """A model whose forward pass runs in bfloat16 where torch.autocast says so; what it returns is float32."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, rays: Rays, **options: Any) -> list[Composite]:
+        with torch.autocast(rays.origins.device.type, torch.bfloat16):
+            levels = self.model(rays, **options)
+        return [Composite(*(field.float() for field in level)) for level in levels]
 
 
 def backends(device: torch.device) -> list[Backend]:
@@ -57,8 +93,17 @@ def backends(device: torch.device) -> list[Backend]:
     if device.type == "cuda":
         return [
             Backend("PyTorch fp32", "reference", capture=False),
-            Backend("ours, cublaslt bf16, in a CUDA graph", "auto", "cublaslt", "bf16"),
-            Backend("ours, fused bf16, in a CUDA graph", "auto", "fused", "bf16"),
+            Backend("PyTorch bf16 autocast", "reference", capture=False, autocast=True),
+            Backend(
+                "PyTorch bf16 autocast, torch.compile",
+                "reference",
+                capture=False,
+                autocast=True,
+                compile=True,
+            ),
+            Backend("ours, fused, launched", "auto", "fused", "bf16", capture=False),
+            Backend("ours, fused, in a CUDA graph", "auto", "fused", "bf16"),
+            Backend("ours, cublaslt, in a CUDA graph", "auto", "cublaslt", "bf16"),
         ]
     return [
         Backend("PyTorch fp32", "reference"),
@@ -91,6 +136,10 @@ def levels_to_reach(curves: Sequence[Sequence[dict[str, Any]]]) -> list[int]:
     return list(range(max(1, int(best) - 5), int(best) + 1))
 
 
+def _at_once(add_gradients: Callable[[Sequence[Tensor]], None], losses: Sequence[Tensor]) -> None:
+    add_gradients([torch.stack(list(losses)).sum()])
+
+
 def train_curve(
     backend: Backend,
     config: TrainConfig,
@@ -110,6 +159,15 @@ def train_curve(
     points: list[dict[str, Any]] = []
     with use_backend(backend.operations):
         trainer = make_trainer(config, train, device, seconds)
+        assert isinstance(trainer, Trainer)
+        if backend.compile:
+            torch.compiler.reset()
+            trainer.model.compile(**_COMPILE)
+            # Compiled, the levels are one graph, which can be gone back through only once.
+            flat = trainer.work.flat
+            flat.add_gradients = functools.partial(_at_once, flat.add_gradients)  # type: ignore[method-assign]
+        if backend.autocast:
+            trainer.work.model = InAutocast(trainer.model)  # type: ignore[assignment]
         waiting = marks(seconds)
         while not trainer.is_done:
             trainer.launch_step()
@@ -131,7 +189,7 @@ def train_curve(
         "rays_per_second": trainer.step * config.batch_size / trainer.seconds,
         "test_psnr": whole.mean().psnr,
         "test_ssim": whole.mean().ssim,
-        "precision": f"weights {whole.run['precision']}, operands {backend.operands}",
+        "precision": backend.precision,
     }
 
 
@@ -141,19 +199,20 @@ def markdown(report: dict[str, Any]) -> str:
     levels = levels_to_reach([curve["points"] for curve in ran])
     head = [
         "backend",
+        "precision",
         "steps",
         "rays/s",
         "test PSNR (dB)",
         "test SSIM",
         *(f"s to {psnr} dB" for psnr in levels),
     ]
-    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    lines = [f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(head) - 2)}"]
     for curve in report["curves"]:
         cells = [curve["backend"]["name"]]
         if "points" not in curve:
-            cells += [f"not run: {curve['why']}", *[""] * (len(head) - 2)]
+            cells += ["", f"not run: {curve['why']}", *[""] * (len(head) - 3)]
         else:
-            cells += [f"{curve['steps']:,}", f"{curve['rays_per_second']:,.0f}"]
+            cells += [curve["precision"], f"{curve['steps']:,}", f"{curve['rays_per_second']:,.0f}"]
             ssim = curve["test_ssim"]
             cells += [f"{curve['test_psnr']:.2f}", "n/a" if ssim is None else f"{ssim:.4f}"]
             reached = [time_to_reach(curve["points"], psnr) for psnr in levels]
@@ -220,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = f"{int(test.width.max())} x {int(test.height.max())}"
     title = f"{scene} at 1/{downscale} ({sizes}), preset {name}, {options.minutes:g} min each"
     about = (
-        f"{title}: {len(train)} training views, {len(test)} test views, white background, {config.batch_size:,} rays a "
+        f"{title}: {len(train)} training views, {len(test)} views of the split test, white background, "
+        f"{config.batch_size:,} rays a "
         f"step, learning rate over the time given. Times to a PSNR: on {min(SAMPLE, test.pixels.shape[0]):,} random "
         "test pixels, the clock standing still meanwhile; test PSNR and SSIM: all test pixels, at the end."
     )

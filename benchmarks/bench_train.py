@@ -5,8 +5,9 @@ python benchmarks/bench_train.py [--device cpu|cuda] [--out FOLDER]
 A step is everything from random pixel indices to updated weights: rays and colours of the pixels, both levels, the
 loss, its gradient, Adam. The images are random and lie on the device for every row. PyTorch's rows run the plain
 reference of this package with torch's own random numbers and its fused Adam; under torch.compile pixels, rays, levels
-and loss are one compiled function. The rows of ours are the trainer's own step,
-launched as it is and, on a GPU, recorded as a CUDA graph.
+and loss are one compiled function without a break, in its default mode and in max-autotune. The rows of ours are the
+trainer's own step, launched as it is and, on a GPU, recorded as a CUDA graph. SIGTERM leaves out the rows of
+torch.compile that are still to come.
 
 Errors are of the loss and of the gradient (relative, ||got - want|| / ||want|| over all weights), against the
 reference in float64 on the same batch with the same random numbers.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -29,19 +31,22 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import RESULTS
-from benchmarks.row_tables import markdown, new_report, put_table, write_report
+from benchmarks.row_tables import leave_out_slow, markdown, new_report, put_table, write_report
 from benchmarks.rows import (
     BF16,
     FP32,
     OURS,
     PYTORCH,
     TF32,
+    Ceilings,
     Row,
     Variant,
     Work,
     ceilings,
+    compiled_variants,
     measure_rows,
     relative,
+    told_to_end,
     training_work,
 )
 from mipnerf_fast import _native, ops, preset, use_backend
@@ -60,7 +65,7 @@ _BETAS = (0.9, 0.999)
 _STEP = 1
 # After so many the trainer's step is recorded.
 _STEPS_TO_CAPTURE = 5
-# torch.compile with max-autotune takes minutes for each batch size.
+# torch.compile takes minutes for each batch size.
 _AUTOTUNED_RAYS = 4096
 
 
@@ -189,7 +194,8 @@ class ReferenceStep:
         if compile_mode:
             # Each row compiles for itself, with nothing left of the row before.
             torch.compiler.reset()
-            self.loss = torch.compile(self._loss, mode=compile_mode, dynamic=False)
+            # As one graph: where it breaks, the row does not run.
+            self.loss = torch.compile(self._loss, fullgraph=True, mode=compile_mode, dynamic=False)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def _loss(self, index: Tensor, uniforms: list[Tensor]) -> Tensor:
@@ -306,22 +312,19 @@ def reference_variants(problem: Problem, autotuned: bool) -> list[Variant]:
         def make() -> Any:
             return ReferenceStep(problem, operands, **options)
 
-        return Variant(name, PYTORCH, operands, make, why_not, slow="compile_mode" in options)
+        return Variant(name, PYTORCH, operands, make, why_not)
 
-    compiled = {"compile_mode": "max-autotune"}
     return [
         row("eager fp32", FP32),
         row("eager TF32", TF32, no_tf32),
         row("eager bf16 autocast", BF16),
-        row("torch.compile max-autotune fp32", FP32, not_tuned, **compiled),
-        row("torch.compile max-autotune TF32", TF32, no_tf32 or not_tuned, **compiled),
-        row("torch.compile max-autotune bf16 autocast", BF16, not_tuned, **compiled),
+        *compiled_variants(functools.partial(ReferenceStep, problem), no_tf32, not_tuned),
         row("CUDA graph of eager bf16 autocast", BF16, no_graph, captured=True),
     ]
 
 
 # An engine for the network and its operands, as `MipNerfConfig` has them.
-_ENGINES: tuple[tuple[MlpBackend, MlpDtype], ...] = (
+ENGINES: tuple[tuple[MlpBackend, MlpDtype], ...] = (
     ("reference", "fp32"),
     ("folded", "fp32"),
     ("folded", "bf16"),
@@ -330,10 +333,12 @@ _ENGINES: tuple[tuple[MlpBackend, MlpDtype], ...] = (
 )
 
 
-def engine_names(mlp: ops.MipMLP, device: torch.device) -> list[tuple[MlpBackend, MlpDtype, str, str]]:
+def engine_names(
+    mlp: ops.MipMLP, device: torch.device, engines: Sequence[tuple[MlpBackend, MlpDtype]] = ENGINES
+) -> list[tuple[MlpBackend, MlpDtype, str, str]]:
     """(engine, operands, name, why it cannot run here) of every engine of ours for a network."""
     found = []
-    for engine, dtype in _ENGINES:
+    for engine, dtype in engines:
         why_not = ""
         try:
             ops.choose_mlp(mlp.shape, device, torch.float32, engine, dtype)
@@ -396,19 +401,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not _native.available():
         parser.error(_native.why_missing())
     runs = options.runs or (50 if device.type == "cuda" else 15)
-    with cpu_setup() if device.type == "cpu" else contextlib.nullcontext():
+    sizes = options.sizes or sizes_of(device)
+
+    def end() -> bool:
+        complete = leave_out_slow(report, len(sizes))
+        write_report(report, options.out, f"train_{device.type}")
+        return complete
+
+    with contextlib.ExitStack() as stack:
+        if device.type == "cpu":
+            stack.enter_context(cpu_setup())
         report = new_report("A training step", device, ceilings(device), ABOUT)
-        for name, rays in options.sizes or sizes_of(device):
+        stack.enter_context(told_to_end(end))
+        for name, rays in sizes:
             config = dataclasses.replace(preset(name), batch_size=rays)
             data = random_images(100, 400 if device.type == "cuda" else 100)
             problem = Problem(config, data, device)
             work = training_work(f"{name}, {rays:,} rays", config)
             print(work.title, file=sys.stderr, flush=True)
+            # What the machine does is measured again beside every table.
+            limits = ceilings(device)
             autotuned = not options.no_compile and (device.type == "cpu" or rays == _AUTOTUNED_RAYS)
             variants = reference_variants(problem, autotuned) + our_variants(problem)
 
-            def keep(rows: list[Row], work: Work = work) -> None:
-                put_table(report, work, rows)
+            def keep(rows: list[Row], work: Work = work, limits: Ceilings = limits) -> None:
+                put_table(report, work, rows, limits)
                 write_report(report, options.out, f"train_{device.type}")
 
             keep(measure_rows(variants, device, runs, options.seconds, keep))

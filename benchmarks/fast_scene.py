@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Inputs
-from mipnerf_fast import FastConfig, FastModel, reference
+from mipnerf_fast import FastConfig, FastModel, ops, reference
 from mipnerf_fast.cameras import pinhole_rays
-from mipnerf_fast.ops.fast_step import MarchRays
+from mipnerf_fast.ops.fast_step import FastFields, MarchRays
 
 WIDTH, FOCAL = 200, 277.8  # of the Blender scenes at a quarter of their size
 
@@ -25,6 +25,24 @@ def model(seed: int = 0) -> FastModel:
     made.masks.copy_(reference.pack_masks(reference.occupancy_masks((radius < 0.2).float(), 0.5)))
     made.scale_range.copy_(torch.tensor([5e-4, 2e-2]))
     return made
+
+
+def in_float32(of: FastModel, device: torch.device) -> FastFields:
+    """The model as it is, on a device; products in float32 on a GPU too."""
+    fields = of.fields()._asdict()
+    moved = {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
+    return FastFields(**fields | moved)._replace(tf32=False)
+
+
+def as_on_gpu(of: FastModel, device: torch.device) -> FastFields:
+    """The model as a GPU trains and renders it: tables in float16, products in TF32 where there are any."""
+    fields = in_float32(of, device)
+    return fields._replace(tables=fields.tables.to(torch.float16), tf32=not ops.why_no_tf32(device))
+
+
+def for_reference(fields: FastFields) -> FastFields:
+    """The same for the operators in plain PyTorch, which compute in the precision of the tables: float16 as float32."""
+    return fields._replace(tables=fields.tables.to(torch.float32))
 
 
 def rays(seed: int, count: int) -> Inputs:

@@ -1,14 +1,19 @@
-"""Everything that only a GPU can show, in stages: `make gpu-check [STAGE="verify steps"] [VENV=none]`.
+"""Everything that only a GPU can show, in stages: `make gpu-check [STAGE="verify steps"] [SCENE=lego] [VENV=none]`.
 
 Stages, in this order: build (the library, for this GPU alone), tests (all that run on CUDA), sanitizer (memcheck and
-racecheck over every kernel), verify (every operation against float64), kernels (their benchmarks), steps (a training
-step beside PyTorch's), training (the paper's network on multi-scale data, evaluated, and its rendered frame), profile
-(where a step's time goes).
+racecheck over every kernel), verify (every operation against float64), kernels (their benchmarks, the fast model's
+captured step among them), steps (a training step beside PyTorch's), training (the paper's network on multi-scale data,
+evaluated, and its rendered frame; the fast model for a minute on four scales, evaluated, its captured step's rate and
+its frame, beside what they should be), profile (where a step's time goes, of both models).
+
+The fast model trains on the scene folder that SCENE names, else on the built-in scene, whose views are 200 x 200: what
+it should reach is said of lego at 800 x 800.
 
 Each stage is bounded to nine minutes and writes what it found to FOLDER/STAGE.json after every one of its commands,
-before the next begins; a stage that fails or runs out of time does not keep the others from running. FOLDER is named
-after the GPU and the revision (from git, or MIPNERF_FAST_REVISION where there is no checkout). Nothing is installed
-or downloaded: what a stage needs and does not find is named, and the stage left out.
+before the next begins; also what a command had found when its time was over. A stage that fails or runs out of time
+does not keep the others from running. FOLDER is named after the GPU and the revision (from git, or
+MIPNERF_FAST_REVISION where there is no checkout). Nothing is installed or downloaded: what a stage needs and does not
+find is named, and the stage left out.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -35,12 +41,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+BUILT_IN = "demo"  # in place of a scene folder
 STAGE_SECONDS = 540.0
 # The end of what a command printed is kept, so many characters of it.
 _TAIL = 6000
+# A command is told so many seconds before its time is over.
+_NOTICE = 15.0
+# Of the stage of kernels, for the network's benchmark.
+_NETWORK_SECONDS = 240.0
 PASSED, FAILED, OUT_OF_TIME, NOT_RUN = "passed", "failed", "out of time", "not run"
 # What the package imports when it is used from Python; its command line needs tyro besides.
 _PACKAGE = ("torch", "numpy", "imageio", "PIL", "safetensors", "tqdm", "matplotlib", "tensorboard")
+# Of all kernels, in their mangled names.
+NAMESPACE = "7mipnerf"
 # Names of kernels in what compute-sanitizer reports.
 _IN_KERNEL = re.compile(r"(?:at|in) (?:.*?\+0x[0-9a-f]+ in )?(?:void )?(?:mipnerf::)?([\w:]+_kernel)\b")
 
@@ -49,8 +62,10 @@ _IN_KERNEL = re.compile(r"(?:at|in) (?:.*?\+0x[0-9a-f]+ in )?(?:void )?(?:mipner
 class Command:
     """One process of a stage.
 
-    name: in the results. argv: what to run. seconds: at most. collect: reads what it left behind, after it ended, in
-    whatever way; the result goes into the stage's file. judge: from exit status and output to a fault, or "".
+    name: in the results. argv: what to run. seconds: its share of the stage's time; what it does not need the ones
+    after it may use. collect: reads what it left behind, after it ended, in whatever way; the result goes into the
+    stage's file. leaves: the files that collect reads, removed before the command so that none is another's.
+    judge: from exit status and output to a fault, or "". needs: packages beside the stage's.
     """
 
     name: str
@@ -59,6 +74,8 @@ class Command:
     collect: Callable[[], Any] | None = None
     judge: Callable[[int, str], str] = lambda status, output: f"exit status {status}" if status else ""
     environment: dict[str, str] = field(default_factory=dict)
+    leaves: tuple[Path, ...] = ()
+    needs: tuple[str, ...] = ()
 
 
 @dataclass
@@ -86,9 +103,15 @@ class Stage:
 # ---------------------------------------------------------------------------------------------------- running
 
 
-def run_command(command: Command) -> Outcome:
-    """Run a command for at most its time; what it started ends with it."""
+def run_command(command: Command, notice: float = _NOTICE) -> Outcome:
+    """Run a command for at most its time; what it started ends with it.
+
+    So many seconds before the end it is told by SIGTERM. One that then ends with status 0 says that it has done all it
+    must, and left out what may be missing: it has passed.
+    """
     start = time.monotonic()
+    for file in command.leaves:
+        file.unlink(missing_ok=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **command.environment}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         try:
@@ -103,17 +126,22 @@ def run_command(command: Command) -> Outcome:
             )
         except OSError as error:
             return Outcome(command.name, NOT_RUN, note=f"{command.argv[0]}: {error.strerror or error}")
+        told = False
         try:
-            status: int | None = process.wait(max(0.0, command.seconds))
-        except subprocess.TimeoutExpired:
-            status = None
+            status = _wait(process, command.seconds - min(notice, 0.2 * command.seconds))
+            if status is None:
+                told = True
+                process.terminate()
+                status = _wait(process, command.seconds - (time.monotonic() - start))
         finally:
             _end(process)
         log.seek(0)
         output = log.read()
     outcome = Outcome(command.name, PASSED, round(time.monotonic() - start, 1), tail=output[-_TAIL:])
-    if status is None:
-        outcome.state, outcome.note = OUT_OF_TIME, f"ended after {command.seconds:.0f} s"
+    if told:
+        outcome.note = f"ended after {outcome.seconds:.0f} s, its time"
+    if status is None or (told and status):
+        outcome.state = OUT_OF_TIME
     elif fault := command.judge(status, output):
         outcome.state, outcome.note = FAILED, fault
     if command.collect is not None:
@@ -123,6 +151,14 @@ def run_command(command: Command) -> Outcome:
             if outcome.state == PASSED:
                 outcome.state, outcome.note = FAILED, f"left no result: {error}"
     return outcome
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """Its exit status; None where it takes longer."""
+    try:
+        return process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -165,15 +201,19 @@ def run_stage(stage: Stage, folder: Path, facts: dict[str, Any], seconds: float 
         outcomes.append(Outcome("imports", NOT_RUN, note=f"this interpreter lacks {', '.join(lacking)}"))
         print(f"   not run: {outcomes[-1].note}", flush=True)
         return write()
-    end = time.monotonic() + seconds
+    begin = time.monotonic()
+    due = 0.0
     for command in stage.commands():
-        left = end - time.monotonic()
+        due += command.seconds
+        left = min(due, seconds) - (time.monotonic() - begin)
         if left < 1:
-            outcomes.append(
-                Outcome(command.name, NOT_RUN, note="the commands before it took the stage's time")
-            )
+            note = "the commands before it took the stage's time"
+            outcomes.append(Outcome(command.name, NOT_RUN, note=note))
+        elif lacking := missing_packages(command.needs):
+            note = f"this interpreter lacks {', '.join(lacking)}"
+            outcomes.append(Outcome(command.name, NOT_RUN, note=note))
         else:
-            outcomes.append(run_command(dataclasses.replace(command, seconds=min(command.seconds, left))))
+            outcomes.append(run_command(dataclasses.replace(command, seconds=left)))
         last = outcomes[-1]
         print(f"   {last.name}: {last.state} in {last.seconds:.0f} s {last.note}", flush=True)
         if last.state in (FAILED, OUT_OF_TIME):
@@ -214,38 +254,61 @@ def sanitizer_fault(status: int, output: str) -> str:
     return f"{found} found, in {', '.join(kernels) or 'kernels that the output does not name'}"
 
 
-def junit_result(report: Path) -> dict[str, Any]:
-    """The counts and the failures of a JUnit file.
+def journal_result(journal: Path) -> dict[str, Any]:
+    """What pytest_journal.py wrote: counts, which tests passed, by file, which failed and why, which did not end.
 
     Errors: ValueError where no test ran: that is no pass.
     """
-    import xml.etree.ElementTree as ElementTree
-
-    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    bad = [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in cases
-        if any(child.tag in ("failure", "error") for child in case)
-    ]
-    skipped = sum(any(child.tag == "skipped" for child in case) for case in cases)
-    if len(cases) == skipped:
+    passed: dict[str, list[str]] = {}
+    failed: dict[str, str] = {}
+    skipped: set[str] = set()
+    begun = ""
+    for line in journal.read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break  # killed while it was written
+        entry = json.loads(line)
+        test, state = entry["test"], entry["state"]
+        begun = test if state == "begun" else "" if state == "ended" else begun
+        if state == "failed":
+            failed.setdefault(test, entry["why"])
+        elif state == "skipped":
+            skipped.add(test)
+        elif state == "passed":
+            file, _, name = test.partition("::")
+            passed.setdefault(file, []).append(name)
+    # One that passes, and whose fixtures then fail, has failed.
+    for test in failed:
+        file, _, name = test.partition("::")
+        if name in passed.get(file, []):
+            passed[file].remove(name)
+    count = sum(map(len, passed.values()))
+    if not count and not failed:
         raise ValueError("no test ran")
-    return {"ran": len(cases) - skipped, "skipped": skipped, "failed": bad}
+    found: dict[str, Any] = {"ran": count + len(failed), "skipped": len(skipped), "failed": failed}
+    return found | {"did not end": begun, "passed": passed}
 
 
-def make_stages(scratch: Path, architecture: str, python: str = sys.executable) -> list[Stage]:
+def _json_of(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def make_stages(
+    scratch: Path, architecture: str, python: str = sys.executable, scene: str = BUILT_IN
+) -> list[Stage]:
     """All stages, in order.
 
     Args:
         scratch: a folder for what commands leave to each other.
         architecture: of this GPU.
         python: the interpreter of all commands.
+        scene: what the fast model trains on, a folder or the built-in one.
     """
     script = "benchmarks/gpu_processes.py"
 
     def step(name: str, seconds: float, *arguments: str, result: str = "", **options: Any) -> Command:
-        collect = (lambda: json.loads((scratch / result).read_text())) if result else None
-        return Command(name, [python, *arguments], seconds, collect, **options)
+        leaves = (scratch / result,) if result else ()
+        collect = functools.partial(_json_of, *leaves) if leaves else None
+        return Command(name, [python, *arguments], seconds, collect, leaves=leaves, **options)
 
     def build() -> list[Command]:
         only_this = {"TORCH_CUDA_ARCH_LIST": architecture}
@@ -257,15 +320,17 @@ def make_stages(scratch: Path, architecture: str, python: str = sys.executable) 
         ]
 
     def tests() -> list[Command]:
-        report = scratch / "tests.xml"
+        journal = scratch / "tests.jsonl"
         choice = "cuda and not test_cuda_check and not test_cuda_emulation"
         arguments = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", choice]
-        arguments.append(f"--junitxml={report}")
-        return [Command("pytest on CUDA", arguments, 535, lambda: junit_result(report))]
+        arguments += ["-p", "benchmarks.pytest_journal", f"--journal={journal}"]
+        return [Command("pytest on CUDA", arguments, 535, lambda: journal_result(journal), leaves=(journal,))]
 
     def sanitizer() -> list[Command]:
         tool = shutil.which("compute-sanitizer") or "compute-sanitizer"
-        touch = [python, script, "touch-kernels"]
+        # Of the mangled name: those of cuBLAS and of torch are not ours to judge, and take most of the time.
+        ours = ["--kernel-name", f"kernel_substring={NAMESPACE}"]
+        touch = [*ours, python, script, "touch-kernels"]
         return [
             Command("memcheck", [tool, "--tool", "memcheck", *touch], 265, judge=sanitizer_fault),
             Command("racecheck", [tool, "--tool", "racecheck", *touch], 265, judge=sanitizer_fault),
@@ -280,12 +345,16 @@ def make_stages(scratch: Path, architecture: str, python: str = sys.executable) 
         return [step("verify", 535, "-c", code, str(scratch / "verify.json"), result="verify.json")]
 
     def kernels() -> list[Command]:
-        scripts = kernel_benchmarks()
-        share = 530 / max(1, len(scripts))
+        # First the quick ones, whose time is left to those that compile; the network's rows of max-autotune are last.
+        scripts = sorted(
+            kernel_benchmarks(),
+            key=lambda path: (path.stem == "bench_mlp", "torch.compile" in path.read_text(encoding="utf-8")),
+        )
+        share = (530 - _NETWORK_SECONDS) / max(1, len(scripts) - 1)
         return [
             step(
                 path.stem.removeprefix("bench_"),
-                share,
+                _NETWORK_SECONDS if path.stem == "bench_mlp" else share,
                 str(path),
                 "--device",
                 "cuda",
@@ -297,34 +366,48 @@ def make_stages(scratch: Path, architecture: str, python: str = sys.executable) 
         ]
 
     def steps() -> list[Command]:
-        out = ["--device", "cuda", "--out", str(scratch), "--seconds", "4"]
+        # A table each; last the one whose rows of torch.compile take what time there is.
         return [
             step(
-                name,
+                f"{rays} rays",
                 seconds,
                 "benchmarks/bench_train.py",
-                *out,
+                "--device",
+                "cuda",
+                "--out",
+                str(scratch),
+                "--seconds",
+                timed,
                 "--sizes",
-                *sizes,
+                f"paper:{rays}",
                 result="train_cuda.json",
             )
-            for name, seconds, sizes in (
-                ("4096 rays", 360, ["paper:4096"]),
-                ("1024 and 16384 rays", 175, ["paper:1024", "paper:16384"]),
-            )
+            for rays, seconds, timed in ((1024, 90, "2"), (16384, 130, "2"), (4096, 320, "4"))
         ]
 
     def training() -> list[Command]:
         run = scratch / "run"
-        out = ["--device", "cuda", "--out", str(scratch), "--seconds", "4", "--no-compile"]
-        render = ["benchmarks/bench_render.py", *out, "--run-dir", str(run)]
+        out = ["--device", "cuda", "--out", str(scratch)]
+        fast = ["benchmarks/bench_fast_quality.py", *out, "--data", scene, "--runs", str(scratch / "fast")]
+        render = ["benchmarks/bench_render.py", *out, "--seconds", "4", "--no-compile", "--run-dir", str(run)]
         return [
-            step("train and evaluate", 380, script, "train", str(scratch), result="training.json"),
-            step("render", 150, *render, result="render_cuda.json"),
+            step("train and evaluate", 250, script, "train", str(scratch), result="training.json"),
+            Command(
+                "the fast model",
+                [python, *fast, "--only", "minute", "speed"],
+                240,
+                lambda: fast_results(scratch),
+                needs=("tyro",),
+                leaves=fast_files(scratch),
+            ),
+            step("render", 110, *render, result="render_cuda.json"),
         ]
 
     def profile() -> list[Command]:
-        return [step("profile", 300, script, "profile", str(scratch), result="profile.json")]
+        return [
+            step(name, 265, script, "profile", str(scratch), name, result=f"profile_{name}.json")
+            for name in ("paper", "fast-gpu")
+        ]
 
     return [
         Stage(
@@ -338,9 +421,32 @@ def make_stages(scratch: Path, architecture: str, python: str = sys.executable) 
         Stage("verify", "every operation against the float64 reference", ("torch", "numpy"), verify),
         Stage("kernels", "the benchmark of each operation", ("torch", "numpy"), kernels),
         Stage("steps", "a training step beside PyTorch's", ("torch", "numpy", "safetensors"), steps),
-        Stage("training", "multi-scale training, evaluation, a rendered frame", _PACKAGE, training),
+        Stage(
+            "training",
+            "multi-scale training, evaluation, a rendered frame, of both models",
+            _PACKAGE,
+            training,
+        ),
         Stage("profile", "where the time of a step goes", ("torch", "numpy", "safetensors"), profile),
     ]
+
+
+def fast_files(folder: Path) -> tuple[Path, ...]:
+    """What bench_fast_quality.py leaves: the minute, the speed, two tables."""
+    names = ("minute_cuda.json", "speed_cuda.json", "quality_cuda.md", "targets_cuda.md")
+    return tuple(folder / f"fast_{name}" for name in names)
+
+
+def fast_results(folder: Path) -> dict[str, Any]:
+    """The minute's evaluation, the speed, and both beside what they should be.
+
+    Errors: OSError where the minute left nothing; the speed may be missing.
+    """
+    minute, speed, *tables = fast_files(folder)
+    found = {"minute": _json_of(minute)}
+    if speed.is_file():
+        found["speed"] = _json_of(speed)
+    return found | {"tables": [table.read_text() for table in tables if table.is_file()]}
 
 
 def kernel_benchmarks() -> list[Path]:
@@ -410,12 +516,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages; 0 where all passed, 1 where one did not, 2 where none could be run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--stage", default="", help="some stages, by default all")
+    parser.add_argument(
+        "--scene", default=BUILT_IN, help="what the fast model trains on: a Blender scene's folder"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the folder of results is made")
     parser.add_argument("--seconds", type=float, default=STAGE_SECONDS, help="of each stage, at most")
     options = parser.parse_args(argv)
     try:
         # Before anything else, so that a misspelt stage is told even where there is no GPU.
         choose_stages(make_stages(Path(), ""), options.stage)
+        if options.scene != BUILT_IN and not Path(options.scene).is_dir():
+            raise ValueError(f"SCENE={options.scene}: there is no such folder")
         facts, capability = gpu_facts()
     except (ValueError, RuntimeError) as error:
         print(f"gpu-check: {error}", file=sys.stderr)
@@ -423,7 +534,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.out / folder_name(facts["gpu"], facts["revision"])
     states = {}
     with tempfile.TemporaryDirectory() as scratch:
-        stages = make_stages(Path(scratch), architecture_of(capability))
+        scene = options.scene if options.scene == BUILT_IN else str(Path(options.scene).resolve())
+        stages = make_stages(Path(scratch), architecture_of(capability), scene=scene)
         for stage in choose_stages(stages, options.stage):
             states[stage.name] = run_stage(stage, folder, facts, min(options.seconds, STAGE_SECONDS))
     print(f"\n{facts['gpu']}, revision {facts['revision']}: {folder}")

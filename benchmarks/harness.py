@@ -35,6 +35,7 @@ from torch import Tensor
 
 from benchmarks.living_storages import PeakMemory
 from mipnerf_fast import _native, environment
+from mipnerf_fast.durable_files import write_durably
 
 Inputs = dict[str, Tensor]
 Outputs = dict[str, Tensor]
@@ -136,7 +137,8 @@ def keep_pages() -> None:
         libc.mallopt(m_mmap_max, 0)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -238,6 +240,16 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def library_warning(facts: dict[str, Any]) -> str:
+    """A sentence where the library was not built from the sources that it was measured with, else empty."""
+    if facts["library"] == facts["revision"]:
+        return ""
+    return (
+        f"**Warning: the native library is of revision {facts['library']}, the sources are of {facts['revision']}: "
+        "build it again and measure again.**"
+    )
+
+
 def _cache_bytes(device: torch.device) -> int:
     """The cache that inputs must not stay in: the GPU's second level, a core's own on a CPU."""
     if device.type == "cuda":
@@ -249,10 +261,12 @@ def _cache_bytes(device: torch.device) -> int:
 
 
 def largest_error(outputs: Outputs, truth: Outputs) -> float:
-    """Largest absolute difference over all outputs; NaN when anything is NaN that should not be."""
+    """Largest absolute difference over all outputs; NaN where one is NaN that should not be, or of another shape."""
     worst = 0.0
     for name, want in truth.items():
         got = outputs[name].detach().double()
+        if got.shape != want.shape:
+            return math.nan
         error = float((got - want).abs().max())
         worst = error if math.isnan(error) else max(worst, error)
         if math.isnan(worst):
@@ -389,6 +403,10 @@ def markdown(operation: str, report: dict[str, Any]) -> str:
     ]
     if report.get("notes"):
         lines += ["", report["notes"]]
+    if warning := library_warning(facts):
+        lines += ["", warning]
+    if to_come := report.get("to_come"):
+        lines += ["", f"**Not complete: it ended before {'; '.join(to_come)}.**"]
     tables = dict.fromkeys((row["allocator"], row["threads"]) for row in report["results"])
     for allocator, threads in tables:
         rows = [r for r in report["results"] if (r["allocator"], r["threads"]) == (allocator, threads)]
@@ -440,7 +458,7 @@ def main(
     error: str = "largest difference",
     notes: str = "",
 ) -> None:
-    """The command line of a benchmark: measure, print, write the JSON and the Markdown file.
+    """The command line of a benchmark: measure, print, write the JSON and the Markdown file after every case.
 
     Args:
         operation, cases, description: of the benchmark.
@@ -480,8 +498,21 @@ def main(
             dict.fromkeys(f"twice the reference's error + {c.floor:.1e} ({c.floor_why})" for c in chosen)
         ),
         "copy_bandwidth": {},
+        "to_come": [],
         "results": [],
     }
+    to_come = [(setting, case) for setting in settings for case in chosen]
+
+    def write() -> None:
+        names = {
+            setting: f"{setting[0]}, {setting[1]}: " if len(settings) > 1 else "" for setting in settings
+        }
+        report["to_come"] = [names[setting] + case.name for setting, case in to_come]
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write_durably(stem.with_suffix(".md"), markdown(operation, report).encode())
+        write_durably(stem.with_suffix(".json"), (json.dumps(report, indent=1) + "\n").encode())
+
+    stem = arguments.out / f"{operation}_{device.type}"
     kept = False
     for allocator, threads in settings:
         if allocator == PAGES_KEPT and not kept:
@@ -501,8 +532,6 @@ def main(
                     flush=True,
                 )
                 report["results"].append(asdict(row))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stem = arguments.out / f"{operation}_{device.type}"
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(operation, report))
+            del to_come[0]
+            write()
     print(f"written: {stem}.json and .md")

@@ -17,31 +17,36 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import readme_steps
+from benchmarks import readme_gpu, readme_steps
+from mipnerf_fast.ops import FAST_OPERATIONS, OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 # One line per operation and setting; everything else is in the result files.
-_DIGEST = ("forward, 4096 x 64, float32", "forward + backward, 4096 x 64, float32", "4096 x 64, stratified")
-# The fast model's, one table of their own.
-_FAST = ("march", "hash_encode", "tiny_mlp", "packed_composite", "fast_step")
+_DIGEST = (
+    "4096 rays of 100 views",
+    "forward, 4096 x 64, float32",
+    "forward + backward, 4096 x 64, float32",
+    "4096 x 64, stratified",
+)
+# The network has a table of its own.
+_EXACT = tuple(name for name in OPERATIONS if name != "mlp")
 _BLOCK = re.compile(
     r"(?P<begin><!-- results: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL
 )
 
 
 def speed(results: Path) -> str:
-    """A digest of the kernel benchmarks on the CPU: native against eager and compiled PyTorch.
+    """A digest of the exact model's kernel benchmarks: native against eager and compiled PyTorch; on GPUs a table more.
 
     Errors: FileNotFoundError where there is no result at all.
     """
-    files = sorted(results.glob("*_cpu.json"))
-    reports = [
-        report
-        for report in (json.loads(path.read_text(encoding="utf-8")) for path in files)
-        if "runs" in report and report["operation"] not in (*_FAST, "mlp")
-    ]
+    paths = {operation: results / f"{operation}_cpu.json" for operation in sorted(_EXACT)}
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths.values() if path.is_file()]
+    missing = [operation for operation, path in paths.items() if not path.is_file()]
     if not reports:
-        raise FileNotFoundError(f"README.md: the block 'speed' has no *_cpu.json in {results.name}")
+        raise FileNotFoundError(
+            f"README.md: the block 'speed' has no {paths['composite'].name} in {results.name}"
+        )
     lines = [
         "| operation | case | threads | allocator | native, ms | against eager | against torch.compile |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -68,17 +73,19 @@ def speed(results: Path) -> str:
         f"Medians of at least {runs} interleaved undisturbed calls, outputs allocated inside, beside the straight "
         f"PyTorch port of the official lines. {'; '.join(sorted(machines))}; revision {', '.join(revisions)}.",
     ]
-    return "\n".join(lines)
+    if missing:
+        lines[-1] += f" Not measured: {', '.join(missing)}."
+    return "\n".join([*lines, "", readme_gpu.kernels(results, _EXACT)])
 
 
 def fast_speed(results: Path) -> str:
-    """A digest of the benchmarks of the fast model's operations on the CPU: samples a second, against eager PyTorch."""
+    """The same of the fast model's operations, with samples a second."""
     lines = [
         "| operation | case | threads | native, ms | M samples/s | against eager |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     facts, runs, missing = set(), [], []
-    for operation in _FAST:
+    for operation in FAST_OPERATIONS:
         path = results / f"{operation}_cpu.json"
         if not path.is_file():
             missing.append(operation)
@@ -98,11 +105,11 @@ def fast_speed(results: Path) -> str:
     lines += ["", f"As above, at least {min(runs, default=0)} calls. {'; '.join(sorted(facts))}."]
     if missing:
         lines[-1] += f" Not measured: {', '.join(missing)}."
-    return "\n".join(lines)
+    return "\n".join([*lines, "", readme_gpu.kernels(results, FAST_OPERATIONS)])
 
 
 def mlp_speed(results: Path) -> str:
-    """The network on the CPU with pages kept as in training: every variant's time, error and peak memory.
+    """The network, on the CPU with pages kept as in training: every variant's time, error and peak memory.
 
     Errors: FileNotFoundError where there is no result.
     """
@@ -137,7 +144,7 @@ def mlp_speed(results: Path) -> str:
         f"||got - want|| / ||want|| against float64{memory}. {facts['device']}, torch {facts['torch']}, revision "
         f"{facts['revision']}. More sizes in benchmarks/results/mlp_cpu.md.",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", readme_gpu.network(results)])
 
 
 # Of every engine of the network: what stands for it on a CPU, and what its CUDA sources have been through.
@@ -158,18 +165,15 @@ def mlp_evidence(results: Path) -> str:
     """What is known of every engine of the network; tests/test_mlp_evidence.py holds it against what happens."""
     checked = results / "cuda_check.json"
     compiled = checked.is_file() and "mlp" in checked.read_text(encoding="utf-8")
-    measured = results / "mlp_cuda.json"
-    variants = set()
-    if measured.is_file():
-        rows = json.loads(measured.read_text(encoding="utf-8"))["results"]
-        variants = {row["variant"].split()[0] for row in rows if row["median"] is not None}
+    measured = readme_gpu.engines_measured(results)
     lines = ["| engine | on a CPU | CUDA sources | on a GPU |", "| --- | --- | --- | --- |"]
     for engine, (on_cpu, sources) in _ENGINES.items():
         if engine == "fused":
             sources += (
                 ", compiled by `make cuda-check`" if compiled else ", not in the table of `make cuda-check`"
             )
-        on_gpu = "executed, measured" if engine in variants else "**not run**"
+        gpus = measured.get(engine.split(",")[0])
+        on_gpu = f"executed, measured: {gpus}" if gpus else "**not run**"
         if engine == "emulated":
             on_gpu = "-"
         lines.append(f"| {engine} | {on_cpu} | {sources} | {on_gpu} |")

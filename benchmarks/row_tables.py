@@ -14,9 +14,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import machine
-from benchmarks.rows import BASELINE, PYTORCH, Ceilings, Row, Work
+from benchmarks.harness import library_warning, machine
+from benchmarks.rows import BASELINE, FP32, NOT_MEASURED, PYTORCH, Ceilings, Row, Work
 from mipnerf_fast.durable_files import write_durably
+
+# Of the fp32 ceiling, between the tables of a report: by more than this share, and they do not compare.
+DRIFT = 1 / 3
 
 
 def new_report(benchmark: str, device: torch.device, limits: Ceilings, about: str) -> dict[str, Any]:
@@ -31,13 +34,47 @@ def new_report(benchmark: str, device: torch.device, limits: Ceilings, about: st
     }
 
 
-def put_table(report: dict[str, Any], work: Work, rows: Sequence[Row]) -> None:
-    """Add a table of measured rows, or put it in the place of an earlier state of it."""
+def put_table(
+    report: dict[str, Any], work: Work, rows: Sequence[Row], limits: Ceilings | None = None
+) -> None:
+    """Add a table of measured rows, or put it in the place of an earlier state of it.
+
+    limits: the ceilings as they were beside these rows; by default those of the report.
+    """
     table = {"work": asdict(work), "rows": [asdict(row) for row in rows]}
-    # Tables of one report may have been measured in parts, each beside ceilings of its own.
-    table["ceilings"] = report["ceilings"]
+    table["ceilings"] = report["ceilings"] if limits is None else asdict(limits)
     others = [other for other in report["tables"] if other["work"]["title"] != work.title]
     report["tables"] = [*others, table]
+
+
+def leave_out_slow(report: dict[str, Any], tables: int) -> bool:
+    """Time is over: say so of the slow rows that are not measured. Whether all else of so many tables is there."""
+    complete = len(report["tables"]) == tables
+    for table in report["tables"]:
+        for row in table["rows"]:
+            if row["note"] == NOT_MEASURED:
+                complete = complete and bool(row["slow"])
+                row["note"] = f"{NOT_MEASURED} (out of time)"
+    return complete
+
+
+def warnings(report: dict[str, Any]) -> list[str]:
+    """What a reader of the tables must know first: a library of other sources, a machine that was not the same."""
+    found = [library_warning(report["environment"])]
+    rates = {
+        table["work"]["title"]: table["ceilings"]["products"][FP32]
+        for table in report["tables"]
+        if FP32 in table["ceilings"]["products"]
+    }
+    if rates:
+        low, high = min(rates, key=lambda title: rates[title]), max(rates, key=lambda title: rates[title])
+        if rates[high] > (1 + DRIFT) * rates[low]:
+            found.append(
+                f"**Warning: the machine was not the same for all tables: its fp32 product made "
+                f"{rates[low] * 1e-12:.3g} TFLOP/s beside {low!r} and {rates[high] * 1e-12:.3g} beside {high!r}. "
+                "Only rows of one table compare.**"
+            )
+    return [warning for warning in found if warning]
 
 
 def best_pytorch(rows: Sequence[dict[str, Any]]) -> float | None:
@@ -129,6 +166,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{', CUDA ' + facts['cuda'] if facts['cuda'] else ''}, revision {facts['revision']} "
         f"(library {facts['library']}). {report['about']}",
     ]
+    for warning in warnings(report):
+        lines += ["", warning]
     for table in report["tables"]:
         lines += ["", f"## {table['work']['title']}", "", *table_lines(table, table["ceilings"])]
     return "\n".join(lines) + "\n"

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import math
+import os
+import signal
 import statistics
 import sys
 import time
@@ -36,6 +39,7 @@ FP32, TF32, BF16 = "fp32", "tf32", "bf16"
 # The row that others are compared with first.
 BASELINE = "eager fp32"
 WARM_UP = 3
+NOT_MEASURED = "not measured"
 # A row is believed with so many undisturbed calls; on a machine that never rests it waits for so many rounds of them.
 FEWEST, PATIENCE = 5, 4
 # On top of twice PyTorch's error: what the order of a sum may change in float32 results.
@@ -59,8 +63,8 @@ class Variant:
     """A row to measure.
 
     name: in the table. family: PYTORCH or OURS. operands: of the matrix products. make: builds it (and compiles,
-    captures and warms up whatever it needs). why_not: why it cannot run here, or "". slow: takes minutes to make, and
-    is made after the others.
+    captures and warms up whatever it needs). why_not: why it cannot run here, or "". slow: 0, or takes minutes to make:
+    after the others, in the order of these numbers, and left out where time is over.
     """
 
     name: str
@@ -68,7 +72,7 @@ class Variant:
     operands: str
     make: Callable[[], Computation]
     why_not: str = ""
-    slow: bool = False
+    slow: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Row:
     peak_bytes: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    slow: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,37 @@ class Ceilings:
     copy: float
     products: dict[str, float]
     size: int
+
+
+# Which of PyTorch's compiled rows come first where time may not suffice for all: (mode, operands).
+_COMPILED = (
+    ("max-autotune", BF16),
+    ("default", BF16),
+    ("max-autotune", TF32),
+    ("max-autotune", FP32),
+    ("default", TF32),
+    ("default", FP32),
+)
+
+
+def compiled_variants(
+    make: Callable[[str, str], Computation], no_tf32: str = "", why_not: str = ""
+) -> list[Variant]:
+    """PyTorch's rows of torch.compile, in its default mode and in max-autotune, with all operands.
+
+    Args:
+        make: a computation from operands and mode.
+        no_tf32, why_not: why those in TF32, or all, cannot run; or "".
+    """
+    variants = []
+    for mode in ("default", "max-autotune"):
+        for operands, label in ((FP32, "fp32"), (TF32, "TF32"), (BF16, "bf16 autocast")):
+            name = " ".join(["torch.compile", *([] if mode == "default" else [mode]), label])
+            why = (no_tf32 if operands == TF32 else "") or why_not
+            order = _COMPILED.index((mode, operands)) + 1
+            build = functools.partial(make, operands, mode)
+            variants.append(Variant(name, PYTORCH, operands, build, why, order))
+    return variants
 
 
 # --------------------------------------------------------------------------------------------------- the work
@@ -324,17 +360,18 @@ def measure_rows(
         variants: PyTorch's first, so that ours have something to be held against.
         device: of all.
         runs: undisturbed calls of each row; fewer, but at least FEWEST, where `seconds` per row are over.
-        keep: called with all rows after each that is done, on a GPU; those to come are marked as not measured.
+        keep: on a GPU called with all rows at the beginning and after each that is done; those to come are marked as
+            not measured.
 
     Returns:
         One Row per variant, in the same order.
     """
-    rows = [Row(variant.name, variant.family, variant.operands) for variant in variants]
+    rows = [Row(v.name, v.family, v.operands, note=NOT_MEASURED, slow=v.slow) for v in variants]
     together = device.type == "cpu"
     control = Control(device) if together else None
     waiting: list[tuple[Variant, Row, Computation]] = []
-    for row in rows:
-        row.note = "not measured"
+    if not together:
+        keep(rows)
     for variant, row in sorted(zip(variants, rows, strict=True), key=lambda pair: pair[0].slow):
         call = _prepare(variant, row, rows, device)
         if call is not None:
@@ -352,6 +389,25 @@ def measure_rows(
     if control is not None and waiting:
         _time_in_turn(waiting, control, device, runs, seconds)
     return rows
+
+
+@contextlib.contextmanager
+def told_to_end(end: Callable[[], bool]) -> Iterator[None]:
+    """While in the context SIGTERM, by which gpu_check.py says that time is over, calls `end` and ends the process.
+
+    Its status is 0 where `end` says that all is there that must be. At once, whatever a compiler is busy with.
+    """
+
+    def handle(number: int, frame: Any) -> None:
+        complete = end()
+        sys.stderr.flush()
+        os._exit(0 if complete else 128 + number)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _time_in_turn(

@@ -29,8 +29,6 @@ from mipnerf_fast.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = "run_all.json"
-# They measure the CPU whatever --device says, or have no such option.
-_CPU_ONLY = ("fast_quality",)
 
 
 @dataclass(frozen=True)
@@ -41,20 +39,15 @@ class Benchmark:
     arguments: tuple[str, ...] = ()
 
 
-def benchmarks(device: str, scene: Path | None) -> list[Benchmark]:
+def benchmarks(scene: Path | None) -> list[Benchmark]:
     """bench_<name>.py, the quick ones first; those of quality need a scene folder."""
     names = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py"))
     whole = [name for name in ("train", "render") if name in names]
     quality = [name for name in names if "quality" in name]
     kernels = [name for name in names if name not in whole and name not in quality]
-    chosen = [name for name in (*kernels, *whole) if device == "cpu" or name not in _CPU_ONLY]
-    found = [Benchmark(name) for name in chosen]
+    found = [Benchmark(name) for name in (*kernels, *whole)]
     if scene is not None:
-        found += [
-            Benchmark(name, ("--data", str(scene)))
-            for name in quality
-            if device == "cpu" or name not in _CPU_ONLY
-        ]
+        found += [Benchmark(name, ("--data", str(scene))) for name in quality]
     return found
 
 
@@ -93,12 +86,7 @@ def run_all(
             print(f"run_all: {name} is done", flush=True)
             continue
         command = [sys.executable, str(ROOT / "benchmarks" / f"bench_{name}.py")]
-        command += [
-            *([] if name in _CPU_ONLY else ["--device", device]),
-            "--out",
-            str(folder),
-            *benchmark.arguments,
-        ]
+        command += ["--device", device, "--out", str(folder), *benchmark.arguments]
         print(f"run_all: {name}", flush=True)
         start = time.monotonic()
         with (folder / f"{name}.log").open("w", encoding="utf-8") as log:
@@ -127,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         device = choose_device(options.device)
-        chosen = benchmarks(device.type, options.scene)
+        chosen = benchmarks(options.scene)
         known = [benchmark.name for benchmark in chosen]
         if unknown := [name for name in (*options.only, *options.again) if name not in known]:
             raise InputError(f"no benchmark {unknown[0]!r} here, expected some of {', '.join(known)}")

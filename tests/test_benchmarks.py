@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import itertools
 import json
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_quality, bench_render, bench_train, row_tables, rows, run_all
+from benchmarks import bench_render, bench_train, row_tables, rows, run_all
 from benchmarks.row_tables import put_table
 from benchmarks.rows import (
     BF16,
@@ -168,6 +170,69 @@ def test_rows_are_timed_only_where_their_error_allows(monkeypatch: pytest.Monkey
     assert error_bound("tf32", "loss", found) == math.inf
 
 
+def test_torch_compile_has_a_row_of_each_mode_and_precision() -> None:
+    def make(operands: str, mode: str) -> Fake:
+        raise RuntimeError(f"{operands} {mode}")
+
+    variants = rows.compiled_variants(make, "no GPU")
+    assert [v.name for v in variants][:3] == [f"torch.compile {x}" for x in ("fp32", "TF32", "bf16 autocast")]
+    assert [v.name for v in variants][3:] == [
+        f"torch.compile max-autotune {x}" for x in ("fp32", "TF32", "bf16 autocast")
+    ]
+    assert [v.why_not for v in variants] == ["", "no GPU", ""] * 2
+    assert sorted(v.slow for v in variants) == [1, 2, 3, 4, 5, 6]
+    # The one that ours is to be compared with comes first.
+    assert min(variants, key=lambda v: v.slow).name == "torch.compile max-autotune bf16 autocast"
+    with pytest.raises(RuntimeError, match="fp32 default"):
+        variants[0].make()
+
+
+def test_rows_that_take_minutes_are_last_and_may_be_left_out() -> None:
+    made: list[str] = []
+
+    def slow(name: str, order: int) -> Variant:
+        def make() -> Fake:
+            made.append(name)
+            raise RuntimeError("no compiler")
+
+        return Variant(name, PYTORCH, FP32, make, slow=order)
+
+    measure_rows([slow("c", 3), slow("a", 0), slow("b", 1)], CPU, runs=1)
+    assert made == ["a", "b", "c"]
+    report = made_up()
+    assert row_tables.leave_out_slow(report, 1)
+    assert not row_tables.leave_out_slow(report, 2)
+    waits = Row("torch.compile", PYTORCH, FP32, note=rows.NOT_MEASURED, slow=2)
+    put_table(report, dataclasses.replace(WORK, title="other"), [waits])
+    assert row_tables.leave_out_slow(report, 2)
+    assert report["tables"][1]["rows"][0]["note"] == "not measured (out of time)"
+    assert report["tables"][0]["rows"][2]["note"] == "not run: a CUDA graph needs a GPU"
+    put_table(report, WORK, [dataclasses.replace(waits, slow=0)])
+    assert not row_tables.leave_out_slow(report, 2)
+
+
+ENDS = """
+import os, signal, sys
+from benchmarks.rows import told_to_end
+def end():
+    print("said", flush=True)
+    return {complete}
+with told_to_end(end):
+    os.kill(os.getpid(), signal.SIGTERM)
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_benchmark_that_is_told_to_end_says_whether_it_is_complete(complete: bool) -> None:
+    root = Path(rows.__file__).parents[1]
+    code = ENDS.format(complete=complete)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout == "said\n", done.stderr
+    assert done.returncode == (0 if complete else 128 + signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_a_restless_machine_gives_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "Control", Quiet)
     monkeypatch.setattr(Quiet, "restless", True)
@@ -223,11 +288,44 @@ def test_a_step_that_is_another_one_is_found_out(problem: bench_train.Problem) -
     assert trainer.errors()["gradient"] > 0.01
 
 
-def test_every_row_of_a_frame_is_the_same_frame() -> None:
+@pytest.fixture
+def frame() -> bench_render.Frame:
     torch.manual_seed(0)
     assert isinstance(STEP.model, MipNerfConfig)
     view = bench_train.random_images(1, 12).rays(0)
-    frame = bench_render.Frame(MipNerf(STEP.model), view, CPU, trained=True)
+    return bench_render.Frame(MipNerf(STEP.model), view, CPU, trained=True)
+
+
+@pytest.mark.parametrize("operands", [FP32, BF16])
+def test_the_compiled_rows_are_one_graph_and_the_same(
+    operands: str, problem: bench_train.Problem, frame: bench_render.Frame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is handed to torch.compile, with a back-end that compiles nothing: a break in the graph is an error."""
+    compile_, asked = torch.compile, []
+
+    def traced(function: Any, **options: Any) -> Any:
+        asked.append(options)
+        return compile_(function, fullgraph=options["fullgraph"], dynamic=False, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    step = bench_train.ReferenceStep(problem, operands, "default")
+    eager = bench_train.ReferenceStep(problem, operands)
+    whole = bench_render.ReferenceFrame(frame, operands, "max-autotune")
+    assert [(options["fullgraph"], options["mode"]) for options in asked] == [
+        (True, "default"),
+        (True, "max-autotune"),
+    ]
+    # The rounding of the operands is that of the eager row; of float32 sums a few hundred products.
+    allowed = {name: 1.5 * error + 1e-5 for name, error in eager.errors().items()}
+    found = step.errors()
+    assert set(found) == set(allowed)
+    assert all(found[name] <= allowed[name] for name in found), (found, allowed)
+    step()
+    apart = bench_render.ReferenceFrame(frame, operands).errors()["colour"]
+    assert whole.errors()["colour"] <= 1.5 * apart + 1e-5
+
+
+def test_every_row_of_a_frame_is_the_same_frame(frame: bench_render.Frame) -> None:
     assert frame.count % frame.chunk == 0
     assert bench_render.chunk_of(640_000, 2**14) == 16_000
     for computation in (
@@ -333,6 +431,24 @@ def test_a_report_is_written_whole_and_without_nan(tmp_path: Path) -> None:
     assert [table["work"]["title"] for table in report["tables"]] == [WORK.title, "other"]
 
 
+def test_what_a_reader_must_know_stands_above_the_tables(tmp_path: Path) -> None:
+    report = made_up()
+    assert "Warning" not in row_tables.markdown(report)
+    report["environment"]["library"] = "old"
+    slower = dataclasses.replace(LIMITS, products={BF16: 4e12, FP32: 0.7e12})
+    put_table(report, dataclasses.replace(WORK, title="other"), [], slower)
+    text = row_tables.markdown(report)
+    above, _, _ = text.partition("## ")
+    assert "**Warning: the native library is of revision old, the sources are of abc" in above
+    assert "0.7 TFLOP/s beside 'other' and 1 beside 'small, 512 rays'" in above
+    # A third less is no other machine.
+    closer = dataclasses.replace(LIMITS, products={FP32: 0.76e12})
+    put_table(report, dataclasses.replace(WORK, title="other"), [], closer)
+    assert "TFLOP/s beside" not in row_tables.markdown(report)
+    # The row's share is of the ceiling that was measured beside it.
+    assert report["tables"][1]["ceilings"]["products"] == {FP32: 0.76e12}
+
+
 def test_ceilings_of_this_machine() -> None:
     found = rows.ceilings(CPU, size=64)
     assert found.size == 64
@@ -346,62 +462,6 @@ def test_relative_error() -> None:
     got = [torch.tensor([3.0, 0.3]), torch.tensor([[4.4]])]
     assert rows.relative(got, want) == pytest.approx(0.1, rel=1e-6)
     assert math.isnan(rows.relative([torch.tensor([math.nan, 0.0]), want[1]], want))
-
-
-# quality
-
-
-def test_marks_end_with_the_time() -> None:
-    times = bench_quality.marks(120.0)
-    assert times[0] == pytest.approx(120 / 50)
-    assert times[-1] == pytest.approx(120)
-    ratios = [b / a for a, b in itertools.pairwise(times)]
-    assert max(ratios) == pytest.approx(min(ratios))
-
-
-def curve(name: str, *points: tuple[float, float]) -> dict[str, Any]:
-    return {
-        "backend": {"name": name},
-        "points": [{"seconds": s, "step": int(10 * s), "psnr": p} for s, p in points],
-        "steps": 100,
-        "seconds": points[-1][0],
-        "rays_per_second": 5120.0,
-        "test_psnr": points[-1][1],
-        "test_ssim": None,
-    }
-
-
-def test_time_to_reach_a_psnr() -> None:
-    points = curve("a", (1.0, 10.0), (2.0, 20.0), (4.0, 15.0), (8.0, 25.0))["points"]
-    assert bench_quality.time_to_reach(points, 9) == 1.0
-    assert bench_quality.time_to_reach(points, 15) == 1.5
-    assert bench_quality.time_to_reach(points, 22.5) == 7.0
-    assert bench_quality.time_to_reach(points, 26) is None
-
-
-def test_the_table_and_chart_of_quality(tmp_path: Path) -> None:
-    report = {
-        "title": "lego at 1/8",
-        "about": "lego at 1/8, white.",
-        "environment": {"device": "A machine", "torch": "2.13.0", "revision": "abc"},
-        "curves": [
-            curve("PyTorch fp32", (1.0, 10.0), (2.0, 20.0)),
-            curve("ours", (1.0, 15.0), (2.0, 22.4)),
-            {"backend": {"name": "fused"}, "why": "it runs on a GPU"},
-        ],
-    }
-    lines = bench_quality.markdown(report).splitlines()
-    head = cells(lines[0])
-    assert head[5:] == [f"s to {psnr} dB" for psnr in range(17, 23)]
-    table = {cells(line)[0]: dict(zip(head, cells(line), strict=True)) for line in lines[2:5]}
-    assert table["PyTorch fp32"]["s to 20 dB"] == "2.0"
-    assert table["PyTorch fp32"]["s to 22 dB"] == "-"
-    assert table["ours"]["test PSNR (dB)"] == "22.40"
-    assert table["ours"]["test SSIM"] == "n/a"
-    assert table["fused"]["steps"] == "not run: it runs on a GPU"
-    assert lines[-1].startswith("lego at 1/8, white. A machine, torch 2.13.0")
-    bench_quality.draw(report, tmp_path / "quality.png")
-    assert (tmp_path / "quality.png").stat().st_size > 5000
 
 
 # everything
@@ -436,7 +496,7 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
 def test_a_series_goes_on_where_it_stopped(tmp_path: Path, scripts: Callable[[str], int]) -> None:
     facts, out = {"device": "A machine", "torch": "2.13.0", "revision": "abc"}, tmp_path / "out"
-    chosen = run_all.benchmarks("cpu", None)
+    chosen = run_all.benchmarks(None)
     assert [benchmark.name for benchmark in chosen] == ["bad", "good"]
     state = run_all.run_all(chosen, out, "cpu", facts)
     assert state["benchmarks"]["good"]["state"] == "done"
@@ -456,10 +516,9 @@ def test_a_series_goes_on_where_it_stopped(tmp_path: Path, scripts: Callable[[st
 
 
 def test_the_series_knows_every_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    names = {benchmark.name for benchmark in run_all.benchmarks("cuda", tmp_path)}
-    on_cpu = {benchmark.name for benchmark in run_all.benchmarks("cpu", tmp_path)}
-    assert {f"bench_{name}" for name in on_cpu} == {name for name in SCRIPTS if name.startswith("bench_")}
-    assert {"train", "render", "quality", "composite"} <= names <= on_cpu
-    assert not any("quality" in benchmark.name for benchmark in run_all.benchmarks("cpu", None))
+    names = {benchmark.name for benchmark in run_all.benchmarks(tmp_path)}
+    assert {f"bench_{name}" for name in names} == {name for name in SCRIPTS if name.startswith("bench_")}
+    assert {"train", "render", "quality", "fast_quality", "composite"} <= names
+    assert not any("quality" in benchmark.name for benchmark in run_all.benchmarks(None))
     assert run_all.main(["--out", str(tmp_path), "--device", "cpu", "--only", "nothing"]) == 2
     assert "no benchmark 'nothing' here" in capsys.readouterr().err

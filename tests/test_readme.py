@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.readme import filled
+from benchmarks.readme import fast_speed, filled, mlp_evidence, mlp_speed, speed
 from benchmarks.readme_steps import chart_is_current, draw_steps, steps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +76,69 @@ def test_the_digest_of_steps_and_its_chart(tmp_path: Path) -> None:
     (tmp_path / "train_cpu.json").write_text(json.dumps(report(None)))
     assert not chart_is_current(tmp_path)
     assert "**ours**" not in steps(tmp_path)
+
+
+def kernel_report(operation: str, *rows: dict[str, Any], device: str = "NVIDIA A") -> dict[str, Any]:
+    facts = {"device": device, "torch": "2.13.0", "cuda": "13.0", "revision": "abc"}
+    return {"operation": operation, "environment": facts, "runs": 20, "results": list(rows)}
+
+
+def kernel_row(case: str, variant: str, median: float | None, **more: Any) -> dict[str, Any]:
+    known = {"error": 1e-6, "speedup_median": None, "copy_fraction": 0.5, "items_per_second": None}
+    known |= {"product_fraction": None, "peak_bytes": None, "note": ""}
+    return {"case": case, "variant": variant, "median": median} | known | more
+
+
+def test_operations_on_a_gpu_stand_in_the_readme_where_they_were_measured(tmp_path: Path) -> None:
+    committed = ROOT / "benchmarks" / "results"
+    for path in committed.glob("*_cpu.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for digest in (speed, fast_speed, mlp_speed):
+        assert digest(tmp_path).endswith("On a GPU: not measured.")
+    assert "| fused | not run |" in mlp_evidence(tmp_path)
+    # As gpu-check leaves them: a command each, of which one has nothing, and one was ended by its time.
+    march = kernel_report(
+        "march",
+        kernel_row("2048 rays", "eager", 0.2),
+        kernel_row("2048 rays", "native", 1e-4, speedup_median=2000.0, items_per_second=2e8),
+    )
+    composite = kernel_report(
+        "composite",
+        kernel_row("4096 x 128", "compile", 3e-4),
+        kernel_row("4096 x 128", "native", 1e-4, speedup_median=7.5),
+        kernel_row("64 x 64", "native", None, note="not timed: the error is above its bound"),
+    )
+    network = kernel_report(
+        "mlp",
+        kernel_row("forward, 2^19 samples", "eager fp32", 0.02, speedup_median=1.0),
+        kernel_row("forward, 2^19 samples", "fused bf16", 0.002, speedup_median=10.0, product_fraction=0.6),
+        kernel_row("forward, 2^19 samples", "cublaslt bf16", None, note="not timed: the error"),
+    )
+    network["to_come"] = ["forward + backward, 2^19 samples"]
+    commands = [{"result": r} for r in (march, composite, network, None)]
+    folder = tmp_path / "gpu" / "A-abc"
+    folder.mkdir(parents=True)
+    (folder / "kernels.json").write_text(json.dumps({"commands": commands}))
+    text = fast_speed(tmp_path)
+    assert "| march | 2048 rays | 0.100 | 50% | 200.0 | 2000.0 x | - |" in text
+    assert text.endswith("NVIDIA A, torch 2.13.0, revision abc.") and "composite | 4096" not in text
+    text = speed(tmp_path)
+    assert "| composite | 4096 x 128 | 0.100 | 50% | - | 7.5 x | 3.0 x |" in text
+    assert "| composite | 64 x 64 | not timed: the error is above its bound | - | - | - | - |" in text
+    assert "march" not in text and "not measured." not in text.rpartition("GPU")[2]
+    text = mlp_speed(tmp_path)
+    assert "| forward, 2^19 samples | fused bf16 | 2.000 | 10.00 x | 1e-06 | 60% | - |" in text
+    assert text.endswith("Of mlp without forward + backward, 2^19 samples: time was over.")
+    evidence = mlp_evidence(tmp_path)
+    of_gpu = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")[3].strip("| ") for line in evidence.split("\n")
+    }
+    assert of_gpu["fused"] == of_gpu["reference"] == "executed, measured: NVIDIA A"
+    assert of_gpu["cublaslt"] == of_gpu["folded"] == "**not run**"
+    # A script by itself on another GPU stands beside.
+    again = kernel_report("march", kernel_row("2048 rays", "native", 2e-4), device="NVIDIA B")
+    (tmp_path / "march_cuda.json").write_text(json.dumps(again))
+    assert "NVIDIA A, torch 2.13.0, revision abc; NVIDIA B, torch" in fast_speed(tmp_path)
 
 
 def test_the_chart_is_of_the_results() -> None:
