@@ -109,7 +109,6 @@ class ReferenceFrame:
             self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, cache_enabled=not captured)
         self.chunk: Callable[[list[Tensor]], tuple[Tensor, Tensor, Tensor]] = self._chunk
         if compile_mode:
-            torch.compiler.reset()
             # As one graph: where it breaks, the row does not run.
             self.chunk = torch.compile(self._chunk, fullgraph=True, mode=compile_mode, dynamic=False)
         self.graph: torch.cuda.CUDAGraph | None = None

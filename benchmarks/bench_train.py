@@ -192,8 +192,6 @@ class ReferenceStep:
         self.total = torch.tensor(float(count), device=device)
         self.loss: Callable[..., Tensor] = self._loss
         if compile_mode:
-            # Each row compiles for itself, with nothing left of the row before.
-            torch.compiler.reset()
             # As one graph: where it breaks, the row does not run.
             self.loss = torch.compile(self._loss, fullgraph=True, mode=compile_mode, dynamic=False)
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -370,6 +370,8 @@ def measure_rows(
     together = device.type == "cpu"
     control = Control(device) if together else None
     waiting: list[tuple[Variant, Row, Computation]] = []
+    # Once for the table: where the rows run in turn, a reset for one would throw away what another has compiled.
+    torch.compiler.reset()
     if not together:
         keep(rows)
     for variant, row in sorted(zip(variants, rows, strict=True), key=lambda pair: pair[0].slow):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_march, bench_ray_batch, harness
+from benchmarks import bench_march, bench_ray_batch, fast_scene, harness
 from benchmarks.harness import Case, Inputs, Outputs
 from mipnerf_fast import use_backend
 
@@ -160,16 +160,21 @@ def test_outputs_of_another_shape_are_an_error_and_no_crash() -> None:
 # single operations
 
 
-def test_the_rays_of_march_keep_their_samples_when_their_numbers_move() -> None:
-    small = bench_march.case(1024, torch.device("cpu"))
-    rays = small.make_inputs(0, torch.device("cpu"))
-    assert rays["near"].shape == (1024, 1)
-    exact = {name: value.double() for name, value in rays.items()}
-    count = small.truth(exact)["t0"].shape
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(3):
-        moved = {n: x * (1 + 2.0**-24 * torch.randn(x.shape, generator=generator)) for n, x in exact.items()}
-        assert small.truth(moved)["t0"].shape == count
+def test_rays_at_the_edge_of_a_sample_are_not_marched() -> None:
+    """A count that jumps where a ray is: the same in float32 and in float64, but not a little beside it."""
+    drawn = fast_scene.rays(0, 112)
+    edge = drawn["phase"][5].double()
+
+    def count(inputs: Inputs) -> Tensor:
+        return (inputs["phase"][:, 0].double() >= edge).long()
+
+    kept = bench_march.steady_rays(0, 100, count)
+    assert set(kept) == set(bench_march.NAMES)
+    others = [k for k in range(112) if k != 5][:100]
+    for name, value in kept.items():
+        assert torch.equal(value, drawn[name][others])
+    with pytest.raises(RuntimeError, match=r"rays are steady, not 100"):
+        bench_march.steady_rays(0, 100, lambda inputs: torch.rand(112))
 
 
 def test_every_variant_of_ray_batch_is_the_batch() -> None:

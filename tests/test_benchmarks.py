@@ -449,6 +449,28 @@ def test_what_a_reader_must_know_stands_above_the_tables(tmp_path: Path) -> None
     assert report["tables"][1]["ceilings"]["products"] == {FP32: 0.76e12}
 
 
+def test_the_script_of_a_step_writes_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rows, "Control", Quiet)
+    monkeypatch.setattr(bench_train, "ceilings", lambda device: LIMITS)
+    monkeypatch.setattr(bench_train, "preset", lambda name: STEP)
+    images = bench_train.random_images(3, 10)
+    monkeypatch.setattr(bench_train, "random_images", lambda views, size: images)
+    before = signal.getsignal(signal.SIGTERM)
+    command = ["--device", "cpu", "--sizes", "small:8", "--no-compile", "--runs", "1", "--out", str(tmp_path)]
+    assert bench_train.main(command) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    report = json.loads((tmp_path / "train_cpu.json").read_text())
+    (table,) = report["tables"]
+    assert table["work"]["rays"] == 8 and table["ceilings"]["products"] == LIMITS.products
+    by_name = {row["name"]: row for row in table["rows"]}
+    assert by_name["eager fp32"]["median"] > 0 and by_name["ours, network folded fp32"]["median"] > 0
+    compiled = [row for name, row in by_name.items() if name.startswith("torch.compile")]
+    assert len(compiled) == 6 and all(row["note"].startswith("not run: ") for row in compiled)
+    assert (tmp_path / "train_cpu.md").read_text() == capsys.readouterr().out.rstrip("\n") + "\n"
+
+
 def test_ceilings_of_this_machine() -> None:
     found = rows.ceilings(CPU, size=64)
     assert found.size == 64
