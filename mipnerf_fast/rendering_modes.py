@@ -17,8 +17,9 @@ MODES = ("exact", "fast")
 # Half a level of an 8-bit colour. A ray whose coarse level is less opaque than this is taken for empty, and a ray ends
 # where less than this share of its light is left: neither can change a colour by more, if the coarse level is right.
 NEGLIGIBLE = 1 / 512
-# Of a ray's samples at the finest level, the shares after which rays end that let no more light through. The fenceposts
-# crowd where the coarse weights are, so hardly a ray ends before half of them; and each decision waits for the device.
+# Of a ray's samples at the finest level, the shares after which rays end that let no more light through. Resampling
+# spreads half of the fenceposts evenly (its padding) and crowds the others at the surface, so that hardly a ray ends
+# before half of them; and at each decision the host waits for the device.
 _DECISIONS = (0.5, 0.75)
 # Rays that are also rendered exactly, to measure the difference.
 SUBSET = 4096

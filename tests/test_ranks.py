@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,16 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["mipnerf_fast.training", "mipnerf_fast.training_reports"])
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLACES = ["cpu", "cuda"] if torch.cuda.device_count() >= 2 else ["cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """This work is too small for more, that of the fixtures of a module too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=PLACES)
