@@ -102,7 +102,7 @@ class MipNerf(nn.Module):
         """
         flat = rays.flatten()
         t_vals, _ = self.propose(flat)
-        level = self._pixels(t_vals, flat, white_background)
+        level = self.pixels(t_vals, flat, white_background)
         return level.unflatten(rays.batch_shape)
 
     def propose(self, rays: Rays) -> tuple[Tensor, Tensor | None]:
@@ -144,17 +144,14 @@ class MipNerf(nn.Module):
             acc = level.acc
         return t_vals, acc
 
-    def finest(self, t_vals: Tensor, rays: Rays) -> tuple[Tensor, Tensor]:
-        """Raw rgb [B, N, 3] and raw density [B, N, 1] of the finest network between the fenceposts t_vals [B, N+1]."""
-        return self._raw(self.config.num_levels - 1, t_vals, rays, self._viewdirs_enc(rays))
-
-    def _pixels(self, t_vals: Tensor, rays: Rays, white_background: bool) -> Composite:
-        """The finest level between these fenceposts."""
-        mlp = self._mlp(self.config.num_levels - 1)
+    def pixels(self, t_vals: Tensor, rays: Rays, white_background: bool) -> Composite:
+        """The finest level between the fenceposts t_vals [B, N+1] of rays [B, .], without randomness."""
+        number = self.config.num_levels - 1
+        mlp, viewdirs_enc = self._mlp(number), self._viewdirs_enc(rays)
         if mlp.composites(t_vals.shape[1] - 1):
-            frusta, viewdirs_enc = self._frusta(t_vals, rays), self._viewdirs_enc(rays)
+            frusta = self._frusta(t_vals, rays)
             return mlp.composited(frusta, self._encoding, viewdirs_enc, white_background, self.activations)
-        raw = self.finest(t_vals, rays)
+        raw = self._raw(number, t_vals, rays, viewdirs_enc)
         return ops.composite(*raw, t_vals, rays.directions, white_background, **self.activations)
 
     def _levels(

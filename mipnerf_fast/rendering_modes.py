@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import ops
 from .cameras import Rays
 from .errors import InputError
 from .model import MipNerf, Model
@@ -18,8 +17,10 @@ MODES = ("exact", "fast")
 # Half a level of an 8-bit colour. A ray whose coarse level is less opaque than this is taken for empty, and a ray ends
 # where less than this share of its light is left: neither can change a colour by more, if the coarse level is right.
 NEGLIGIBLE = 1 / 512
-# Samples of the finest level between two decisions about which rays go on, as a share of a ray's and at least.
-_GROUPS, _SMALLEST_GROUP = 8, 8
+# Of a ray's samples at the finest level, the shares after which rays end that let no more light through. Resampling
+# spreads half of the fenceposts evenly (its padding) and crowds the others at the surface, so that hardly a ray ends
+# before half of them; and at each decision the host waits for the device.
+_DECISIONS = (0.5, 0.75)
 # Rays that are also rendered exactly, to measure the difference.
 SUBSET = 4096
 
@@ -40,6 +41,7 @@ def render_rays_fast(model: MipNerf, rays: Rays, white_background: bool = True) 
 
     Rays that the coarse level shows empty get the background and no finest level; of the others the finest level is
     computed in groups of samples, front to back, for those rays alone whose transmittance is still above the limit.
+    Which rays those are is asked once before the finest level and once between two groups: there the host waits.
 
     Args:
         model: with any number of levels; with one level no ray is known to be empty beforehand.
@@ -51,32 +53,34 @@ def render_rays_fast(model: MipNerf, rays: Rays, white_background: bool = True) 
         nothing was left out.
     """
     t_vals, opacity = model.propose(rays)
-    count, samples = t_vals.shape[0], t_vals.shape[1] - 1
+    samples = t_vals.shape[1] - 1
     transmittance = torch.ones_like(t_vals[:, 0])
     colour, depth = torch.zeros_like(rays.origins), torch.zeros_like(transmittance)
-    active = torch.arange(count, device=t_vals.device)
-    if opacity is not None:
-        active = active[opacity >= NEGLIGIBLE]
-    size = max(_SMALLEST_GROUP, -(-samples // _GROUPS))
-    for start in range(0, samples, size):
-        if active.shape[0] == 0:
+    # What goes on: which rays of all, they themselves with their fenceposts, and the light that they let through.
+    rows, part, ends, before = torch.arange(len(t_vals), device=t_vals.device), rays, t_vals, transmittance
+    goes_on = None if opacity is None else opacity >= NEGLIGIBLE
+    stops = sorted({math.ceil(share * samples) for share in (*_DECISIONS, 1)})
+    for start, stop in zip([0, *stops], stops, strict=False):
+        if goes_on is not None:
+            kept = goes_on.nonzero()[:, 0]
+            rows, ends, before = rows[kept], ends[kept], before[kept]
+            part = Rays(*(field[kept] for field in part))
+        if rows.shape[0] == 0:
             break
-        part = Rays(*(field[active] for field in rays))
-        ends = t_vals[active, start : start + size + 1].contiguous()
-        raw_rgb, raw_density = model.finest(ends, part)
-        level = ops.composite(raw_rgb, raw_density, ends, part.directions, False, **model.activations)
-        before = transmittance[active]
-        colour[active] += before[:, None] * level.rgb
-        depth[active] += before * (level.weights * (0.5 * (ends[:, :-1] + ends[:, 1:]))).sum(-1)
-        after = before * (1 - level.acc)
-        transmittance[active] = after
-        active = active[after >= NEGLIGIBLE]
+        group = ends[:, start : stop + 1].contiguous()
+        level = model.pixels(group, part, False)
+        middles = 0.5 * (group[:, :-1] + group[:, 1:])
+        colour[rows] += before[:, None] * level.rgb
+        depth[rows] += before * (level.weights * middles).sum(-1)
+        before = before * (1 - level.acc)
+        transmittance[rows] = before
+        goes_on = before >= NEGLIGIBLE
     acc = 1 - transmittance
     # As the exact one: the mean of t under the weights, kept inside the ray; near where nothing is.
     distance = torch.nan_to_num(depth / acc).clamp(t_vals[:, 0], t_vals[:, -1])
     if white_background:
         colour = colour + (1 - acc)[:, None]
-    return Composite(colour, distance, acc, colour.new_zeros(count, 0))
+    return Composite(colour, distance, acc, colour.new_zeros(len(t_vals), 0))
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cameras import Rays
-from .captured_step import Captured
+from .captured_step import Captured, cuda_graphs
 from .checkpoint import MOMENTS, Checkpoint, CheckpointInfo
 from .config import TrainConfig
 from .data import Dataset, RayBatches
@@ -29,6 +29,8 @@ from .training_step import WORDS, TrainingStep
 _STEPS_AHEAD = 4
 # Seconds that a process that was asked to stop waits for a step that does not come.
 _PATIENCE = 15.0
+# Of a chunk, what a step that is done again takes at once: the recording of the step keeps the memory of a whole one.
+_SHARE_OF_CHUNK = 4
 
 
 class Trainer(TrainerBase):
@@ -93,7 +95,8 @@ class Trainer(TrainerBase):
         if ranks.size == 1:
             self._halves = (self._whole,)
         if self._stream is not None and config.capture:
-            self._halves = tuple(Captured(half, self._stream) for half in self._halves)
+            record = cuda_graphs(self._stream)
+            self._halves = tuple(Captured(half, record) for half in self._halves)
         self.chunk_rays = self.work.chunk_rays = self._choose_chunk(checkpoint, share.stop - share.start)
         # Steps after which all processes know that it is over: the last one that any may have launched by then.
         self._stops_at = self._time_ends_at = math.inf
@@ -223,21 +226,21 @@ class Trainer(TrainerBase):
         """Where the first value that is not finite arises in the batch of a skipped step, in words.
 
         The whole batch is done again under the finite check, with the weights of now: skipping has not changed them,
-        but on a GPU some later steps may have.
+        but on a GPU some later steps may have. Where there is no memory for that, it says so.
         """
         self._wait()
         config, work, step = self.config, self.work, result.step
         work.flat.sums.zero_()
-        rays, target = self.batches.draw(config.seed, step, config.batch_size)
-        rows, total = torch.arange(config.batch_size, device=self.device), work.total_lossmult(rays)
-        first = 0
+        size, first = max(1, self.chunk_rays // _SHARE_OF_CHUNK), 0
         try:
             with checking():
+                rays, target = self.batches.draw(config.seed, step, config.batch_size)
+                rows, total = torch.arange(config.batch_size, device=self.device), work.total_lossmult(rays)
                 for name, field in zip(Rays._fields, rays, strict=True):
                     check_finite("batch", name, field)
                 check_finite("batch", "target", target)
-                for first in range(0, config.batch_size, self.chunk_rays):
-                    part = slice(first, first + self.chunk_rays)
+                for first in range(0, config.batch_size, size):
+                    part = slice(first, first + size)
                     chunk = Rays(*(field[part] for field in rays))
                     work.accumulate_gradients(step, chunk, target[part], total, rows[part])
                 for name, parameter in self.model.named_parameters():
@@ -249,6 +252,8 @@ class Trainer(TrainerBase):
             ray = first + error.ray
             where = self.batches.describe(config.seed, step, config.batch_size, ray)
             return error.of_batch(ray, where)
+        except torch.OutOfMemoryError:
+            return "where it arises could not be located: out of memory"
         finally:
             work.flat.sums.zero_()
         return f"done again with the weights of step {self.step}, every operation is finite"
@@ -280,9 +285,14 @@ class Trainer(TrainerBase):
     def describe_batch(self) -> str:
         """What a step takes, in words."""
         share = self.ranks.part(self.config.batch_size)
-        mine, chunk = share.stop - share.start, self.chunk_rays
-        of_all = f", {mine:,} for each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
-        passes = math.ceil(mine / chunk)
-        cut = "one pass" if passes == 1 else f"{passes} passes of {chunk:,}"
+        of_all = ""
+        if self.ranks.size > 1:
+            of_all = f", {share.stop - share.start:,} for each of {self.ranks.size} processes"
         graph = ", captured" if isinstance(self._halves[0], Captured) else ""
-        return f"{self.config.batch_size:,} rays a step{of_all} in {cut}{graph}"
+        return f"{self.config.batch_size:,} rays a step{of_all} in {self.describe_passes()}{graph}"
+
+    def describe_passes(self) -> str:
+        """How this process's rays of a step are cut, in a few words."""
+        share = self.ranks.part(self.config.batch_size)
+        passes = math.ceil((share.stop - share.start) / self.chunk_rays)
+        return "one pass" if passes == 1 else f"{passes} passes of {self.chunk_rays:,}"

@@ -143,6 +143,10 @@ class TrainerBase(ABC):
     def describe_batch(self) -> str:
         """What a step takes, in words."""
 
+    def describe_passes(self) -> str:
+        """How the rays of a step are cut, in a few words; empty where they are not."""
+        return ""
+
     @abstractmethod
     def explain_skip(self, result: StepResult) -> str:
         """Where the first value that is not finite arises in the batch of a skipped step, in words."""

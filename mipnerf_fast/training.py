@@ -485,7 +485,12 @@ def _train_in_folder(
             _move_aside_broken(run_dir, checkpoint)
     with StopSignals() as stop:
         progress = ProgressLine(
-            trainer.step, config.max_steps, trainer.seconds, max_seconds, is_silent=not ranks.is_writer
+            trainer.step,
+            config.max_steps,
+            trainer.seconds,
+            max_seconds,
+            is_silent=not ranks.is_writer,
+            passes=trainer.describe_passes(),
         )
         try:
             with _reports(run_dir, trainer.step, progress, ranks) as reports:

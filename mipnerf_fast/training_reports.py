@@ -32,12 +32,20 @@ class ProgressLine:
         step, max_steps: done and wanted.
         seconds, max_seconds: of training, done and allowed (infinite: no limit).
         is_silent: in all processes but the one that speaks.
+        passes: how a step is cut, or nothing.
     """
 
     def __init__(
-        self, step: int, max_steps: int, seconds: float, max_seconds: float, is_silent: bool = False
+        self,
+        step: int,
+        max_steps: int,
+        seconds: float,
+        max_seconds: float,
+        is_silent: bool = False,
+        passes: str = "",
     ) -> None:
         self._is_silent = is_silent
+        self._passes = f" in {passes}" if passes else ""
         self._max_steps, self._max_seconds = max_steps, max_seconds
         self._first = (step, seconds)
         self._shown_at = time.monotonic()
@@ -53,8 +61,8 @@ class ProgressLine:
         """Show where training is, unless that was done a moment ago."""
         self._fraction = min(1.0, max(step / self._max_steps, seconds / self._max_seconds))
         self._note = (
-            f"step {step:,} of {self._max_steps:,}, {rays_per_second:,.0f} rays/s, PSNR {psnr:.2f} dB, "
-            f"{_clock(self._seconds_left(step, seconds))} left"
+            f"step {step:,} of {self._max_steps:,}, {rays_per_second:,.0f} rays/s{self._passes}, "
+            f"PSNR {psnr:.2f} dB, {_clock(self._seconds_left(step, seconds))} left"
         )
         now = time.monotonic()
         pause = _SECONDS_BETWEEN_LINES if self._bar is None else _SECONDS_BETWEEN_UPDATES

@@ -58,16 +58,7 @@ def reached(value: Any, seen: set[int]) -> Iterator[Tensor]:
         yield from reached(part, seen)
 
 
-def script(name: str) -> Any:
-    marks = []
-    if name == "bench_fast_step":
-        marks = [
-            pytest.mark.xfail(strict=False, reason="its model lies on the CPU: being mended with its figures")
-        ]
-    return pytest.param(name, marks=marks)
-
-
-@pytest.mark.parametrize("name", [script(name) for name in SCRIPTS])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_everything_that_is_timed_lies_on_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the device "meta", which holds no numbers but knows where a tensor is."""
     module = importlib.import_module(f"benchmarks.{name}")

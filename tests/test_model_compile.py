@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,12 +24,12 @@ CONFIG = MipNerfConfig(
 )
 
 
-def setting(device: torch.device) -> tuple[MipNerf, Rays]:
+def setting(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[MipNerf, Rays]:
     torch.manual_seed(0)
     c2w = torch.eye(4)[:3]
     c2w[2, 3] = 4.0
     rays = cameras.pinhole_rays(c2w, 4, 6, 5.0).flatten()
-    return MipNerf(CONFIG).to(device), Rays(*(field.to(device) for field in rays))
+    return MipNerf(CONFIG).to(device, dtype), rays.map(lambda field: field.to(device, dtype))
 
 
 @pytest.fixture(autouse=True)
@@ -44,28 +46,65 @@ def test_evaluation_compiles_as_one_graph(device: torch.device) -> None:
             assert all(torch.equal(a, b) for a, b in zip(plain, traced, strict=True))
 
 
-def test_a_training_step_compiles_as_one_graph(device: torch.device) -> None:
-    model, rays = setting(device)
-    target, rows = torch.rand(24, 3, device=device), torch.arange(24, device=device)
+class Step:
+    """A training step of the model, as far as its gradients."""
 
-    def loss(step: Tensor) -> Tensor:
-        coarse, fine = model(rays, True, True, CounterRandom(7, step, rows))
-        of_coarse, of_fine = (weighted_loss(level.rgb, target, rays.lossmult) for level in (coarse, fine))
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.model, self.rays = setting(device, dtype)
+        self.target = torch.rand(24, 3, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        self.rows = torch.arange(24, device=device)
+
+    def loss(self, step: Tensor) -> Tensor:
+        rays = self.rays
+        coarse, fine = self.model(rays, True, True, CounterRandom(7, step, self.rows))
+        of_coarse, of_fine = (
+            weighted_loss(level.rgb, self.target, rays.lossmult) for level in (coarse, fine)
+        )
         return 0.1 * of_coarse + of_fine
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    with use_backend("native"):
+    def results(self, loss: Callable[[Tensor], Tensor]) -> list[list[Tensor]]:
+        """Loss and gradients of two steps."""
         found = []
-        for function in (loss, compiled):
-            for step in (1, 2):
-                model.zero_grad()
-                value = function(torch.tensor(step, device=device))
-                value.backward()
-                gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-                found.append([value.detach(), *gradients])
-    for plain, traced in zip(found[:2], found[2:], strict=True):
-        for a, b in zip(plain, traced, strict=True):
+        for step in (1, 2):
+            self.model.zero_grad()
+            value = loss(torch.tensor(step, device=self.rows.device))
+            value.backward()
+            gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+            found.append([value.detach(), *gradients])
+        # The step's number is an input of a graph, not a constant in it.
+        assert not torch.equal(found[0][0], found[1][0])
+        return found
+
+
+def test_a_training_step_compiles_as_one_graph(device: torch.device) -> None:
+    step = Step(device)
+    with use_backend("native"):
+        plain = step.results(step.loss)
+        traced = step.results(torch.compile(step.loss, fullgraph=True, backend="aot_eager"))
+    for found, wanted in zip(traced, plain, strict=True):
+        for a, b in zip(found, wanted, strict=True):
             # The compiler may take the sums over a gradient's several uses in another order: a few ulp of its norm.
-            assert (a - b).norm() <= 8 * torch.finfo(torch.float32).eps * a.norm()
-    # The step's number is an input of the graph, not a constant in it.
-    assert not torch.equal(found[2][0], found[3][0])
+            assert (a - b).norm() <= 8 * torch.finfo(torch.float32).eps * b.norm()
+
+
+def test_a_training_step_compiles_to_kernels(device: torch.device) -> None:
+    """By inductor, which fuses what lies between the operators and rounds it otherwise: no further from float64."""
+    exact, step = Step(device, torch.float64), Step(device)
+    with use_backend("reference"):
+        wanted = exact.results(exact.loss)
+    with use_backend("native"):
+        plain = step.results(step.loss)
+        compiled = step.results(torch.compile(step.loss, fullgraph=True, backend="inductor"))
+
+    def errors(found: list[list[Tensor]]) -> list[Tensor]:
+        """Of the loss and of the whole gradient of each step."""
+        return [
+            (torch.cat([(a.double() - b).flatten() for a, b in zip(x, y, strict=True)])).norm()
+            for got, want in zip(found, wanted, strict=True)
+            for x, y in ((got[:1], want[:1]), (got[1:], want[1:]))
+        ]
+
+    sizes = [part.norm() for want in wanted for part in (want[0], torch.cat([g.flatten() for g in want[1:]]))]
+    for error, usual, size in zip(errors(compiled), errors(plain), sizes, strict=True):
+        assert error <= 2 * usual + 8 * torch.finfo(torch.float32).eps * size
+        assert error > 0  # in float32

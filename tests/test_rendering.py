@@ -1,4 +1,4 @@
-"""Rendering, camera paths and pictures."""
+"""Rendering, camera paths and pictures; the last two are made of numbers on the CPU, whatever rendered them."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def view(height: int = 7, width: int = 9) -> cameras.Rays:
 @pytest.mark.parametrize("config", [TINY, TINY_NERF], ids=["mipnerf", "nerf"])
 @pytest.mark.parametrize("chunk", [1, 8, 63, 64, None])
 def test_render_image_is_the_finest_level_whatever_the_chunks(
-    config: MipNerfConfig | NerfConfig, chunk: int | None
+    config: MipNerfConfig | NerfConfig, chunk: int | None, device: torch.device
 ) -> None:
     # float64: chunks may only change the order of summation inside a matrix product, so 1e-12 is generous.
-    model = build_model(config).double()
+    model = build_model(config).double().to(device)
     rays = view().map(lambda field: field.double())
-    want = model(rays)[-1]
+    want = model(rays.map(lambda field: field.to(device)))[-1]
     done: list[int] = []
     got = render_image(model, rays, chunk_rays=chunk, progress=done.append)
     for name in ("rgb", "distance", "acc"):
@@ -68,10 +68,11 @@ def test_render_image_is_the_finest_level_whatever_the_chunks(
     assert sum(done) == 63
     assert len(done) == math.ceil(63 / (chunk or 63))
     assert not got.rgb.requires_grad
+    assert got.rgb.device.type == device.type
 
 
-def test_render_image_is_deterministic_and_takes_the_background() -> None:
-    model = build_model(TINY)
+def test_render_image_is_deterministic_and_takes_the_background(device: torch.device) -> None:
+    model = build_model(TINY).to(device)
     white, again = render_image(model, view()), render_image(model, view())
     black = render_image(model, view(), white_background=False)
     assert torch.equal(white.rgb, again.rgb)
@@ -81,9 +82,9 @@ def test_render_image_is_deterministic_and_takes_the_background() -> None:
     )
 
 
-def test_render_image_of_no_rays() -> None:
+def test_render_image_of_no_rays(device: torch.device) -> None:
     rays = view().flatten().map(lambda field: field[:0])
-    assert render_image(build_model(TINY), rays).rgb.shape == (0, 3)
+    assert render_image(build_model(TINY).to(device), rays).rgb.shape == (0, 3)
 
 
 def test_render_image_refuses_empty_chunks() -> None:
@@ -283,10 +284,11 @@ def test_depth_colours_of_an_empty_view(data: Dataset) -> None:
 # files
 
 
-def test_render_path_writes_pictures_and_videos(tmp_path: Path) -> None:
+def test_render_path_writes_pictures_and_videos(tmp_path: Path, device: torch.device) -> None:
     data = dataset([23, 23, 23], [1] * 3, Ball())  # odd: the video is padded by a row and a column
     folder = tmp_path / "render" / "turntable"
-    render_path(Ball(), camera_path("turntable", data, 5), folder)
+    ball = Ball().to(device)
+    render_path(ball, camera_path("turntable", data, 5), folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [*KINDS, *(f"{kind}.mp4" for kind in KINDS)]
     )
@@ -298,7 +300,7 @@ def test_render_path_writes_pictures_and_videos(tmp_path: Path) -> None:
         assert images.std() > 5
         assert imageio.imread(folder / f"{kind}.mp4").shape == (5, 24, 24, 3)
     # A shorter run leaves nothing of the longer one.
-    lines = render_path(Ball(), camera_path("turntable", data, 2), folder, kinds=["rgb"])
+    lines = render_path(ball, camera_path("turntable", data, 2), folder, kinds=["rgb"])
     assert sorted(path.name for path in folder.iterdir()) == ["rgb", "rgb.mp4"]
     assert len(list((folder / "rgb").iterdir())) == 2
     assert any("rgb.mp4" in line for line in lines)

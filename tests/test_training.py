@@ -8,7 +8,6 @@ import io
 import math
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,21 +30,14 @@ from mipnerf_fast.config import PRESETS
 from mipnerf_fast.counter_rng import CounterRandom
 from mipnerf_fast.data import Dataset, load_dataset
 from mipnerf_fast.data.procedural import demo_scene
-from mipnerf_fast.memory import bytes_per_ray, choose_chunk
+from mipnerf_fast.memory import bytes_per_ray, choose_chunk, measured_bytes_per_ray
 from mipnerf_fast.rendering import render_image
 from mipnerf_fast.trainer import Trainer
 from mipnerf_fast.training import run_training
 from mipnerf_fast.training_reports import ProgressLine
 from mipnerf_fast.training_step import clip_gradients
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """This work is too small for more: on a busy machine threads that wait for each other take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -68,23 +60,26 @@ def accumulate(
     """The gradient of a batch in the parameters' .grad; its loss and mean squared error."""
     work, count = trainer.work, target.shape[0]
     work.flat.sums.zero_()
-    work.accumulate_gradients(step, rays, target, work.total_lossmult(rays), torch.arange(count))
+    rows = torch.arange(count, device=target.device)
+    work.accumulate_gradients(step, rays, target, work.total_lossmult(rays), rows)
     return work.loss.clone(), work.squares / (3 * count)
 
 
-def batch_gradient(config: TrainConfig, dataset: Dataset) -> tuple[torch.Tensor, float]:
-    trainer = Trainer(config, dataset)
+def batch_gradient(
+    config: TrainConfig, dataset: Dataset, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, float]:
+    trainer = Trainer(config, dataset, device)
     rays, target = trainer.batches.draw(config.seed, 1, config.batch_size)
     # Areas that differ, so that a chunk normalised by its own sum would show.
-    areas = torch.where(torch.arange(config.batch_size)[:, None] % 3 == 0, 16.0, 1.0)
+    areas = torch.where(torch.arange(config.batch_size, device=device)[:, None] % 3 == 0, 16.0, 1.0)
     loss, _ = accumulate(trainer, 1, rays._replace(lossmult=areas), target)
     return gradients(trainer), float(loss)
 
 
 @pytest.mark.parametrize("chunk", [5, 63])
-def test_chunks_change_rounding_only(dataset: Dataset, chunk: int) -> None:
-    whole, loss = batch_gradient(tiny(chunk_rays=64), dataset)
-    parts, loss_of_parts = batch_gradient(tiny(chunk_rays=chunk), dataset)
+def test_chunks_change_rounding_only(dataset: Dataset, chunk: int, device: torch.device) -> None:
+    whole, loss = batch_gradient(tiny(chunk_rays=64), dataset, device)
+    parts, loss_of_parts = batch_gradient(tiny(chunk_rays=chunk), dataset, device)
     # Every gradient element sums terms over 64 rays x 16 samples in float32: reordering a sum of n terms moves it
     # by at most n ulp of the sum of their sizes; that sum is at most sqrt(n) norms for terms of similar size.
     n = 64 * 16
@@ -94,13 +89,14 @@ def test_chunks_change_rounding_only(dataset: Dataset, chunk: int) -> None:
     assert whole.norm() > 0
 
 
-def test_the_loss_is_the_formula(dataset: Dataset) -> None:
+def test_the_loss_is_the_formula(dataset: Dataset, device: torch.device) -> None:
     config = tiny(coarse_loss_mult=0.3, weight_decay_mult=0.5)
-    trainer = Trainer(config, dataset)
+    trainer = Trainer(config, dataset, device)
     rays, target = trainer.batches.draw(config.seed, 1, config.batch_size)
-    rays = rays._replace(lossmult=torch.linspace(1, 16, 64)[:, None])
+    rays = rays._replace(lossmult=torch.linspace(1, 16, 64, device=device)[:, None])
     loss, mse = accumulate(trainer, 1, rays, target)
-    coarse, fine = trainer.model(rays, True, True, CounterRandom(config.seed, 1, torch.arange(64)))
+    random = CounterRandom(config.seed, 1, torch.arange(64, device=device))
+    coarse, fine = trainer.model(rays, True, True, random)
     area = rays.lossmult
 
     def level(rgb: torch.Tensor) -> torch.Tensor:
@@ -179,8 +175,8 @@ def test_adam_takes_the_clipped_gradient(dataset: Dataset) -> None:
         torch.testing.assert_close(p.detach(), expected, rtol=2**-21, atol=lr * 2**-18)
 
 
-def test_the_learning_rate_follows_the_steps(dataset: Dataset) -> None:
-    trainer = Trainer(tiny(), dataset)
+def test_the_learning_rate_follows_the_steps(dataset: Dataset, device: torch.device) -> None:
+    trainer = Trainer(tiny(), dataset, device)
     for step in range(1, 6):
         result = trainer.train_step()
         expected = schedules.learning_rate(
@@ -191,9 +187,9 @@ def test_the_learning_rate_follows_the_steps(dataset: Dataset) -> None:
         assert float(trainer.work.optimizer.param_groups[0]["lr"]) == pytest.approx(expected, rel=2.0**-24)
 
 
-def test_a_time_limit_stretches_the_schedule(dataset: Dataset) -> None:
+def test_a_time_limit_stretches_the_schedule(dataset: Dataset, device: torch.device) -> None:
     config = tiny(max_steps=1000, lr_delay_steps=10, lr_delay_mult=0.1)
-    trainer = Trainer(config, dataset, max_seconds=60)
+    trainer = Trainer(config, dataset, device, max_seconds=60)
 
     def rate_of_next(step: int, seconds: float) -> float:
         trainer.step, trainer.seconds = step, seconds
@@ -244,7 +240,100 @@ def test_the_batch_is_cut_where_memory_is_short(dataset: Dataset, monkeypatch: p
     trainer = Trainer(tiny(batch_size=1000, chunk_rays=400), dataset)
     assert trainer.chunk_rays == 400
     assert "1,000 rays a step in 3 passes of 400" in trainer.describe_batch()
-    assert Trainer(tiny(batch_size=1000, chunk_rays=4000), dataset).chunk_rays == 1000
+    assert trainer.describe_passes() == "3 passes of 400"
+    trainer = Trainer(tiny(batch_size=1000, chunk_rays=4000), dataset)
+    assert trainer.chunk_rays == 1000
+    assert trainer.describe_passes() == "one pass"
+
+
+class Allocator:
+    """What torch says of a GPU's memory, of a pass that takes `ray` bytes for every ray and some others besides."""
+
+    def __init__(self, ray: int, free: int) -> None:
+        self.ray, self.free = ray, free
+        # Of the model; a pass leaves a workspace behind when it is the first, and gradients.
+        self.held, self.peak = 10_000_000, 0
+        self.is_fresh, self.passes = True, []
+
+    def do_pass(self, rays: int) -> None:
+        self.passes.append(rays)
+        if self.is_fresh:
+            self.is_fresh, self.held = False, self.held + 33_554_432
+        self.peak = max(self.peak, self.held + 1_000_000 + self.ray * rays)
+
+    def reset(self, device: torch.device) -> None:
+        self.peak = self.held
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        cuda = memory_module.torch.cuda
+        monkeypatch.setattr(cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(cuda, "memory_allocated", lambda device: self.held)
+        monkeypatch.setattr(cuda, "max_memory_allocated", lambda device: self.peak)
+        monkeypatch.setattr(cuda, "reset_peak_memory_stats", self.reset)
+        monkeypatch.setattr(memory_module, "free_memory", lambda device: self.free)
+
+
+@pytest.mark.parametrize("ray", [1, 1001, 6_515_712])
+def test_the_probe_finds_what_a_ray_takes(monkeypatch: pytest.MonkeyPatch, ray: int) -> None:
+    """Whatever a pass takes besides, and whatever the first one keeps."""
+    allocator = Allocator(ray, free=2**33)
+    allocator.install(monkeypatch)
+    assert measured_bytes_per_ray(allocator.do_pass, torch.device("cuda")) == ray
+
+
+# A card of 8 GB whose driver keeps half a gigabyte. The passes of the plain graph take more than the fused kernels'.
+EIGHT_GB = 8 * 10**9 - 2**29
+
+
+@pytest.mark.parametrize(("ray", "passes"), [(500_000, "one pass"), (2_000_000, "3 passes of 1,366")])
+def test_a_gpu_cuts_the_batch_by_what_it_has_measured(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, ray: int, passes: str
+) -> None:
+    trainer = Trainer(tiny(batch_size=4096, chunk_rays=16), dataset)
+    allocator = Allocator(ray, EIGHT_GB)
+    allocator.install(monkeypatch)
+    monkeypatch.setattr(trainer, "_probe", allocator.do_pass)
+    trainer.config, trainer.device = tiny(batch_size=4096), torch.device("cuda")
+    trainer.chunk_rays = trainer._choose_chunk(None, 4096)
+    assert set(allocator.passes) == {64, 192}
+    assert trainer.describe_passes() == passes
+    # No pass takes more than half of the memory.
+    assert trainer.chunk_rays * ray <= EIGHT_GB / 2
+
+
+def test_the_probe_is_a_pass_that_leaves_the_run_as_it_was(dataset: Dataset) -> None:
+    plain, probed = Trainer(tiny(), dataset), Trainer(tiny(), dataset)
+    before = [p.detach().clone() for p in probed.parameters]
+    probed._probe(40)
+    assert float(probed.work.squares) > 0
+    assert float(gradients(probed).norm()) > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, probed.parameters, strict=True))
+    assert [plain.train_step().loss for _ in range(2)] == [probed.train_step().loss for _ in range(2)]
+
+
+def test_the_paper_step_fits_a_card_of_8_gb(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """On a GPU by what the step takes, the recording included; on a CPU, where it takes minutes, by the estimate."""
+    on_cuda, config = device.type == "cuda", PRESETS["paper"]
+    if on_cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        others = torch.cuda.memory_reserved(device)
+    monkeypatch.setattr(memory_module, "free_memory", lambda device: EIGHT_GB)
+    trainer = Trainer(config, dataset, device)
+    passes = math.ceil(4096 / trainer.chunk_rays)
+    assert trainer.chunk_rays == math.ceil(4096 / passes)
+    if on_cuda:
+        for _ in range(6):
+            assert not trainer.train_step().is_skipped
+        assert torch.cuda.max_memory_reserved(device) - others <= EIGHT_GB
+        return
+    assert passes > 1
+    # In equal parts, each within half of the memory; one part fewer would not be.
+    assert trainer.chunk_rays * bytes_per_ray(config) <= EIGHT_GB / 2
+    assert math.ceil(4096 / (passes - 1)) * bytes_per_ray(config) > EIGHT_GB / 2
 
 
 def graph_bytes(config: TrainConfig, dataset: Dataset) -> int:
@@ -290,8 +379,8 @@ def small_network(config: TrainConfig) -> TrainConfig:
 
 # The fast model has a trainer of its own: test_fast_training.py.
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("fast")])
-def test_every_preset_trains(dataset: Dataset, name: str) -> None:
-    trainer = Trainer(small_network(PRESETS[name]), dataset)
+def test_every_preset_trains(dataset: Dataset, name: str, device: torch.device) -> None:
+    trainer = Trainer(small_network(PRESETS[name]), dataset, device)
     before = [p.detach().clone() for p in trainer.parameters]
     results = [trainer.train_step() for _ in range(2)]
     assert all(math.isfinite(result.loss) for result in results)
@@ -300,7 +389,7 @@ def test_every_preset_trains(dataset: Dataset, name: str) -> None:
     assert all(moved) or (name in ("no-misc", "nerf") and any(moved))
 
 
-def test_training_reaches_its_psnr() -> None:
+def test_training_reaches_its_psnr(device: torch.device) -> None:
     train = demo_scene("train", size=16, views=12, supersample=2)
     test = demo_scene("test", size=16, views=4, supersample=2)
     config = TrainConfig(
@@ -314,11 +403,11 @@ def test_training_reaches_its_psnr() -> None:
         lr_delay_steps=20,
         lr_delay_mult=0.1,
     )
-    trainer = Trainer(config, train)
+    trainer = Trainer(config, train, device)
     truth = torch.stack([test.target(i) for i in range(4)])
     while not trainer.is_done:
         trainer.train_step()
-    rendered = torch.stack([render_image(trainer.model, test.rays(i)).rgb for i in range(4)])
+    rendered = torch.stack([render_image(trainer.model, test.rays(i)).rgb.cpu() for i in range(4)])
     # The best that one colour for everything can do; a scene that has been learnt is far above it.
     flat = metrics.psnr(truth.mean((0, 1, 2)).expand_as(truth), truth).mean()
     assert flat < 13
@@ -365,16 +454,25 @@ def test_progress_shows_what_is_left(monkeypatch: pytest.MonkeyPatch, is_termina
     monkeypatch.setattr(sys, "stderr", output)
     monkeypatch.setattr(training_reports.time, "monotonic", lambda: next(clock))
     # Resumed at step 100: what is left follows from the steps done here, 10 in 20 s, or from the time limit.
-    progress = ProgressLine(100, 1000, 400.0, 600.0)
+    progress = ProgressLine(100, 1000, 400.0, 600.0, passes="7 passes of 586")
     progress.update(110, 420.0, 12345.6, 21.5)
     progress.update(120, 550.0, 12345.6, 22.5)
     progress.close()
     text = output.getvalue()
-    assert "step 110 of 1,000, 12,346 rays/s, PSNR 21.50 dB, 3:00 left" in text
-    assert "step 120 of 1,000, 12,346 rays/s, PSNR 22.50 dB, 0:50 left" in text
+    assert "step 110 of 1,000, 12,346 rays/s in 7 passes of 586, PSNR 21.50 dB, 3:00 left" in text
+    assert "step 120 of 1,000, 12,346 rays/s in 7 passes of 586, PSNR 22.50 dB, 0:50 left" in text
     # The bar shows whichever limit is nearer: 550 of 600 s.
     assert ("92%|" in text) == is_terminal
     assert ("train: step" in text) != is_terminal
+
+
+def test_the_progress_line_says_how_a_step_is_cut(
+    scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training_reports, "_SECONDS_BETWEEN_LINES", 0.0)
+    config = tiny(max_steps=2, test_every=0, chunk_rays=32)
+    run_training(str(scene), config, "tiny", tmp_path / "run", device="cpu")
+    assert "rays/s in 2 passes of 32, PSNR" in capfd.readouterr().err
 
 
 def test_the_training_psnr_is_of_the_mean_squared_error(scene: Path, tmp_path: Path) -> None:

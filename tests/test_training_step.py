@@ -7,16 +7,17 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import TINY, same_tensors, tiny, tiny_dataset, write_scene
+from tiny_runs import TINY, same_tensors, state, tiny, tiny_dataset, write_scene
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mipnerf_fast import InputError, MipNerfConfig, NerfConfig, TrainConfig, ops
+from mipnerf_fast import InputError, NerfConfig, ops
 from mipnerf_fast import trainer as trainer_module
 from mipnerf_fast.cameras import Rays
 from mipnerf_fast.checkpoint import checkpoint_path, load_checkpoint
@@ -29,16 +30,11 @@ from mipnerf_fast.readback import Readback
 from mipnerf_fast.trainer import Trainer
 from mipnerf_fast.trainer_base import DivergedError
 from mipnerf_fast.training import run_training
-from mipnerf_fast.training_step import WORDS
+from mipnerf_fast.training_step import WORDS, TrainingStep
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """This work is too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Steps that are under way when the first of them is known: none but on a GPU.
+AHEAD = {"cpu": 0, "cuda": trainer_module._STEPS_AHEAD - 1}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +58,20 @@ class HostWork(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def without_waiting(device: torch.device) -> Iterator[None]:
+    """On a GPU, torch raises where anything in the context waits for it, operators' own code included."""
+    if device.type == "cpu":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 NOISY = dataclasses.replace(TINY.model, density_noise=0.3)
 CONFIGS = {
     "plain": tiny(),
@@ -75,7 +85,9 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("sizes", ["one size", "two sizes"])
-def test_the_step_asks_the_host_nothing(dataset: Dataset, name: str, sizes: str) -> None:
+def test_the_step_asks_the_host_nothing(
+    dataset: Dataset, name: str, sizes: str, device: torch.device
+) -> None:
     """So it can be recorded once and replayed: any of these operations in a recording is an error on a GPU."""
     if sizes == "two sizes":
         dataset = dataclasses.replace(
@@ -88,9 +100,9 @@ def test_the_step_asks_the_host_nothing(dataset: Dataset, name: str, sizes: str)
                 for field in ("c2w", "focal", "near", "far", "lossmult", "scale")
             },
         )
-    trainer = Trainer(CONFIGS[name], dataset)
+    trainer = Trainer(CONFIGS[name], dataset, device)
     trainer.train_step()
-    with HostWork() as watch:
+    with without_waiting(device), HostWork() as watch:
         trainer.work.gradients()
         trainer.work.update()
     assert not watch.found
@@ -126,7 +138,10 @@ class Launches(TorchDispatchMode):
 def test_the_step_launches_little_beside_its_operators(
     dataset: Dataset, depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many parameters there are: on a GPU each of these takes as long as a small kernel takes to start."""
+    """However many parameters there are: on a GPU each of these takes as long as a small kernel takes to start.
+
+    The operations are the same there but for the optimiser's, so they are counted on the CPU alone.
+    """
     # As on a GPU, where no batch is so small that torch's autograd goes back through the network's layers.
     monkeypatch.setattr(mlp_few_samples, "_FEW", 0)
     config = tiny(model=dataclasses.replace(TINY.model, net_depth=depth))
@@ -160,8 +175,10 @@ def test_gradients_of_levels_add_up_as_those_of_their_sum_do(dataset: Dataset) -
     )
 
 
-def test_parameters_and_gradients_are_views_of_one_tensor_each(dataset: Dataset) -> None:
-    trainer = Trainer(tiny(), dataset)
+def test_parameters_and_gradients_are_views_of_one_tensor_each(
+    dataset: Dataset, device: torch.device
+) -> None:
+    trainer = Trainer(tiny(), dataset, device)
     flat = trainer.work.flat
     assert flat.size == sum(p.numel() for p in trainer.parameters) < flat.values.numel()
     for p in trainer.parameters:
@@ -186,48 +203,50 @@ def test_a_loaded_state_reaches_the_flat_tensor() -> None:
     assert torch.equal(flat.split(flat.values.detach())["weight"], source.weight)
 
 
-def state(trainer: Trainer) -> list[Tensor]:
-    """Weights and both moments, as they are now."""
-    flat, known = trainer.work.flat, trainer.work.optimizer.state[trainer.work.flat.values]
-    return [x.detach().clone() for x in (flat.values, known["exp_avg"], known["exp_avg_sq"], known["step"])]
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, steps: Callable[[int], bool], value: float = math.nan) -> None:
-    """The target of ray 5 of some steps is not finite."""
+def poison(
+    monkeypatch: pytest.MonkeyPatch, steps: Callable[[Tensor], Tensor], value: float = math.nan
+) -> None:
+    """The target of ray 5 of some steps is not finite; decided on the device, so that a recording can have it."""
     draw = RayBatches.draw
 
     def poisoned(self: RayBatches, seed: int, step: int | Tensor, count: int) -> tuple[Rays, Tensor]:
         rays, target = draw(self, seed, step, count)
-        if steps(int(step)) and count > 5:
-            target[5, 1] = value
+        if count > 5:
+            number = torch.as_tensor(step, device=self.device)
+            target[5, 1] = torch.where(steps(number), value, target[5, 1])
         return rays, target
 
     monkeypatch.setattr(RayBatches, "draw", poisoned)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
+# On a GPU step 2 is launched and step 6 replayed.
+@pytest.mark.parametrize("bad", [2, 6])
 def test_a_step_that_is_not_finite_changes_nothing(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, value: float
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, value: float, bad: int, device: torch.device
 ) -> None:
-    poison(monkeypatch, lambda step: step == 2, value)
+    poison(monkeypatch, lambda step: step == bad, value)
     # Clipped by value, an infinite gradient would be a finite one.
-    trainer = Trainer(tiny(grad_max_value=0.1), dataset)
-    assert not trainer.train_step().is_skipped
+    trainer = Trainer(tiny(grad_max_value=0.1), dataset, device)
+    for _ in range(bad - 1):
+        assert not trainer.train_step().is_skipped
     before = state(trainer)
     result = trainer.train_step()
-    assert (result.step, result.is_skipped, result.skips, result.failures_in_row) == (2, True, 1, 1)
+    assert (result.step, result.is_skipped, result.skips, result.failures_in_row) == (bad, True, 1, 1)
     assert not math.isfinite(result.loss)
     assert all(torch.equal(a, b) for a, b in zip(before, state(trainer), strict=True))
     result = trainer.train_step()
-    assert (result.step, result.is_skipped, result.skips, result.failures_in_row) == (3, False, 1, 0)
+    assert (result.step, result.is_skipped, result.skips, result.failures_in_row) == (bad + 1, False, 1, 0)
     after = state(trainer)
     assert not torch.equal(after[0], before[0])
-    assert float(after[3]) == 2  # of Adam
+    assert float(after[3]) == bad  # of Adam
 
 
-def test_a_skipped_step_is_explained(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skipped_step_is_explained(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     poison(monkeypatch, lambda step: step == 2)
-    trainer = Trainer(tiny(chunk_rays=4), dataset)
+    trainer = Trainer(tiny(chunk_rays=4), dataset, device)
     good = trainer.train_step()
     before = state(trainer)
     skipped = trainer.train_step()
@@ -238,7 +257,49 @@ def test_a_skipped_step_is_explained(dataset: Dataset, monkeypatch: pytest.Monke
     assert all(torch.equal(a, b) for a, b in zip(before, state(trainer), strict=True))
 
 
-def test_the_operation_of_a_skipped_step_is_named(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skipped_step_is_explained_in_smaller_passes(dataset: Dataset) -> None:
+    """The recording of the step keeps the memory of a whole pass, and a second one may not fit beside it."""
+    trainer = Trainer(tiny(chunk_rays=32), dataset)
+    rays: list[int] = []
+    accumulate = trainer.work.accumulate_gradients
+
+    def counting(step: int, chunk: Rays, target: Tensor, total: Tensor, rows: Tensor) -> None:
+        rays.append(target.shape[0])
+        accumulate(step, chunk, target, total, rows)
+
+    result = trainer.train_step()
+    trainer.work.accumulate_gradients = counting  # type: ignore[method-assign, assignment]
+    assert "every operation is finite" in trainer.explain_skip(result)
+    assert rays == [8] * 8
+
+
+def test_a_step_that_cannot_be_explained_for_memory_is_skipped_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], device: torch.device
+) -> None:
+    poison(monkeypatch, lambda step: step == 2)
+
+    def full(self: TrainingStep, step: int | Tensor, *rest: Any) -> None:
+        # A number of the host's: the step is done again to explain it.
+        if isinstance(step, int) and step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        accumulate(self, step, *rest)
+
+    accumulate = TrainingStep.accumulate_gradients
+    monkeypatch.setattr(TrainingStep, "accumulate_gradients", full)
+    # The batch is looked at first: the target is found to be finite here.
+    monkeypatch.setattr(trainer_module, "check_finite", lambda *_, **__: None)
+    scene = write_scene(tmp_path / "scene")
+    config = tiny(max_steps=6, test_every=0)
+    result = run_training(str(scene), config, "tiny", tmp_path / "run", device=device.type)
+    assert (result.step, result.skips) == (6, 1)
+    said = capfd.readouterr().err
+    assert "step 2 skipped (1 so far): the loss is nan" in said
+    assert "where it arises could not be located: out of memory" in said
+
+
+def test_the_operation_of_a_skipped_step_is_named(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     encode, calls = ops.frustum_ipe, 0
 
     @reports_non_finite("frustum_ipe", "features")
@@ -246,12 +307,14 @@ def test_the_operation_of_a_skipped_step_is_named(dataset: Dataset, monkeypatch:
         nonlocal calls
         calls += 1
         features = encode(*arguments, **options).clone()
-        if calls % 32 == 4:  # the fine level of the second chunk of a batch
+        # The fine level of the second chunk of a batch: 16 in the step, as many when it is done again.
+        if calls % 32 == 4:
             features[1, 3, 0] = math.nan
         return features
 
     monkeypatch.setattr(ops, "frustum_ipe", broken)
-    trainer = Trainer(tiny(chunk_rays=4), dataset)
+    monkeypatch.setattr(trainer_module, "_SHARE_OF_CHUNK", 1)
+    trainer = Trainer(tiny(chunk_rays=4), dataset, device)
     result = trainer.train_step()
     assert result.is_skipped
     assert trainer.explain_skip(result).startswith(
@@ -259,7 +322,9 @@ def test_the_operation_of_a_skipped_step_is_named(dataset: Dataset, monkeypatch:
     )
 
 
-def test_the_gradient_of_a_skipped_step_is_named(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_of_a_skipped_step_is_named(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     network = ops.MipMLP.forward.__wrapped__  # type: ignore[attr-defined]
 
     @reports_non_finite("mlp", "rgb", "density")
@@ -271,7 +336,7 @@ def test_the_gradient_of_a_skipped_step_is_named(dataset: Dataset, monkeypatch: 
         return rgb, density
 
     monkeypatch.setattr(ops.MipMLP, "forward", broken)
-    trainer = Trainer(tiny(), dataset)
+    trainer = Trainer(tiny(), dataset, device)
     result = trainer.train_step()
     assert result.is_skipped
     assert math.isfinite(result.loss)
@@ -280,8 +345,8 @@ def test_the_gradient_of_a_skipped_step_is_named(dataset: Dataset, monkeypatch: 
     )
 
 
-def test_a_weight_that_is_not_finite_is_found_by_what_it_does(dataset: Dataset) -> None:
-    trainer = Trainer(tiny(), dataset)
+def test_a_weight_that_is_not_finite_is_found_by_what_it_does(dataset: Dataset, device: torch.device) -> None:
+    trainer = Trainer(tiny(), dataset, device)
     with torch.no_grad():
         trainer.parameters[0][0, 0] = math.nan
     result = trainer.train_step()
@@ -290,7 +355,7 @@ def test_a_weight_that_is_not_finite_is_found_by_what_it_does(dataset: Dataset) 
 
 
 @pytest.mark.parametrize(
-    ("limits", "last", "message"),
+    ("limits", "fatal", "message"),
     [
         ({"max_skips_in_row": 3}, 9, "3 steps in a row and 3 in all"),
         ({"max_skips": 2}, 8, "2 steps in a row and 2 in all"),
@@ -301,18 +366,22 @@ def test_a_diverging_run_ends_with_its_good_weights(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     limits: dict[str, int],
-    last: int,
+    fatal: int,
     message: str,
+    device: torch.device,
 ) -> None:
     scene = write_scene(tmp_path / "scene")
     poison(monkeypatch, lambda step: step >= 7)
-    config = tiny(test_every=0, keep_checkpoints=5, **limits)
+    config, last = (
+        tiny(test_every=0, keep_checkpoints=5, deterministic=True, **limits),
+        fatal + AHEAD[device.type],
+    )
     with pytest.raises(
         InputError,
-        match=rf"step {last}: the loss is nan, the norm of its gradient nan; {message}.*"
-        rf"step_0000000{last}.*; a smaller lr_init, or grad_max_norm, may",
+        match=rf"step {fatal}: the loss is nan, the norm of its gradient nan; {message}.*"
+        rf"step_{last:08d}.*; a smaller lr_init, or grad_max_norm, may",
     ):
-        run_training(str(scene), config, "tiny", tmp_path / "run", device="cpu")
+        run_training(str(scene), config, "tiny", tmp_path / "run", device=device.type)
     said = capfd.readouterr().err
     assert "step 7 skipped (1 so far): the loss is nan" in said
     assert "batch: target is nan at ray 5" in said
@@ -321,14 +390,15 @@ def test_a_diverging_run_ends_with_its_good_weights(
     good = load_checkpoint(checkpoint_path(tmp_path / "run", 4))
     assert (saved.info.skips, saved.info.failures, good.info.skips) == (last - 6, last - 6, 0)
     monkeypatch.undo()
-    trainer = Trainer(config, _loaded(scene))
-    for _ in range(6):
-        trainer.train_step()
-    weights = {name: tensor.detach() for name, tensor in trainer.model.state_dict().items()}
+    with deterministic():
+        trainer = Trainer(config, _loaded(scene), device)
+        for _ in range(6):
+            trainer.train_step()
+    weights = {name: tensor.detach().cpu() for name, tensor in trainer.model.state_dict().items()}
     assert same_tensors(saved.weights(), weights)
     with open(tmp_path / "run" / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    # Steps 5 to 8 or 9, of which 5 and 6 were good: their mean, not NaN.
+    # The last rows are of steps from 5 on, of which 5 and 6 were good: their mean, not NaN.
     assert int(rows[-1]["step"]) == last
     assert all(math.isfinite(float(row["loss"])) for row in rows if row["loss"])
 
@@ -339,29 +409,33 @@ def _loaded(scene: Path) -> Dataset:
     return load_dataset(str(scene))
 
 
-def test_scattered_skips_do_not_end_a_run(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scattered_skips_do_not_end_a_run(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     poison(monkeypatch, lambda step: step % 2 == 0)
-    trainer = Trainer(tiny(max_skips_in_row=2, max_skips=3), dataset)
-    for _ in range(5):
+    trainer = Trainer(tiny(max_skips_in_row=2, max_skips=3), dataset, device)
+    for _ in range(5 + AHEAD[device.type]):
         trainer.train_step()
-    with pytest.raises(DivergedError, match="1 steps in a row and 3 in all"):
+    with pytest.raises(DivergedError, match=r"step 6: .* 1 steps in a row and 3 in all"):
         trainer.train_step()
 
 
 def test_a_run_with_skips_resumes_bit_by_bit(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: torch.device
 ) -> None:
-    poison(monkeypatch, lambda step: step in (2, 5))
-    whole = Trainer(tiny(), dataset)
-    for _ in range(7):
-        whole.train_step()
-    first = Trainer(tiny(), dataset)
-    for _ in range(4):
-        first.train_step()
-    first.save(tmp_path / "step_00000004.safetensors", None)
-    second = Trainer(tiny(), dataset, checkpoint=load_checkpoint(tmp_path / "step_00000004.safetensors"))
-    for _ in range(3):
-        second.train_step()
+    poison(monkeypatch, lambda step: (step == 2) | (step == 5))
+    config, path = tiny(deterministic=True), tmp_path / "step_00000004.safetensors"
+    with deterministic():
+        whole = Trainer(config, dataset, device)
+        for _ in range(7):
+            whole.train_step()
+        first = Trainer(config, dataset, device)
+        for _ in range(4):
+            first.train_step()
+        first.save(path, None)
+        second = Trainer(config, dataset, device, checkpoint=load_checkpoint(path))
+        for _ in range(3):
+            second.train_step()
     assert all(torch.equal(a, b) for a, b in zip(state(whole), state(second), strict=True))
     assert torch.equal(whole.work.words, second.work.words)
 
@@ -377,19 +451,23 @@ def word(trainer: Trainer, name: str) -> float:
     return float(trainer.work.words[WORDS.index(name)])
 
 
-def test_a_scaled_loss_gives_the_same_steps(dataset: Dataset) -> None:
+def test_a_scaled_loss_gives_the_same_steps(dataset: Dataset, device: torch.device) -> None:
     """A power of two commutes with every rounding, short of the ends of the range."""
-    config = tiny(grad_max_norm=0.01, weight_decay_mult=0.1)
-    plain, other = Trainer(config, dataset), scaled(Trainer(config, dataset), 2.0**12)
-    for _ in range(4):
-        a, b = plain.train_step(), other.train_step()
-        assert (a.loss, a.norm) == (b.loss, b.norm)
+    config = tiny(grad_max_norm=0.01, weight_decay_mult=0.1, deterministic=True)
+    with deterministic():
+        plain = Trainer(config, dataset, device)
+        other = scaled(Trainer(config, dataset, device), 2.0**12)
+        for _ in range(6):
+            a, b = plain.train_step(), other.train_step()
+            assert (a.loss, a.norm) == (b.loss, b.norm)
     assert all(torch.equal(a, b) for a, b in zip(state(plain), state(other), strict=True))
 
 
-def test_the_loss_scale_follows_what_is_finite(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = scaled(Trainer(tiny(max_skips_in_row=2), dataset), 4.0)
-    poison(monkeypatch, lambda step: step in (1, 2, 4, 5))
+def test_the_loss_scale_follows_what_is_finite(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    trainer = scaled(Trainer(tiny(max_skips_in_row=2), dataset, device), 4.0)
+    poison(monkeypatch, lambda step: (step == 1) | (step == 2) | (step == 4) | (step == 5))
     for scale, skips, failures in ((2.0, 1, 0), (1.0, 2, 0), (1.0, 2, 0), (1.0, 3, 1)):
         trainer.train_step()
         assert (word(trainer, "scale"), word(trainer, "skips"), word(trainer, "failures")) == (
@@ -398,9 +476,11 @@ def test_the_loss_scale_follows_what_is_finite(dataset: Dataset, monkeypatch: py
             failures,
         )
     # At scale 1 it is not the scale's fault.
-    with pytest.raises(DivergedError):
+    for _ in range(AHEAD[device.type]):
         trainer.train_step()
-    trainer = scaled(Trainer(tiny(), dataset), 4.0)
+    with pytest.raises(DivergedError, match="step 5: "):
+        trainer.train_step()
+    trainer = scaled(Trainer(tiny(), dataset, device), 4.0)
     trainer.work.words[WORDS.index("good")] = 1999
     monkeypatch.undo()
     trainer.train_step()
@@ -408,7 +488,10 @@ def test_the_loss_scale_follows_what_is_finite(dataset: Dataset, monkeypatch: py
 
 
 class LateReadback(Readback):
-    """As of a GPU that is always behind: nothing has arrived before it is waited for."""
+    """As of a GPU that is always behind: nothing has arrived before it is waited for.
+
+    On the CPU alone: a GPU is behind as it happens to be.
+    """
 
     def __init__(self, source: Tensor, depth: int) -> None:
         super().__init__(source, 4)
@@ -451,26 +534,6 @@ def test_the_host_is_at_most_so_far_ahead(dataset: Dataset, monkeypatch: pytest.
     assert trainer.step == 7
     assert arrived == [[], [], [], [1], [2], [3]]
     assert [result.step for result in trainer.unread_results()] == [4, 5, 6, 7]
-
-
-@pytest.mark.parametrize("model", [NOISY, MipNerfConfig(num_samples=16, net_depth=3, net_width=64)])
-def test_captured_and_launched_steps_agree_bit_by_bit(
-    dataset: Dataset, device: torch.device, model: MipNerfConfig
-) -> None:
-    """The default on a GPU replays a graph; on a CPU both launch the same step, and this checks that alone."""
-
-    def train(config: TrainConfig) -> tuple[list[float], list[Tensor]]:
-        with deterministic():
-            trainer = Trainer(config, dataset, device)
-            losses = [trainer.train_step().loss for _ in range(10)]
-            return losses, state(trainer)
-
-    config = tiny(model=model, grad_max_norm=0.1, chunk_rays=32, deterministic=True)
-    losses, captured = train(config)
-    again, launched = train(dataclasses.replace(config, capture=False))
-    assert losses == again
-    assert all(torch.equal(a, b) for a, b in zip(captured, launched, strict=True))
-    assert len(set(losses)) == 10
 
 
 def test_deterministic_mode_ends_with_its_context() -> None:

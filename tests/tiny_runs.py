@@ -13,6 +13,7 @@ from mipnerf_fast import MipNerfConfig, TrainConfig
 from mipnerf_fast.data import Dataset
 from mipnerf_fast.data.procedural import demo_scene
 from mipnerf_fast.pictures import write_png
+from mipnerf_fast.trainer import Trainer
 
 TINY = TrainConfig(
     model=MipNerfConfig(
@@ -60,3 +61,9 @@ def write_scene(
 def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two sets of tensors are equal bit by bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def state(trainer: Trainer) -> list[torch.Tensor]:
+    """Weights, both moments and the number of Adam's steps, as they are now."""
+    flat, known = trainer.work.flat, trainer.work.optimizer.state[trainer.work.flat.values]
+    return [x.detach().clone() for x in (flat.values, known["exp_avg"], known["exp_avg_sq"], known["step"])]
