@@ -16,8 +16,10 @@ from .implementations import (
     FAST_OPERATIONS,
     OPERATIONS,
     Implementation,
+    MlpEngine,
     backend_in_use,
     implementations,
+    mlp_engines,
     why_no_tf32,
 )
 from .march import march
@@ -39,6 +41,7 @@ __all__ = [
     "Implementation",
     "MipMLP",
     "MlpChoice",
+    "MlpEngine",
     "MlpShape",
     "backend_in_use",
     "choose_mlp",
@@ -52,6 +55,7 @@ __all__ = [
     "implementations",
     "keeping_weights",
     "march",
+    "mlp_engines",
     "occupancy_masks",
     "occupancy_update",
     "packed_composite",

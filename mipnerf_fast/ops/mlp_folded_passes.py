@@ -276,9 +276,12 @@ def backward_pass(
         return [None if alone else master.new_empty(chunk, columns, dtype=gemm.dtype) for _ in range(count)]
 
     of_first = room(network.width, 1) if network.does_first_again else []
-    deltas, of_colours = room(network.width), room(colour_rows, 1)
+    deltas = room(network.width)
     delta_views = room(shapes.widths[-1]) if shapes.view_depth > 1 else []
-    zeros = [master.new_zeros(chunk, len(top) - colour_rows - 1, dtype=gemm.dtype)]
+    # What comes down on the trunk's output, each written into its columns: the colour branch's, density's, and the
+    # zeros of the rows of `top` that are none.
+    tops = master.new_empty(chunk, len(top), dtype=gemm.dtype)
+    tops[:, colour_rows + 1 :].zero_()
     of_rays: list[Tensor] = []
     grad_features = flat.new_zeros(flat.shape if to_features else (0, num_features))
     # Sums over the chunks so far.
@@ -298,18 +301,23 @@ def backward_pass(
             again = _layer(gemm, encoded, encoded, network.trunk[0], of_chunk(of_first[0]), bias, True)
             layers = masks = [again, *layers[1:]]
         # Down the colour branch.
-        delta = _delta(grad_rgb, part, scale, network.rgb_rows, master, count, gemm.dtype)
+        of_top = tops[:count]
+        of_colour, of_density = of_top[:, :colour_rows], of_top[:, colour_rows : colour_rows + 1]
+        if shapes.view_depth:
+            delta = _delta(grad_rgb, part, scale, network.rgb_rows, master, count, gemm.dtype)
+        else:
+            _write_delta(of_colour, grad_rgb, part, scale)
         for number in range(shapes.view_depth - 1, -1, -1):
             layer = depth + number
             view_totals[number] = gemm.grad_layer(delta, layers[layer], view_totals[number])
-            out = of_chunk(delta_views[number % 2] if number else of_colours[0])
+            out = of_chunk(delta_views[number % 2]) if number else of_colour
             delta = gemm.grad_input(delta, network.views[number], out, mask=masks[layer])
         if network.has_views:
-            of_rays.append(gemm.sums(delta.view(-1, samples, delta.shape[1]), 1))
-        of_density = _delta(grad_density, part, scale, 1, master, count, gemm.dtype)
-        delta = torch.cat([delta, of_density, *(zero[:count] for zero in zeros if zero.shape[1])], 1)
+            of_rays.append(gemm.sums(of_colour.unflatten(0, (-1, samples)), 1))
+        _write_delta(of_density, grad_density, part, scale)
 
         # Down the trunk.
+        delta = of_top
         feature_beta = 0.0
         for number in range(depth, -1, -1):
             weight, beside = matrices[number]
@@ -434,6 +442,15 @@ def _delta(
     rows = (rows if scale is None else rows * scale).to(dtype)
     missing = columns - rows.shape[1]
     return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+
+
+def _write_delta(out: Tensor, grad: Tensor | None, rays: slice, scale: Tensor | None) -> None:
+    """The same into the columns of an operand."""
+    if grad is None:
+        out.zero_()
+    else:
+        rows = grad[rays].flatten(0, 1)
+        out.copy_(rows if scale is None else rows * scale)
 
 
 _KINDS: tuple[type[TorchGemm] | type[CublasLtTwin] | type[CublasLt], ...] = (
