@@ -116,8 +116,9 @@ uint32_t alignment_of(const void* pointer) {
     return alignment;
 }
 
-// Everything that cuBLASLt's choice of an algorithm depends on.
-using Key = std::array<int64_t, 17>;
+// Everything that cuBLASLt's choice of an algorithm depends on: of the mask and the vector it looks at how
+// the pointers are aligned.
+using Key = std::array<int64_t, 20>;
 
 // Nothing where cuBLASLt has no algorithm; asked once for every key.
 std::optional<cublasLtMatmulAlgo_t> choose(cublasLtHandle_t handle, const MatmulDescription& description,
@@ -237,6 +238,9 @@ bool gemm_cublaslt(Tensor a, Tensor b, Tensor out, bool transpose_a, bool transp
                      alignments[0],
                      alignments[1],
                      alignments[2],
+                     vector.has_value() ? alignment_of(vector->const_data_ptr()) : 0,
+                     mask.has_value() ? alignment_of(mask->const_data_ptr()) : 0,
+                     mask.has_value() ? mask->stride(0) : 0,
                      static_cast<int64_t>(workspace_bytes),
                      device};
     const auto lt = static_cast<cublasLtHandle_t>(handle);
