@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -89,13 +88,9 @@ def compile_cxx(source: Path, setup: ModuleType, nvcc: Any, fetched: Path) -> Cx
     if torch is None or not torch.origin:
         return CxxSource(name, header, version, "not compiled: torch, whose headers it needs, is not here")
     include = Path(torch.origin).parent / "include"
+    # As in setup.py the toolkit's headers go before those beside cublasLt.h.
+    folders = [Path(nvcc.home) / "include", folder, include, include / "torch" / "csrc" / "api" / "include"]
     with tempfile.TemporaryDirectory() as scratch:
-        # By itself: beside our declarations lies what stands in the place of one of torch's headers.
-        shutil.copy(folder / "cublasLt.h", scratch)
-        # As in setup.py the toolkit's headers go before those beside cublasLt.h.
-        folders = [scratch, Path(nvcc.home) / "include"]
-        folders += [folder] if folder != DECLARATIONS else []
-        folders += [include, include / "torch" / "csrc" / "api" / "include"]
         command = [*compiler, *setup.CXX_FLAGS, "-std=c++20", "-DUSE_CUDA", "-fPIC", f"-I{CSRC}"]
         command += [f"-isystem{path}" for path in folders]
         command += ["-c", str(source), "-o", str(Path(scratch, "object.o"))]

@@ -39,7 +39,6 @@ class CublasLtOnCpu(NamedTuple):
 @functools.cache
 def load() -> CublasLtOnCpu:
     """Compiled where no library of these sources is there; registers the operator for the CPU in this process."""
-    # Its own headers first: they stand in the place of torch's and NVIDIA's.
     folders = [HERE / "include", ROOT / "csrc", *include_paths()]
     command = [
         *shlex.split(os.environ.get("CXX") or "g++"),
@@ -52,8 +51,7 @@ def load() -> CublasLtOnCpu:
         ),
         *(f"-I{folder}" for folder in folders),
     ]
-    # What it defines in torch's place goes before a torch that has CUDA.
-    libraries = ["-Wl,-Bsymbolic", *(f"-L{folder}" for folder in library_paths()), "-ltorch", "-ltorch_cpu"]
+    libraries = [*(f"-L{folder}" for folder in library_paths()), "-ltorch", "-ltorch_cpu"]
     digest = hashlib.sha256("\0".join([torch.__version__, *command]).encode())
     for source in SOURCES:
         digest.update(source.read_bytes())

@@ -4,6 +4,13 @@
 // float. What real cuBLASLt demands is demanded: sizes that fit, leading dimensions, attributes of the right
 // size, a mask whose rows are multiples of 128 bits, pointers aligned as was promised when the algorithm was
 // chosen, an algorithm only for what it was chosen for. Whatever does not hold is INVALID_VALUE.
+
+// What torch has for an accelerator alone, under names of its own.
+#define aoti_torch_create_device_guard cublaslt_on_cpu_create_device_guard
+#define aoti_torch_delete_device_guard cublaslt_on_cpu_delete_device_guard
+#define torch_get_current_cuda_blas_handle cublaslt_on_cpu_blas_handle
+#define aoti_torch_get_current_cuda_stream cublaslt_on_cpu_stream
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -286,7 +293,13 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// What torch has only with CUDA.
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+    *guard = nullptr;
+    return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
+    return AOTI_TORCH_SUCCESS;
+}
 AOTITorchError torch_get_current_cuda_blas_handle(void** handle) {
     *handle = &handle_object;
     return AOTI_TORCH_SUCCESS;
