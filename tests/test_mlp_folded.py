@@ -167,13 +167,14 @@ def test_products_of_the_papers_network(use_gemm: Any) -> None:
         (False, 16, 0.5),
         (False, 4, 0.75),
         (True, 512, 0.7),
-        (True, 64, 0.75),
+        (True, 64, 0.7),
+        (True, 32, 0.75),
         (True, 4, 1.0),
     ],
 )
 def test_memory(training: bool, rays: int, share: float) -> None:
-    """Of the reference's peak: half for inference from 1024 samples on, three quarters for training where its own
-    activations are what counts, never more for few samples."""
+    """Of the reference's peak: half for inference from 1024 samples on, three quarters for training from 2048 on, where
+    its own activations are what counts, never more for the few samples that take torch's layers."""
     shape = MlpShape()
     features, viewdirs_enc = inputs(shape, rays, 64)
     peaks = {}
