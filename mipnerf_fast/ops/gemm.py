@@ -410,19 +410,9 @@ class CublasLt:
         if not _cublaslt(a, b, out, *options, self._workspace):
             self._run_apart(a, b, out, *options)
 
-    def _run_apart(
-        self,
-        a: Tensor,
-        b: Tensor,
-        out: Tensor,
-        transpose_a: bool,
-        transpose_b: bool,
-        beta: float,
-        epilogue: int,
-        vector: Tensor | None,
-        mask: Tensor | None,
-    ) -> None:
+    def _run_apart(self, a: Tensor, b: Tensor, out: Tensor, *options: Any) -> None:
         """The same without cuBLASLt's epilogue: the product in float32, then torch's operators, one rounding."""
+        transpose_a, transpose_b, beta, epilogue, vector, mask = options
         warnings.warn(
             f'gemm: cuBLASLt has no algorithm for {out.shape[1]} columns with the epilogue "{_EPILOGUES[epilogue]}" on '
             "this GPU: torch does what is missing, slower",
@@ -434,7 +424,6 @@ class CublasLt:
             out.copy_(product.add_(out, alpha=beta) if beta else product)
             return
         if epilogue == _COLUMN_SUMS:
-            assert vector is not None
             self._run(a, b, out, *plain)
             torch.sum(a, 0, dtype=vector.dtype, out=vector)
             return
@@ -443,12 +432,10 @@ class CublasLt:
             total = out.float() if beta else out.new_empty(out.shape, dtype=torch.float32)
         self._run(a, b, total, *plain)
         if epilogue == _DRELU:
-            assert mask is not None
             total *= _bits(mask, out.shape[1])
         elif vector is not None:
             total += vector
         if epilogue in (_RELU_MASK, _RELU_MASK_BIAS):
-            assert mask is not None
             _set_bits(mask, total > 0)
         if epilogue not in (_BIAS, _DRELU):
             total.relu_()

@@ -131,7 +131,8 @@ def why_not(
     engine: str, shape: MlpShape, device: torch.device, dtype: torch.dtype, operands: torch.dtype
 ) -> str:
     """Why "folded", "emulated", "cublaslt" or "fused" cannot serve a network; empty where it can."""
-    return _WHY_NOT[engine](shape, device, dtype, operands)
+    why: str = _WHY_NOT[engine](shape, device, dtype, operands)
+    return why
 
 
 def _few_samples(shape: MlpShape) -> str:

@@ -300,10 +300,11 @@ def backward_pass(
         layers, masks = activations.part(rows)
         if network.does_first_again:
             bias = network.biases[0].to(gemm.dtype)
-            layers = masks = [
+            layers = [
                 _layer(gemm, encoded, encoded, network.trunk[0], of_chunk(of_first[0]), bias, True),
                 *layers[1:],
             ]
+            masks = layers
         # Down the colour branch.
         of_top = tops[:count, : len(top)]
         of_colour, of_density = of_top[:, :colour_rows], of_top[:, colour_rows : colour_rows + 1]
