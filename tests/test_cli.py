@@ -315,6 +315,10 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert entry["model"] == ("fast" if name in fast else "exact")
         assert f"{entry['model']} model: {name} " in text
         assert entry["why"] in text
+    assert set(facts["mlp_engines"]) == set(ops.MLP_BACKENDS) - {"auto"}
+    for name, engine in facts["mlp_engines"].items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"mlp engine: {name} ")]
+        assert line.endswith(f"  {engine['state']}: {engine['why']}") and engine["why"]
     assert facts["torch"] == torch.__version__
     assert facts["version"] in text
     assert bool(facts["native_library"]) != bool(facts["native_library_missing"])

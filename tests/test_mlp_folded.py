@@ -366,6 +366,24 @@ def test_the_network_over_cublaslts_operator(
         assert {"bias, ReLU and mask", "ReLU's mask", "column sums"} <= named
 
 
+def test_masks_and_biases_of_any_alignment(use_cublaslt: Callable[[str], None]) -> None:
+    """Each has an algorithm of its own: cuBLASLt goes by how both pointers are aligned when it chooses one."""
+    use_cublaslt("cublaslt")
+    engine = CublasLt(torch.bfloat16, torch.device("cpu"))
+    x, weight = (torch.randn(shape).bfloat16() for shape in ((20, 64), (40, 64)))
+    masks, biases = torch.zeros(24, 16, dtype=torch.uint8), torch.randn(48).bfloat16()
+    for first in (0, 1, 2, 4):
+        mask, bias, out = (
+            masks[first : first + 20],
+            biases[first : first + 40],
+            torch.empty(20, 40).bfloat16(),
+        )
+        engine.forward(x, weight, out, bias=bias, relu=True, mask=mask)
+        want = (x.double() @ weight.double().T + bias.double()).relu()
+        assert (out.double() - want).abs().max() <= torch.finfo(out.dtype).eps * want.abs().max()
+        assert torch.equal(gemm._bits(mask, 40) == 1, out > 0)
+
+
 def test_the_operator_refuses_what_does_not_fit(use_cublaslt: Callable[[str], None]) -> None:
     """Its checks, and what cuBLASLt itself says no to arrive as errors that name the argument."""
     use_cublaslt("cublaslt")
