@@ -3,7 +3,10 @@
 ``make cuda-check``. Each operation's ``csrc/<op>/<op>_launch.cu`` (free of torch, it instantiates all that the
 extension launches) goes through nvcc to a cubin per architecture. From ptxas come registers, shared memory, stack
 and spills; from the disassembly the instructions. A kernel fails that spills, that keeps anything in local memory,
-or whose instructions are not what ``EXPECTED`` says. Results: ``benchmarks/results/cuda_check.{md,json}``.
+or whose instructions are not what ``EXPECTED`` says. Beside them the C++ that calls cuBLASLt is compiled to an
+object, by the compiler and with the flags of the extension, against NVIDIA's header where there is one (in the
+toolkit, beside torch, or fetched by ``--fetch-cublas``) and otherwise against the declarations that the tests run it
+over. Results: ``benchmarks/results/cuda_check.{md,json}``, with the time that the check took.
 
 The disassembler comes from the CUDA toolkit where it has one and otherwise from inside the triton wheel, which is
 fetched once into ``.cache/cuda_tools`` (286 MB).
@@ -16,10 +19,12 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -29,16 +34,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.cuda_check_cxx import CheckError, CxxSource, compile_cxx, fetch_cublas
+
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 SELF_TEST = ROOT / "tests" / "cuda_check"
 TOOLS = ROOT / ".cache" / "cuda_tools"
 # nvcc 13.0 leaves host code out of a cubin, so -Xcompiler and the like have nothing to say here.
 NVCC_FLAGS = ["-O3", "-Xptxas=-v", "-cubin", f"-I{CSRC}"]
-
-
-class CheckError(Exception):
-    """Why the check cannot be made at all, in one sentence."""
+# What the whole check may take on two cores; longer is said, and no failure: machines differ.
+MINUTES = 12
 
 
 @dataclass(frozen=True)
@@ -225,6 +232,26 @@ class Kernel:
     remarks: list[str] = field(default_factory=list)
     instructions: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What the check took: seconds on the clock and of the processor, compilers at a time, processors there are."""
+
+    wall_seconds: float
+    cpu_seconds: float
+    jobs: int
+    cores: int
+
+    def sentence(self) -> str:
+        """For the table; says so where it was too long."""
+        said = (
+            f"The check took {self.wall_seconds / 60:.1f} minutes, {self.cpu_seconds / 60:.1f} of the processor, with "
+            f"{self.jobs} compilers at a time on {self.cores} cores"
+        )
+        if self.wall_seconds > 60 * MINUTES:
+            return f"{said}: **more than the {MINUTES} minutes that it should take on two**."
+        return f"{said}; it should take at most {MINUTES} on two."
 
 
 def parse_ptxas(text: str) -> list[Kernel]:
@@ -515,19 +542,38 @@ stand beside them where there are any; shared memory asked for at launch is not 
 instructions (MUFU) and accesses to global memory are counted in the code for the newest architecture."""
 
 
-def report(kernels: list[Kernel], nvcc_release: str, revision: str, folder: Path) -> None:
+def report(
+    kernels: list[Kernel],
+    sources: list[CxxSource],
+    effort: Effort,
+    nvcc_release: str,
+    revision: str,
+    folder: Path,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     failed = sum(bool(kernel.failures) for kernel in kernels)
     verdict = f"{len(kernels)} compilations of kernels, " + (f"{failed} failed" if failed else "all pass")
     head = f"# Kernels as compiled\n\nnvcc {nvcc_release}, revision {revision}; compiled, not run: {verdict}."
-    (folder / "cuda_check.md").write_text(f"{head}\n\n{EXPLANATION}\n\n{table(kernels)}\n")
-    facts = json.dumps({"nvcc": nvcc_release, "revision": revision, "verdict": verdict})
+    head += f" {effort.sentence()}"
+    hosts = "".join(f"C++: {source.sentence()}.\n" for source in sources)
+    (folder / "cuda_check.md").write_text(
+        f"{head}\n\n{EXPLANATION}\n\n{table(kernels)}\n" + (f"\n{hosts}" if hosts else "")
+    )
+    facts = json.dumps(
+        {
+            "nvcc": nvcc_release,
+            "revision": revision,
+            "verdict": verdict,
+            "effort": asdict(effort),
+            "sources": [asdict(source) for source in sources],
+        }
+    )
     rows = []
     for kernel in kernels:
         told = {op: number for op, number in sorted(kernel.instructions.items()) if re.match(TOLD, op)}
         rows.append(json.dumps({**asdict(kernel), "instructions": told}))  # a line each, to be read in a diff
     (folder / "cuda_check.json").write_text(facts[:-1] + ', "kernels": [\n' + ",\n".join(rows) + "\n]}\n")
-    print(f"{table(kernels)}\n\nnvcc {nvcc_release}: {verdict}")
+    print(f"{table(kernels)}\n\nnvcc {nvcc_release}: {verdict}\n{hosts}{effort.sentence()}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -540,6 +586,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the tables"
     )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compilers at a time")
+    parser.add_argument(
+        "--fetch-cublas", action="store_true", help="fetch the headers of cuBLAS first; they stay in .cache"
+    )
     options = parser.parse_args(arguments)
     try:
         return check(options)
@@ -548,7 +597,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def processor_seconds() -> float:
+    """Of this process and the compilers that it has waited for."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
 def check(options: argparse.Namespace) -> int:
+    began, began_cpu = time.perf_counter(), processor_seconds()
     setup = load_setup()
     nvcc: Any = setup.find_nvcc()
     if nvcc is None:
@@ -560,12 +616,15 @@ def check(options: argparse.Namespace) -> int:
         architectures = options.architectures.split()
     if missing := [name for name in architectures if name.rstrip("af") not in nvcc.capabilities]:
         raise CheckError(f"nvcc {nvcc.release} at {nvcc.path} cannot compile for {', '.join(missing)}")
-    sources = find_sources()
+    sources, cxx_sources = find_sources(), sorted(CSRC.glob("*/*_cublaslt.cpp"))
     if options.operations:
         wanted = options.operations.split()
         sources = [source for source in sources if source.parent.name in wanted]
         if {source.parent.name for source in sources} != set(wanted):
             raise CheckError(f"of the operations {options.operations}, not all have kernels under csrc")
+        cxx_sources = [source for source in cxx_sources if source.parent.name in wanted]
+    if options.fetch_cublas:
+        fetch_cublas(nvcc.release.split(".")[0], TOOLS / "include")
     cuobjdump = find_disassembler(nvcc.home)
     check_the_check(architectures[-1], nvcc.path, cuobjdump)
 
@@ -577,14 +636,26 @@ def check(options: argparse.Namespace) -> int:
     ]
     with ThreadPoolExecutor(options.jobs) as pool:
         groups = [pool.submit(compile_for, *job, nvcc.path, cuobjdump) for job in jobs]
+        objects = [pool.submit(compile_cxx, source, setup, nvcc, TOOLS / "include") for source in cxx_sources]
         kernels = [kernel for group in groups for kernel in group.result()]
     for kernel in kernels:
         kernel.failures = judge(kernel, EXPECTED.get(kernel.operation, ()))
-    report(kernels, nvcc.release, setup.source_revision(), options.out)
+    compiled = [source.result() for source in objects]
+    effort = Effort(
+        time.perf_counter() - began,
+        processor_seconds() - began_cpu,
+        options.jobs,
+        len(os.sched_getaffinity(0)),
+    )
+    report(kernels, compiled, effort, nvcc.release, setup.source_revision(), options.out)
+    for source in compiled:
+        if source.failure:
+            print(f"cuda-check: {source.source} {source.failure}", file=sys.stderr)
     for name in dict.fromkeys(kernel.name for kernel in kernels):
         for sentence in summarise(kernel for kernel in kernels if kernel.name == name):
             print(f"cuda-check: {name} {sentence}", file=sys.stderr)
-    return 1 if any(kernel.failures for kernel in kernels) else 0
+    is_bad = any(kernel.failures for kernel in kernels) or any(source.failure for source in compiled)
+    return 1 if is_bad else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -154,25 +155,56 @@ _ENGINES = {
     "emulated": ("executed", "-"),
     "cublaslt": (
         "not run; its algebra and arithmetic are those of `emulated`",
-        "C++ alone: compiled and linked against cuBLASLt 13.1, in `make cuda-build`",
+        "C++ alone: executed over a cuBLASLt of the CPU (`tests/test_mlp_folded.py`)",
     ),
-    "fused": ("not run", "emulated (`tests/test_mlp_kernels.py`)"),
+    "fused, mma.sync (8.x, 10.0, 12.0)": ("not run", "emulated (`tests/test_mlp_kernels.py`)"),
+    "fused, wgmma (9.0)": ("not run", "emulated (`tests/test_mlp_hopper.py`)"),
     "tcnn, another architecture": ("not run; its adapter against a stand-in (`tests/test_tcnn.py`)", "-"),
 }
 
 
+# The generations of the fused kernels: their namespace in csrc/mlp, and the architectures that run it.
+_GENERATIONS = {
+    "fused, mma.sync (8.x, 10.0, 12.0)": ("mlp_mma", {"8.0", "8.6", "8.9", "10.0", "12.0"}),
+    "fused, wgmma (9.0)": ("mlp_hopper", {"9.0a"}),
+}
+
+
+def mlp_compiled(checked: dict[str, Any], engine: str) -> str:
+    """What cuda_check.json says of an engine's CUDA sources, to stand behind what else is known of them."""
+    if engine == "cublaslt":
+        for source in checked.get("sources", ()):
+            if source["source"] == "csrc/mlp/gemm_cublaslt.cpp" and not source["failure"]:
+                return f", compiled against {source['header']} by `make cuda-check`"
+        return ", not compiled by `make cuda-check`"
+    if engine not in _GENERATIONS:
+        return ""
+    namespace, architectures = _GENERATIONS[engine]
+    kernels = [
+        kernel
+        for kernel in checked.get("kernels", ())
+        if kernel["operation"] == "mlp" and kernel["name"].startswith(f"{namespace}::")
+    ]
+    if not {kernel["architecture"] for kernel in kernels} >= architectures:
+        return ", not in the table of `make cuda-check`"
+    if any(kernel["failures"] for kernel in kernels):
+        return ", **fails** in `make cuda-check`"
+    return ", compiled by `make cuda-check`"
+
+
 def mlp_evidence(results: Path) -> str:
     """What is known of every engine of the network; tests/test_mlp_evidence.py holds it against what happens."""
-    checked = results / "cuda_check.json"
-    compiled = checked.is_file() and "mlp" in checked.read_text(encoding="utf-8")
+    path = results / "cuda_check.json"
+    checked = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     measured = readme_gpu.engines_measured(results)
     lines = ["| engine | on a CPU | CUDA sources | on a GPU |", "| --- | --- | --- | --- |"]
     for engine, (on_cpu, sources) in _ENGINES.items():
-        if engine == "fused":
-            sources += (
-                ", compiled by `make cuda-check`" if compiled else ", not in the table of `make cuda-check`"
-            )
-        gpus = measured.get(engine.split(",")[0])
+        sources += mlp_compiled(checked, engine)
+        gpus = measured.get(engine.split(",")[0], "")
+        if engine in _GENERATIONS:
+            is_hopper = _GENERATIONS[engine][0] == "mlp_hopper"
+            named = [gpu for gpu in gpus.split(", ") if gpu]
+            gpus = ", ".join(gpu for gpu in named if bool(re.search(r"\bG?H\d00\b", gpu)) == is_hopper)
         on_gpu = f"executed, measured: {gpus}" if gpus else "**not run**"
         if engine == "emulated":
             on_gpu = "-"

@@ -36,10 +36,11 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
     // Fenceposts and weights to new fenceposts [B, num_samples + 1].
     m.def("resample(Tensor t_vals, Tensor weights, int num_samples, Tensor? u, float padding) -> Tensor");
     // out = op(a) op(b) + beta out with an epilogue (see csrc/mlp/gemm_cublaslt.cpp); vector is a bias, or
-    // takes the column sums of a; mask is the ReLU's, a bit per element. CUDA alone.
+    // takes the column sums of a; mask is the ReLU's, a bit per element. False where cuBLASLt has no
+    // algorithm for it: nothing is written then. CUDA alone.
     m.def(
         "gemm_cublaslt(Tensor a, Tensor b, Tensor(a!) out, bool transpose_a, bool transpose_b, float beta, "
-        "int epilogue, Tensor(b!)? vector, Tensor(c!)? mask, Tensor(d!) workspace) -> ()");
+        "int epilogue, Tensor(b!)? vector, Tensor(c!)? mask, Tensor(d!) workspace) -> bool");
     // ---- the fused network: csrc/mlp. Its sizes are numbers: width, depth, skip_layer of the trunk,
     // view_width and view_depth of the view branch (0 without). Parameters of the folded network, each weight
     // and bias at a multiple of 4, to the kernels' order.

@@ -389,6 +389,9 @@ def information(device_flag: str = "auto") -> dict[str, Any]:
             }
             for entry in ops.implementations(device)
         },
+        "mlp_engines": {
+            entry.engine: {"state": entry.state, "why": entry.why} for entry in ops.mlp_engines(device)
+        },
     }
 
 
@@ -417,6 +420,10 @@ def run_info(verb: Info) -> int:
     lines += [
         (f"{entry['model']} model: {name}", f"{entry['used']}: {entry['why']}")
         for name, entry in facts["operations"].items()
+    ]
+    lines += [
+        (f"mlp engine: {name}", f"{entry['state']}: {entry['why']}")
+        for name, entry in facts["mlp_engines"].items()
     ]
     width = max(len(name) for name, _ in lines)
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in lines))

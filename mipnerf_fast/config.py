@@ -64,6 +64,8 @@ class MipNerfConfig:
     """What computes the network; all but tcnn, which is another architecture, share their weights. See `MipMLP`."""
     mlp_dtype: MlpDtype = "auto"
     """Of the operands of the network's products; auto: fp32 on a CPU, bf16 on a GPU. Weights stay float32."""
+    mlp_deterministic: bool = True
+    """The fused kernels sum gradients in a fixed order; without, as they come, unless the run is deterministic."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -489,7 +491,7 @@ def from_dict(values: dict[str, Any], where: str = "config") -> TrainConfig:
 
 # Fields that files from before them lack; their defaults mean what the package did then.
 _ADDED_LATER: dict[type[Any], set[str]] = {
-    MipNerfConfig: {"mlp_backend", "mlp_dtype"},
+    MipNerfConfig: {"mlp_backend", "mlp_dtype", "mlp_deterministic"},
     FastConfig: {"sampling", "proposal_samples", "num_samples", "lindisp", "mlp_dtype"},
     TrainConfig: {"capture", "deterministic", "max_skips_in_row", "max_skips"},
 }

@@ -257,6 +257,7 @@ def _build_mlp(config: MipNerfConfig) -> ops.MipMLP:
         skip_layer=config.skip_layer,
         backend=config.mlp_backend,
         compute_dtype=config.mlp_dtype,
+        deterministic=config.mlp_deterministic,
     )
 
 

@@ -168,7 +168,8 @@ def _config_differences(was: dict[str, Any], now: dict[str, Any], where: str) ->
     if "tcnn" not in (models[0].get("mlp_backend"), models[1].get("mlp_backend")):
         # All others compute the same function of the same weights.
         names.pop("mlp_backend", None)
-    names.pop("mlp_dtype", None)
+    for name in ("mlp_dtype", "mlp_deterministic"):
+        names.pop(name, None)
     pairs += [(f"model.{name}", models[0].get(name), models[1].get(name)) for name in names]
     return [f"{name}: {a!r} in {where}, {b!r} now" for name, a, b in pairs if a != b]
 

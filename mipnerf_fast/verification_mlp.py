@@ -43,13 +43,15 @@ def _served(backend: str) -> Callable[[torch.device, torch.dtype, torch.dtype | 
     return served
 
 
-def _case(backend: str, *out_dtypes: torch.dtype | None) -> Case:
+def _case(backend: str, *out_dtypes: torch.dtype | None, name: str = "", deterministic: bool = True) -> Case:
     """An engine whose operands have the dtype asked for; the reference then runs under autocast."""
 
     def run(a: Tensors, out_dtype: torch.dtype | None) -> Tensors:
         features, plain = a["features"], current_backend() == "reference"
         engine = "reference" if plain else backend
-        mlp = ops.MipMLP(*_SHAPE, backend=engine, compute_dtype=_OPERANDS[out_dtype])
+        mlp = ops.MipMLP(
+            *_SHAPE, backend=engine, compute_dtype=_OPERANDS[out_dtype], deterministic=deterministic
+        )
         parameters = {name: value for name, value in a.items() if name.startswith("linears.")}
         with torch.autocast(
             features.device.type, out_dtype, enabled=plain and out_dtype is not None, cache_enabled=False
@@ -62,7 +64,7 @@ def _case(backend: str, *out_dtypes: torch.dtype | None) -> Case:
     inputs = tuple(_arrays(torch.Generator()))
     return Case(
         "mlp",
-        backend,
+        name or backend,
         inputs,
         run,
         out_dtypes=out_dtypes,
@@ -133,4 +135,5 @@ MLP_CASES = (
     _case("emulated", *_HALVES),
     _case("cublaslt", *_HALVES),
     _case("fused", *_HALVES),
+    _case("fused", *_HALVES, name="fused, gradients summed as they come", deterministic=False),
 )

@@ -321,6 +321,10 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert entry["model"] == ("fast" if name in fast else "exact")
         assert f"{entry['model']} model: {name} " in text
         assert entry["why"] in text
+    assert set(facts["mlp_engines"]) == set(ops.MLP_BACKENDS) - {"auto"}
+    for name, engine in facts["mlp_engines"].items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"mlp engine: {name} ")]
+        assert line.endswith(f"  {engine['state']}: {engine['why']}") and engine["why"]
     assert facts["torch"] == torch.__version__
     assert facts["version"] in text
     assert bool(facts["native_library"]) != bool(facts["native_library_missing"])
@@ -328,7 +332,8 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_says_what_the_backend_forces(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", "--backend", "reference"]) == 0
-    assert capsys.readouterr().out.count("the backend is set to reference") == len(
+    # And the network's engine that it forces.
+    assert capsys.readouterr().out.count("the backend is set to reference") == 1 + len(
         ops.OPERATIONS + ops.FAST_OPERATIONS
     )
 

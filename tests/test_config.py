@@ -147,7 +147,7 @@ def test_files_from_before_a_field_still_load(model: MipNerfConfig | FastConfig)
     values = to_dict(config)
     for name in ("capture", "deterministic", "max_skips_in_row", "max_skips"):
         del values[name]
-    added = ("mlp_backend", "mlp_dtype", "sampling", "proposal_samples")
+    added = ("mlp_backend", "mlp_dtype", "mlp_deterministic", "sampling", "proposal_samples")
     values["model"] = {name: value for name, value in values["model"].items() if name not in added}
     if isinstance(model, FastConfig):
         del values["model"]["num_samples"], values["model"]["lindisp"]

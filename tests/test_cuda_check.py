@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import cuda_check
-from benchmarks.cuda_check import CheckError, Expectation, Kernel, judge, parse_ptxas, parse_sass
+from benchmarks import cuda_check, cuda_check_cxx
+from benchmarks.cuda_check import Effort, Expectation, Kernel, judge, parse_ptxas, parse_sass
+from benchmarks.cuda_check_cxx import CheckError, CxxSource
 
 PTXAS = """\
 ptxas info    : 0 bytes gmem
@@ -261,15 +265,100 @@ def test_the_check_notices_that_it_is_blind(tmp_path: Path, unseen: str, instead
 def test_tables_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, newer = compiled(), compiled(architecture="9.0a", registers=24)
     bad = compiled(name="op_bad_kernel", stack_bytes=8, spill_load_bytes=12, failures=["spills"])
-    cuda_check.report([good, newer, bad], "13.0", "abc", tmp_path)
+    source = CxxSource("csrc/op/op_cublaslt.cpp", "a header", "a compiler")
+    effort = Effort(660.4, 1250.6, 2, 2)
+    cuda_check.report([good, newer, bad], [source], effort, "13.0", "abc", tmp_path)
     data = json.loads((tmp_path / "cuda_check.json").read_text())
     assert data["verdict"] == "3 compilations of kernels, 1 failed"
     assert [kernel["registers"] for kernel in data["kernels"]] == [20, 24, 20]
     assert data["kernels"][0]["instructions"]["LDG.E.128"] == 2
+    assert data["effort"] == {"wall_seconds": 660.4, "cpu_seconds": 1250.6, "jobs": 2, "cores": 2}
+    assert data["sources"] == [
+        {
+            "source": "csrc/op/op_cublaslt.cpp",
+            "header": "a header",
+            "compiler": "a compiler",
+            "failure": "",
+        }
+    ]
     text = (tmp_path / "cuda_check.md").read_text()
     assert "| kernel | 8.0 | 9.0a | MUFU | global accesses (count x bits) | verdict |" in text
     assert "| op_forward_kernel<float> | 20 | 24 | 0 | load 2x128, store 1x128 | pass |" in text
     assert (
         "| op_bad_kernel | 20 (stack 8, spilled 12) |  | 0 | load 2x128, store 1x128 | spills (8.0) |" in text
     )
+    assert "C++: csrc/op/op_cublaslt.cpp compiles against a header (a compiler).\n" in text
+    took = "The check took 11.0 minutes, 20.8 of the processor, with 2 compilers at a time on 2 cores"
+    assert f"{took}; it should take at most 12 on two." in text
     assert "1 failed" in capsys.readouterr().out
+
+
+def test_a_check_that_took_too_long_says_so() -> None:
+    """On whatever machine; it does not fail."""
+    assert "**more than the 12 minutes" in Effort(12 * 60 + 1, 100.0, 2, 2).sentence()
+    assert "more than" not in Effort(12 * 60, 100.0, 2, 2).sentence()
+
+
+def test_time_of_compilers_is_counted() -> None:
+    before = cuda_check.processor_seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(3_000_000))"], check=True)
+    assert cuda_check.processor_seconds() > before + 0.01
+
+
+def host_setup(folder: Path, code: int) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """A setup.py whose compiler notes its arguments and what cublasLt.h it was given, and an nvcc without cuBLAS."""
+    compiler = folder / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        f"printf '%s\\n' \"$@\" >'{folder}/arguments'\n"
+        f"for argument; do case $argument in -isystem*) cat ${{argument#-isystem}}/cublasLt.h >>'{folder}/seen' "
+        "2>/dev/null;; esac; done\n"
+        f"echo 'that is no C++' >&2\nexit {code}\n"
+    )
+    compiler.chmod(0o755)
+    setup = SimpleNamespace(
+        find_compiler=lambda: str(compiler),
+        run_quietly=lambda *_: "c++ 1.0\nmore",
+        CXX_FLAGS=["-O3", "-DFLAG"],
+    )
+    return setup, SimpleNamespace(home=str(folder / "toolkit"), release="13.0")
+
+
+@pytest.mark.parametrize("code", [0, 1])
+@pytest.mark.parametrize("fetched", [False, True])
+def test_the_cxx_that_calls_cublaslt(
+    code: int, fetched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled as the extension does, against NVIDIA's header or what the tests declare, and a failure is one."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
+    setup, nvcc = host_setup(tmp_path, code)
+    headers = tmp_path / "fetched"
+    if fetched:
+        headers.mkdir()
+        (headers / "cublasLt.h").write_text("// NVIDIA's\n")
+        (headers / "cublas_api.h").write_text(
+            "#define CUBLAS_VER_MAJOR 13\n#define CUBLAS_VER_MINOR 1\n#define CUBLAS_VER_PATCH 0\n"
+        )
+    (source,) = cuda_check.CSRC.glob("*/*_cublaslt.cpp")
+    monkeypatch.setattr(
+        cuda_check_cxx.importlib.util, "find_spec", lambda _: SimpleNamespace(origin="/torch/x.py")
+    )
+    found = cuda_check_cxx.compile_cxx(source, setup, nvcc, headers)  # type: ignore[arg-type]
+    assert found.source == "csrc/mlp/gemm_cublaslt.cpp" and found.compiler == "c++ 1.0"
+    whose = "NVIDIA's header of cuBLAS 13.1.0" if fetched else "our declarations of cuBLASLt"
+    assert found.header == whose
+    assert found.failure == ("does not compile: that is no C++" if code else "")
+    assert ("// NVIDIA's" in (tmp_path / "seen").read_text()) == fetched
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert {"-O3", "-DFLAG", "-DUSE_CUDA", "-c", str(source), f"-I{cuda_check.CSRC}"} <= set(arguments)
+
+
+def test_without_torch_the_cxx_is_not_said_to_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, nvcc = host_setup(tmp_path, 0)
+    monkeypatch.setattr(cuda_check_cxx.importlib.util, "find_spec", lambda _: None)
+    (source,) = cuda_check.CSRC.glob("*/*_cublaslt.cpp")
+    found = cuda_check_cxx.compile_cxx(source, setup, nvcc, tmp_path)  # type: ignore[arg-type]
+    assert found.failure.startswith("not compiled: torch") and "not compiled" in found.sentence()
+    assert not (tmp_path / "arguments").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from typing import get_args
@@ -33,7 +34,9 @@ from mipnerf_fast.ops import (
     choose_mlp,
     mlp_backends,
     mlp_few_samples,
+    mlp_fused_network,
 )
+from mipnerf_fast.ops.mlp_fused_network import Kernels
 from mipnerf_fast.run_folder import check_same_config
 
 CPU = torch.device("cpu")
@@ -286,12 +289,149 @@ def test_on_ampere_and_ada_cublaslt_goes_first(monkeypatch: pytest.MonkeyPatch) 
         assert choose_mlp(SMALL, torch.device("cuda"), torch.float32).engine == engine
 
 
-def test_info_names_the_engine() -> None:
+def test_info_names_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says why that one, why no other, below how many samples torch's layers serve, and for which network."""
+    monkeypatch.setattr(mlp_few_samples, "_FEW", 1 << 17)
     entry = next(e for e in ops.implementations("cpu") if e.operation == "mlp")
-    assert entry.used == "native" and entry.why.startswith("folded, ")
+    assert entry.used == "native"
+    assert entry.why == (
+        "folded, not fused, not cublaslt: they run on a GPU; float32 operands; fewer than 512 samples take torch's own "
+        "layers; of the paper's 8 x 256 network"
+    )
     with use_backend("reference"):
         entry = next(e for e in ops.implementations("cpu") if e.operation == "mlp")
-    assert entry.used == "reference"
+    assert entry == ("mlp", "reference", "the backend is set to reference")
+
+
+def test_fewer_samples_than_info_says_take_torchs_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp_few_samples, "_FEW", 1 << 17)
+    for width in (64, 100, 256):
+        few, weight = mlp_few_samples.few_of(width), torch.empty(width, 1)
+        assert mlp_few_samples.are_few(torch.empty(1, few - 1, 1), [weight])
+        assert not mlp_few_samples.are_few(torch.empty(1, few, 1), [weight])
+        assert (few - 1) * width < 1 << 17 <= few * width
+
+
+def test_info_has_a_line_of_every_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its state and the reason, on a CPU and, decided from the device's type alone, on a GPU."""
+
+    def lines(device: str) -> dict[str, tuple[str, str]]:
+        found = {engine: (state, why) for engine, state, why in ops.mlp_engines(device)}
+        assert list(found) == list(MLP_BACKENDS[1:])
+        return found
+
+    on_gpu = "it runs on a GPU, and the parameters are on cpu"
+    cpu = lines("cpu")
+    assert {name: state for name, (state, _) in cpu.items()} == {
+        "reference": "can serve",
+        "folded": "used",
+        "cublaslt": "cannot serve",
+        "fused": "cannot serve",
+        "tcnn": "cannot serve",
+        "emulated": "can serve",
+    }
+    assert cpu["cublaslt"][1] == cpu["fused"][1] == on_gpu
+    assert cpu["emulated"][1] == "cublaslt's arithmetic on the CPU, slow, for checks; folded goes first"
+    assert (
+        "another architecture" in cpu["tcnn"][1] and "got 256" in cpu["tcnn"][1] and on_gpu in cpu["tcnn"][1]
+    )
+    assert cpu["folded"][1].startswith("not fused, not cublaslt: ")
+    with use_backend("reference"):
+        forced = lines("cpu")
+    assert forced["reference"] == ("used", "the backend is set to reference")
+    assert forced["folded"] == ("can serve", "torch's products in float32; reference goes first")
+
+    monkeypatch.setattr(mlp_backends, "_HAS_CUBLASLT", True)
+    monkeypatch.setattr(mlp_backends, "_capability", lambda _: (8, 6))
+    monkeypatch.setitem(mlp_backends._WHY_NOT, "fused", lambda *_: "it is not there")
+    gpu = lines("cuda")
+    assert gpu["cublaslt"] == ("used", "bfloat16 operands")
+    assert gpu["fused"] == ("cannot serve", "it is not there")
+    assert gpu["folded"][0] == "can serve" and gpu["folded"][1].endswith("cublaslt goes first")
+    assert gpu["emulated"] == (
+        "cannot serve",
+        "it emulates a GPU on the CPU, and the parameters are on cuda",
+    )
+    assert "it runs on a GPU" not in gpu["tcnn"][1]
+    for name in ("cublaslt", "fused"):
+        monkeypatch.setitem(mlp_backends._WHY_NOT, name, lambda *_, name=name: f"no {name} today")
+    with use_backend("native"):
+        none = lines("cuda")
+    assert "used" not in [state for state, _ in none.values()]
+    assert none["folded"][1].endswith(
+        "set to native, but not cublaslt: no cublaslt today; not fused: no fused today"
+    )
+
+
+# --------------------------------------------------------------------------------------- in the same order or not
+
+
+class Recording:
+    """Kernels that compute nothing and note whether they were asked for sums in a fixed order."""
+
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+
+    def kernels(self) -> Kernels:
+        def nothing(*_: object) -> None:
+            raise AssertionError
+
+        def pack(flat: torch.Tensor, *_: object) -> torch.Tensor:
+            return flat.clone()
+
+        def forward(features: torch.Tensor, *_: object) -> tuple[torch.Tensor, ...]:
+            kept = torch.empty(0)
+            return torch.zeros(len(features), 3), torch.zeros(len(features)), kept, kept.clone()
+
+        def backward(
+            grad_rgb: torch.Tensor | None,
+            grad_density: torch.Tensor | None,
+            features: torch.Tensor,
+            packed: torch.Tensor,
+            *rest: object,
+        ) -> tuple[torch.Tensor, ...]:
+            samples_per_ray, view_width, (deterministic, to_features) = rest[2], rest[6], rest[-2:]
+            assert isinstance(samples_per_ray, int) and isinstance(view_width, int)
+            assert isinstance(deterministic, bool) and to_features is False
+            self.asked.append(deterministic)
+            rays = len(features) // samples_per_ray
+            return torch.zeros_like(packed), torch.zeros(rays, view_width), torch.zeros(0, features.shape[1])
+
+        return Kernels(pack, forward, backward, nothing, nothing)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_order_of_sums_is_an_option(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fixed by default, and wherever torch's algorithms are to be deterministic when the backward pass runs."""
+    recording = Recording()
+    monkeypatch.setattr(mlp_fused_network, "operators", recording.kernels)
+    choice = ops.MlpChoice("fused", torch.bfloat16, "for a test")
+    monkeypatch.setattr(MipMLP, "implementation", property(lambda _: choice))
+    given = inputs(SMALL, 2, 3)
+
+    def asked(mlp: MipMLP) -> bool:
+        recording.asked.clear()
+        rgb, density = (torch.compile(mlp, backend="aot_eager") if compiled else mlp)(*given)
+        (rgb.sum() + density.sum()).backward()
+        return recording.asked[-1]  # compiled, those before it are of tracing
+
+    torch.compiler.reset()
+    assert asked(MipMLP(*SMALL)) is True
+    assert asked(MipMLP(*SMALL, deterministic=False)) is False
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert asked(MipMLP(*SMALL, deterministic=False)) is True
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def test_the_order_of_sums_is_configured_and_may_change_in_a_resumed_run() -> None:
+    config = MipNerfConfig(num_samples=4, net_depth=2, net_width=16)
+    assert MipNerf(config).mlp.deterministic is True
+    config = dataclasses.replace(config, mlp_deterministic=False)
+    assert MipNerf(config).mlp.deterministic is False
+    check_same_config(TrainConfig(), TrainConfig(model=MipNerfConfig(mlp_deterministic=False)), "there")
 
 
 def test_the_model_passes_its_configuration_on() -> None:
@@ -308,7 +448,7 @@ def test_configurations_and_old_files() -> None:
     with pytest.raises(InputError, match="mlp_dtype: expected one of auto, bf16, fp16, fp32, got 'fp8'"):
         MipNerfConfig(mlp_dtype="fp8")  # type: ignore[arg-type]
     values = json.loads(json.dumps(to_dict(TrainConfig())))
-    for name in ("mlp_backend", "mlp_dtype"):
+    for name in ("mlp_backend", "mlp_dtype", "mlp_deterministic"):
         del values["model"][name]
     assert from_dict(values) == TrainConfig()
 

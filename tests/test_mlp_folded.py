@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import cublaslt_on_cpu
 import pytest
 import torch
 from mlp_engines import (
@@ -20,10 +23,10 @@ from mlp_engines import (
 from torch import Tensor
 
 from benchmarks.living_storages import PeakMemory
-from mipnerf_fast.ops import MipMLP, MlpShape, mlp_few_samples, mlp_folded_passes
-from mipnerf_fast.ops.gemm import CublasLtTwin, TorchGemm
+from mipnerf_fast.ops import MipMLP, MlpShape, gemm, mlp, mlp_few_samples, mlp_folded_passes
+from mipnerf_fast.ops.gemm import CublasLt, CublasLtTwin, TorchGemm
 from mipnerf_fast.ops.mlp_autograd import Architecture
-from mipnerf_fast.ops.mlp_folded import TORCH, TWIN, folded_mlp
+from mipnerf_fast.ops.mlp_folded import CUBLASLT, TORCH, TWIN, folded_mlp
 
 DOUBLE = torch.float64
 
@@ -52,6 +55,46 @@ def use_gemm(monkeypatch: pytest.MonkeyPatch) -> Any:
         return engine
 
     return use
+
+
+# Epilogues that cuBLASLt has no algorithm for, a bit for each: none of them, all but the product alone, all.
+REFUSED = {"cublaslt": 0, "cublaslt's product": 0xFE, "no cublaslt": 0xFF}
+
+
+@pytest.fixture
+def use_cublaslt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Puts the operator over cuBLASLt, its C++ as it is, on a cuBLASLt of the CPU that refuses some epilogues."""
+    loaded = cublaslt_on_cpu.load()
+
+    def use(kind: str) -> None:
+        monkeypatch.setattr(gemm, "_cublaslt", loaded.operator)
+        # Small, since it is overwritten; and of another size for each kind, since the operator remembers what it was
+        # told about a workspace.
+        monkeypatch.setattr(gemm, "_WORKSPACE_BYTES", 1024 + 16 * list(REFUSED).index(kind))
+        loaded.refuse(REFUSED[kind])
+
+    yield use
+    loaded.refuse(0)
+    assert loaded.alive() == 0
+
+
+@pytest.fixture
+def make_gemm(use_cublaslt: Callable[[str], None]) -> Callable[[str], Any]:
+    """Products by their name and the operands' dtype."""
+
+    def make(kind: str) -> Any:
+        name, dtype_name = kind.split("-")
+        dtype = getattr(torch, dtype_name)
+        if name in ("torch", "twin"):
+            return TorchGemm(dtype) if name == "torch" else CublasLtTwin(dtype)
+        use_cublaslt(name)
+        return CublasLt(dtype, torch.device("cpu"))
+
+    return make
+
+
+GEMMS = ["torch-float64", "torch-bfloat16", "twin-bfloat16", "twin-float16"]
+GEMMS += [f"{name}-{dtype}" for name in REFUSED for dtype in ("bfloat16", "float16")]
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), NO_VIEW_LAYER], ids=[*SHAPES, "no view layer"])
@@ -124,13 +167,14 @@ def test_products_of_the_papers_network(use_gemm: Any) -> None:
         (False, 16, 0.5),
         (False, 4, 0.75),
         (True, 512, 0.7),
-        (True, 64, 0.75),
+        (True, 64, 0.7),
+        (True, 32, 0.75),
         (True, 4, 1.0),
     ],
 )
 def test_memory(training: bool, rays: int, share: float) -> None:
-    """Of the reference's peak: half for inference from 1024 samples on, three quarters for training where its own
-    activations are what counts, never more for few samples."""
+    """Of the reference's peak: half for inference from 1024 samples on, three quarters for training from 2048 on, where
+    its own activations are what counts, never more for the few samples that take torch's layers."""
     shape = MlpShape()
     features, viewdirs_enc = inputs(shape, rays, 64)
     peaks = {}
@@ -176,16 +220,16 @@ def matrices(*shapes: tuple[int, int]) -> list[Tensor]:
     return [torch.randn(rows, columns + 16, dtype=DOUBLE)[:, 8 : 8 + columns] for rows, columns in shapes]
 
 
+@pytest.mark.filterwarnings("ignore:gemm. cuBLASLt has no algorithm")
 @pytest.mark.parametrize("beta", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["torch-float64", "torch-bfloat16", "twin-bfloat16", "twin-float16"])
-def test_products(kind: str, beta: float) -> None:
+@pytest.mark.parametrize("kind", GEMMS)
+def test_products(kind: str, beta: float, make_gemm: Callable[[str], Any]) -> None:
     """Every product and epilogue against its formula in float64 on the same rounded operands.
 
     Sums are float32: 64 terms of size about 1 are off by less than 64 x 2^-24 x sqrt(64); the result is rounded once.
     """
-    name, dtype_name = kind.split("-")
-    dtype = getattr(torch, dtype_name)
-    engine: Any = TorchGemm(dtype) if name == "torch" else CublasLtTwin(dtype)
+    engine = make_gemm(kind)
+    dtype = engine.dtype
     sums = DOUBLE if dtype == DOUBLE else torch.float32
     x, weight, start, delta = matrices((21, 64), (40, 64), (21, 40), (21, 40))
     x, weight, delta = (m.to(dtype) for m in (x, weight, delta))
@@ -222,11 +266,14 @@ def test_products(kind: str, beta: float) -> None:
         before = again.double().clone()
         engine.forward(x, weight, again, beta=beta)
         close(again, exact[0] @ exact[1].T + beta * before, 2)
-    masked = torch.randn(21, 40).to(dtype)
+    # Into columns of a wider matrix, as on the trunk's output.
+    wider = torch.randn(21, 48).to(dtype)
+    masked, beside = wider[:, :40], wider[:, 40:].clone()
     before = masked.double().clone()
     square = torch.randn(40, 40).to(dtype)
     engine.grad_input(delta, square, masked, beta=beta, mask=mask)
     close(masked, (exact[2] @ square.double() + beta * before) * passed, 2)
+    assert torch.equal(wider[:, 40:], beside)
 
     grad, grad_bias = torch.randn(40, 64).to(sums), torch.randn(40).to(sums)
     before, before_bias = beta * grad.double(), beta * grad_bias.double()
@@ -245,13 +292,13 @@ def test_products(kind: str, beta: float) -> None:
             close(got, product + start)
 
 
-@pytest.mark.parametrize("kind", ["torch-float64", "torch-bfloat16", "twin-bfloat16"])
+@pytest.mark.filterwarnings("ignore:gemm. cuBLASLt has no algorithm")
+@pytest.mark.parametrize("kind", GEMMS)
 @pytest.mark.parametrize("given", [False, True])
-def test_biases_of_rays_and_of_heads(kind: str, given: bool) -> None:
+def test_biases_of_rays_and_of_heads(kind: str, given: bool, make_gemm: Callable[[str], Any]) -> None:
     """A row for every 7 of 21; a float32 bias over 16-bit operands makes the result float32."""
-    name, dtype_name = kind.split("-")
-    dtype = getattr(torch, dtype_name)
-    engine: Any = TorchGemm(dtype) if name == "torch" else CublasLtTwin(dtype)
+    engine = make_gemm(kind)
+    dtype = engine.dtype
     x, weight = (m.to(dtype) for m in matrices((21, 64), (40, 64)))
     product = x.double() @ weight.double().T
     raw = DOUBLE if dtype == DOUBLE else torch.float32
@@ -290,6 +337,88 @@ def test_the_twin_catches_a_wrong_mask(use_gemm: Any) -> None:
     wrong = evaluate(engine.build(shape), *inputs(shape, 4, 16))
     assert torch.equal(wrong["rgb"], right["rgb"])
     assert not torch.equal(wrong["linears.0.weight"], right["linears.0.weight"])
+
+
+@pytest.mark.parametrize("kind", list(REFUSED))
+@pytest.mark.parametrize("shape", ["64 wide", "heads read the skip", "two skips, no views", "no view layer"])
+def test_the_network_over_cublaslts_operator(
+    kind: str, shape: str, use_cublaslt: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward through the operator's C++: as far from float64 as by the twin, outputs and gradients.
+
+    Where cuBLASLt has no algorithm the numbers are as good, and a warning names every epilogue that is missing.
+    """
+    sizes = SHAPES.get(shape, NO_VIEW_LAYER)
+    network, given = Engine("emulated", "bf16", "cpu").build(sizes), inputs(sizes, 6, 16)
+    want = exact(network, *given)
+    twin = relative_errors(evaluate(network, *given), want)
+    use_cublaslt(kind)
+    monkeypatch.setitem(mlp._PRODUCTS, "emulated", CUBLASLT)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = relative_errors(evaluate(network, *given), want)
+    for quantity in ("all outputs", "all gradients"):
+        assert 0 < found[quantity] <= 1.5 * twin[quantity]
+    named = {str(warning.message).split('"')[1] for warning in caught}
+    missing = {name for number, name in enumerate(gemm._EPILOGUES) if REFUSED[kind] >> number & 1}
+    assert named <= missing
+    if kind != "cublaslt":
+        assert {"bias, ReLU and mask", "ReLU's mask", "column sums"} <= named
+
+
+def test_masks_and_biases_of_any_alignment(use_cublaslt: Callable[[str], None]) -> None:
+    """Each has an algorithm of its own: cuBLASLt goes by how both pointers are aligned when it chooses one."""
+    use_cublaslt("cublaslt")
+    engine = CublasLt(torch.bfloat16, torch.device("cpu"))
+    x, weight = (torch.randn(shape).bfloat16() for shape in ((20, 64), (40, 64)))
+    masks, biases = torch.zeros(24, 16, dtype=torch.uint8), torch.randn(48).bfloat16()
+    out = torch.empty(20, 40).bfloat16()
+    # One of the two moved, everything else where it was.
+    for of_mask, of_bias in ((0, 0), (1, 0), (0, 0), (0, 1)):
+        mask, bias = masks[of_mask : of_mask + 20], biases[of_bias : of_bias + 40]
+        engine.forward(x, weight, out, bias=bias, relu=True, mask=mask)
+        want = (x.double() @ weight.double().T + bias.double()).relu()
+        assert (out.double() - want).abs().max() <= torch.finfo(out.dtype).eps * want.abs().max()
+        assert torch.equal(gemm._bits(mask, 40) == 1, out > 0)
+
+
+def test_the_operator_refuses_what_does_not_fit(use_cublaslt: Callable[[str], None]) -> None:
+    """Its checks, and what cuBLASLt itself says no to arrive as errors that name the argument."""
+    use_cublaslt("cublaslt")
+    a, b, out, workspace = (torch.zeros(8, 8).bfloat16() for _ in range(4))
+    mask = torch.zeros(8, 16, dtype=torch.uint8)
+    product: Any = gemm._cublaslt
+    for change, message in (
+        ({"a": a.float()}, "a must be bfloat16 or float16, got float32"),
+        ({"b": b.half()}, "b must be bfloat16 as a, got float16"),
+        ({"out": out[:, :4]}, r"out must be of shape \[8, 8\] \(rows, columns\), got \[8, 4\]"),
+        ({"a": a.t()}, "a must be with contiguous rows"),
+        ({"epilogue": gemm._BIAS}, "vector must be there exactly where the epilogue takes one"),
+        ({"epilogue": gemm._BIAS, "vector": torch.zeros(8)}, "vector must be bfloat16 as out"),
+        ({"epilogue": gemm._DRELU}, "mask must be there exactly where the epilogue takes one"),
+        ({"epilogue": gemm._DRELU, "mask": mask[:, :8]}, r"mask must be of shape \[8, 16\]"),
+        ({"epilogue": 8}, "epilogue must be 0 to 7, got 8"),
+        # A mask whose rows are no multiples of 128 bits apart: cuBLASLt's own rule.
+        (
+            {"epilogue": gemm._DRELU, "mask": torch.zeros(8, 17, dtype=torch.uint8)[:, :16]},
+            "choosing an algorithm: CUBLAS_STATUS_INVALID_VALUE",
+        ),
+    ):
+        arguments = {
+            "a": a,
+            "b": b,
+            "out": out,
+            "transpose_a": False,
+            "transpose_b": True,
+            "beta": 0.0,
+            "epilogue": gemm._NONE,
+            "vector": None,
+            "mask": None,
+            "workspace": workspace,
+        }
+        assert product(**arguments) is True
+        with pytest.raises(RuntimeError, match=f"gemm_cublaslt: {message}"):
+            product(**(arguments | change))
 
 
 def test_float16_survives_gradients_of_any_size() -> None:

@@ -5,6 +5,10 @@
 // Matrices are row-major here and column-major there: out = op(a) op(b) is asked for as out^T = op(b)^T
 // op(a)^T, whose columns are the rows of out. So cuBLASLt's A is b and its B is a, its rows are the columns
 // of out (a bias has one entry for each), and its "gradient of the bias of B" sums the columns of a.
+//
+// Of the epilogues cuBLASLt has few algorithms on older GPUs (a ReLU's mask and its backward pass, say), and
+// which, only it can tell. Where it has none the operator writes nothing and returns false; gemm.py then asks
+// for the plain product and does the rest itself.
 #include <cublasLt.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -15,7 +19,6 @@
 #include <map>
 #include <mutex>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -113,14 +116,16 @@ uint32_t alignment_of(const void* pointer) {
     return alignment;
 }
 
-// Everything that cuBLASLt's choice of an algorithm depends on.
-using Key = std::array<int64_t, 17>;
+// Everything that cuBLASLt's choice of an algorithm depends on: of the mask and the vector it looks at how
+// the pointers are aligned.
+using Key = std::array<int64_t, 20>;
 
-cublasLtMatmulAlgo_t choose(cublasLtHandle_t handle, const MatmulDescription& description, const Layout& a,
-                            const Layout& b, const Layout& out, const Preference& preference, const Key& key,
-                            int64_t epilogue) {
+// Nothing where cuBLASLt has no algorithm; asked once for every key.
+std::optional<cublasLtMatmulAlgo_t> choose(cublasLtHandle_t handle, const MatmulDescription& description,
+                                           const Layout& a, const Layout& b, const Layout& out,
+                                           const Preference& preference, const Key& key) {
     static std::mutex mutex;
-    static std::map<Key, cublasLtMatmulAlgo_t> chosen;
+    static std::map<Key, std::optional<cublasLtMatmulAlgo_t>> chosen;
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = chosen.find(key);
     if (found != chosen.end()) return found->second;
@@ -129,15 +134,13 @@ cublasLtMatmulAlgo_t choose(cublasLtHandle_t handle, const MatmulDescription& de
     const cublasStatus_t status =
         cublasLtMatmulAlgoGetHeuristic(handle, description.get(), a.get(), b.get(), out.get(), out.get(),
                                        preference.get(), 1, &result, &count);
-    if (status != CUBLAS_STATUS_SUCCESS || count == 0) {
-        std::ostringstream message;
-        message << "gemm_cublaslt: cuBLASLt has no algorithm for a product [" << key[1] << ", " << key[2]
-                << "] x [" << key[2] << ", " << key[0] << "] with the epilogue \"" << kEpilogueNames[epilogue]
-                << "\" on this GPU (" << cublasLtGetStatusString(status) << ")";
-        throw std::runtime_error(message.str());
+    std::optional<cublasLtMatmulAlgo_t> algorithm;
+    if (status != CUBLAS_STATUS_NOT_SUPPORTED) {
+        check_status(status, "choosing an algorithm");
+        if (count > 0) algorithm = result.algo;
     }
-    chosen.emplace(key, result.algo);
-    return result.algo;
+    chosen.emplace(key, algorithm);
+    return algorithm;
 }
 
 void check_matrix(const Checker& check, const char* argument, const Tensor& matrix, int64_t rows,
@@ -148,7 +151,7 @@ void check_matrix(const Checker& check, const char* argument, const Tensor& matr
                "strides " + sizes_text(matrix.strides()));
 }
 
-void gemm_cublaslt(Tensor a, Tensor b, Tensor out, bool transpose_a, bool transpose_b, double beta,
+bool gemm_cublaslt(Tensor a, Tensor b, Tensor out, bool transpose_a, bool transpose_b, double beta,
                    int64_t epilogue, std::optional<Tensor> vector, std::optional<Tensor> mask,
                    Tensor workspace) {
     const Checker check{"gemm_cublaslt"};
@@ -186,7 +189,7 @@ void gemm_cublaslt(Tensor a, Tensor b, Tensor out, bool transpose_a, bool transp
     check.that(workspace.is_contiguous(), "workspace", "contiguous", sizes_text(workspace.strides()));
     if (rows == 0 || columns == 0 || inner == 0) {
         check.that(rows == 0 || columns == 0, "a", "of at least one sample", sizes_text(a.sizes()));
-        return;
+        return true;
     }
 
     const int32_t device = a.get_device_index();
@@ -235,19 +238,24 @@ void gemm_cublaslt(Tensor a, Tensor b, Tensor out, bool transpose_a, bool transp
                      alignments[0],
                      alignments[1],
                      alignments[2],
+                     vector.has_value() ? alignment_of(vector->const_data_ptr()) : 0,
+                     mask.has_value() ? alignment_of(mask->const_data_ptr()) : 0,
+                     mask.has_value() ? mask->stride(0) : 0,
                      static_cast<int64_t>(workspace_bytes),
                      device};
     const auto lt = static_cast<cublasLtHandle_t>(handle);
-    const cublasLtMatmulAlgo_t algorithm =
-        choose(lt, description, layout_a, layout_b, layout_out, preference, key, epilogue);
+    const std::optional<cublasLtMatmulAlgo_t> algorithm =
+        choose(lt, description, layout_a, layout_b, layout_out, preference, key);
+    if (!algorithm.has_value()) return false;
     const float one = 1.0f;
     const auto scale = static_cast<float>(beta);
     check_status(
         cublasLtMatmul(lt, description.get(), &one, b.const_data_ptr(), layout_a.get(), a.const_data_ptr(),
                        layout_b.get(), &scale, out.const_data_ptr(), layout_out.get(), out.mutable_data_ptr(),
-                       layout_out.get(), &algorithm, workspace.mutable_data_ptr(), workspace_bytes,
+                       layout_out.get(), &*algorithm, workspace.mutable_data_ptr(), workspace_bytes,
                        static_cast<cudaStream_t>(stream)),
         std::string("a product with the epilogue \"") + kEpilogueNames[epilogue] + '"');
+    return true;
 }
 
 }  // namespace

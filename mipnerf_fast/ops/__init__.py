@@ -17,8 +17,10 @@ from .implementations import (
     FAST_OPERATIONS,
     OPERATIONS,
     Implementation,
+    MlpEngine,
     backend_in_use,
     implementations,
+    mlp_engines,
     why_no_tf32,
 )
 from .keeping import KeepsWeights, keeping_weights
@@ -42,6 +44,7 @@ __all__ = [
     "KeepsWeights",
     "MipMLP",
     "MlpChoice",
+    "MlpEngine",
     "MlpShape",
     "backend_in_use",
     "choose_mlp",
@@ -56,6 +59,7 @@ __all__ = [
     "implementations",
     "keeping_weights",
     "march",
+    "mlp_engines",
     "occupancy_masks",
     "occupancy_update",
     "packed_composite",

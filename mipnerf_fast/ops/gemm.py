@@ -7,9 +7,9 @@ is written over the interface, so that the algebra that runs on a GPU is the one
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +28,18 @@ _FEWEST_ROWS = 512
 # Looking it up takes as long as a small product.
 _threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
-# Epilogues as csrc/mlp/gemm_cublaslt.cpp numbers them.
+# Epilogues as csrc/mlp/gemm_cublaslt.cpp numbers and names them.
 _NONE, _BIAS, _RELU, _RELU_BIAS, _RELU_MASK, _RELU_MASK_BIAS, _DRELU, _COLUMN_SUMS = range(8)
+_EPILOGUES = (
+    "none",
+    "bias",
+    "ReLU",
+    "bias and ReLU",
+    "ReLU and mask",
+    "bias, ReLU and mask",
+    "ReLU's mask",
+    "column sums",
+)
 
 
 class Gemm(Protocol):
@@ -302,8 +312,10 @@ class CublasLtTwin:
 class CublasLt:
     """cuBLASLt: bias, ReLU and its bit mask, its backward pass and the column sums are done by the products themselves.
 
-    A bias is rounded to the dtype of the result, as cuBLASLt wants it; column sums are float32. Source: NVIDIA's
-    cuBLAS documentation, cublasLtEpilogue_t; csrc/mlp/gemm_cublaslt.cpp. It has not run on a GPU.
+    A bias is rounded to the dtype of the result, as cuBLASLt wants it; column sums are float32. Where cuBLASLt has no
+    algorithm with an epilogue, as may be on older GPUs, it does the product alone and torch the rest, with the same
+    roundings, and a warning says so. Source: NVIDIA's cuBLAS documentation, cublasLtEpilogue_t;
+    csrc/mlp/gemm_cublaslt.cpp. It has not run on a GPU.
     """
 
     align = 8
@@ -394,7 +406,41 @@ class CublasLt:
         vector: Tensor | None,
         mask: Tensor | None,
     ) -> None:
-        _cublaslt(a, b, out, transpose_a, transpose_b, beta, epilogue, vector, mask, self._workspace)
+        options = (transpose_a, transpose_b, beta, epilogue, vector, mask)
+        if not _cublaslt(a, b, out, *options, self._workspace):
+            self._run_apart(a, b, out, *options)
+
+    def _run_apart(self, a: Tensor, b: Tensor, out: Tensor, *options: Any) -> None:
+        """The same without cuBLASLt's epilogue: the product in float32, then torch's operators, one rounding."""
+        transpose_a, transpose_b, beta, epilogue, vector, mask = options
+        warnings.warn(
+            f'gemm: cuBLASLt has no algorithm for {out.shape[1]} columns with the epilogue "{_EPILOGUES[epilogue]}" on '
+            "this GPU: torch does what is missing, slower",
+            stacklevel=2,
+        )
+        plain = (transpose_a, transpose_b, beta, _NONE, None, None)
+        if epilogue == _NONE:
+            product = (a.t() if transpose_a else a).float() @ (b.t() if transpose_b else b).float()
+            out.copy_(product.add_(out, alpha=beta) if beta else product)
+            return
+        if epilogue == _COLUMN_SUMS:
+            self._run(a, b, out, *plain)
+            torch.sum(a, 0, dtype=vector.dtype, out=vector)
+            return
+        total = out
+        if out.dtype != torch.float32:
+            total = out.float() if beta else out.new_empty(out.shape, dtype=torch.float32)
+        self._run(a, b, total, *plain)
+        if epilogue == _DRELU:
+            total *= _bits(mask, out.shape[1])
+        elif vector is not None:
+            total += vector
+        if epilogue in (_RELU_MASK, _RELU_MASK_BIAS):
+            _set_bits(mask, total > 0)
+        if epilogue not in (_BIAS, _DRELU):
+            total.relu_()
+        if total is not out:
+            out.copy_(total)
 
 
 def _room(x: Tensor, columns: int, out: Tensor | None, bias: Tensor | None = None) -> Tensor:
@@ -421,12 +467,18 @@ def new_bit_mask(out: Tensor) -> Tensor:
 
 
 def _set_bits(mask: Tensor, passed: Tensor) -> None:
-    padded = torch.nn.functional.pad(passed, (0, 8 * mask.shape[1] - passed.shape[1]))
-    mask.copy_(torch.from_numpy(np.packbits(padded.numpy(), axis=1, bitorder="little")))
+    padded = torch.nn.functional.pad(passed, (0, 8 * mask.shape[1] - passed.shape[1])).unflatten(1, (-1, 8))
+    torch.sum(padded.byte() << _places(mask), -1, dtype=torch.uint8, out=mask)
 
 
 def _bits(mask: Tensor, columns: int) -> Tensor:
-    return torch.from_numpy(np.unpackbits(mask.numpy(), axis=1, count=columns, bitorder="little"))
+    """Zeros and ones [R, columns]."""
+    return ((mask.unsqueeze(-1) >> _places(mask)) & 1).flatten(1)[:, :columns]
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Of a byte's bits, the lowest first."""
+    return torch.arange(8, dtype=torch.uint8, device=mask.device)
 
 
 def has_cublaslt() -> bool:

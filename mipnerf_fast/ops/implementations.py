@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import _native
 from ..backend import current_backend
-from .mlp_backends import MlpShape, choose_mlp
+from .mlp_backends import MLP_BACKENDS, MlpShape, choose_mlp, why_not
+from .mlp_tcnn import why_not_tcnn
 
 # Of the exact model and of the fast one; `backend_in_use` sums up either.
 OPERATIONS = ("ray_batch", "frustum_ipe", "composite", "resample", "mlp")
@@ -46,6 +47,15 @@ _KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 # Of the fast model, those whose products `FastConfig.mlp_dtype` decides.
 _WITH_NETWORKS = ("fast_step", "occupancy")
 
+# Of every engine of the network what it is good for; tcnn has no part in this network.
+_GOOD_FOR = {
+    "reference": "the layers one by one, on any device, in any dtype",
+    "folded": "torch's products in float32",
+    "cublaslt": "bfloat16 or float16 operands, layer by layer",
+    "fused": "bfloat16 or float16 operands, one kernel",
+    "emulated": "cublaslt's arithmetic on the CPU, slow, for checks",
+}
+
 # Decided when the package is imported: torch.compile can read module globals but not look for a library.
 _WHY_NO_LIBRARY = _native.why_missing()
 _WHY_NO_CUDA = "" if _native.build_info().get("cuda") else "the native library was built without CUDA kernels"
@@ -64,6 +74,17 @@ class Implementation(NamedTuple):
     why: str
 
 
+class MlpEngine(NamedTuple):
+    """An engine of the exact model's network.
+
+    engine: its name. state: "used", "can serve" or "cannot serve". why: one clause.
+    """
+
+    engine: str
+    state: str
+    why: str
+
+
 def implementations(
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[Implementation]:
@@ -79,6 +100,41 @@ def implementations(
         _mlp(device, dtype) if name == "mlp" else _implementation(name, device, dtype)
         for name in (*OPERATIONS, *FAST_OPERATIONS)
     ]
+
+
+def mlp_engines(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> list[MlpEngine]:
+    """Every engine for the paper's 8 x 256 network, its parameters of this device and dtype, as the backend is set.
+
+    Example:
+        >>> [engine for engine, state, _ in ops.mlp_engines("cpu") if state == "used"]
+        ['folded']
+    """
+    device, shape = torch.device(device), MlpShape()
+    try:
+        choice = choose_mlp(shape, device, dtype)
+        used, why_used = choice.engine, choice.why
+    except RuntimeError as error:
+        used, why_used = "", str(error)
+    engines = []
+    for engine in MLP_BACKENDS[1:]:
+        if engine == used:
+            engines.append(MlpEngine(engine, "used", why_used))
+            continue
+        if engine == "reference":
+            why = ""
+        elif engine == "tcnn":
+            why = why_not_tcnn(shape, device)
+        else:
+            why = why_not(
+                engine, shape, device, dtype, torch.float32 if engine == "folded" else torch.bfloat16
+            )
+        first = f"; {used} goes first" if used else f"; {why_used}"
+        engines.append(
+            MlpEngine(engine, "cannot serve", why)
+            if why
+            else MlpEngine(engine, "can serve", _GOOD_FOR[engine] + first)
+        )
+    return engines
 
 
 def takes_kernel(operation: str, tensor: Tensor, unsupported: str = "") -> bool:
@@ -140,7 +196,7 @@ def _mlp(device: torch.device, dtype: torch.dtype) -> Implementation:
         return Implementation("mlp", "unavailable", str(error))
     if choice.engine == "reference":
         return Implementation("mlp", "reference", choice.why)
-    return Implementation("mlp", "native", f"{choice.engine}, {choice.why}")
+    return Implementation("mlp", "native", f"{choice.engine}, {choice.why}; of the paper's 8 x 256 network")
 
 
 def backend_in_use(

@@ -48,6 +48,9 @@ class MipMLP(KeepsWeights):
             fused, cublaslt and folded that serves (on GPUs of capability 8.x cublaslt goes first); `implementation`
             says which and why.
         compute_dtype: of the operands, "bf16", "fp16", "fp32"; "auto": float32 on a CPU, bfloat16 on a GPU.
+        deterministic: of "fused", which alone has the choice: gradients are summed in a fixed order, the same in every
+            run. Without, blocks add theirs to memory as they come, unless torch.use_deterministic_algorithms is on;
+            which is faster no GPU has measured.
 
     Errors: ValueError for an unknown backend or compute_dtype, and for a network that tcnn cannot express;
     RuntimeError where tiny-cuda-nn is missing.
@@ -73,6 +76,7 @@ class MipMLP(KeepsWeights):
         *,
         backend: str = "auto",
         compute_dtype: str = "auto",
+        deterministic: bool = True,
     ) -> None:
         super().__init__()
         require(backend in MLP_BACKENDS, "mlp", "backend", f"one of {', '.join(MLP_BACKENDS)}", repr(backend))
@@ -83,7 +87,7 @@ class MipMLP(KeepsWeights):
             f"one of {', '.join(MLP_DTYPES)}",
             repr(compute_dtype),
         )
-        self.backend, self.compute_dtype = backend, compute_dtype
+        self.backend, self.compute_dtype, self.deterministic = backend, compute_dtype, deterministic
         self.net_depth, self.net_depth_condition, self.skip_layer = net_depth, net_depth_condition, skip_layer
         self.shape = MlpShape(
             in_features,
@@ -291,5 +295,5 @@ class MipMLP(KeepsWeights):
         """Raw rgb and raw density from an engine that takes parameters, not layers."""
         inputs = (features, viewdirs_enc, parameters, architecture)
         if choice.engine == "fused":
-            return fused_mlp(*inputs, choice.dtype, kept=self._kept)
+            return fused_mlp(*inputs, choice.dtype, deterministic=self.deterministic, kept=self._kept)
         return folded_mlp(*inputs, _PRODUCTS[choice.engine], choice.dtype)

@@ -9,6 +9,7 @@ import torch
 from .. import _native
 from ..backend import current_backend
 from .gemm import has_cublaslt
+from .mlp_few_samples import few_of
 from .mlp_fused import why_not_fused
 from .mlp_fused_network import Sizes
 
@@ -110,6 +111,8 @@ def _fastest(
         if native:
             raise RuntimeError(f"mlp: the backend is set to native, but {'; '.join(reasons)}")
     operands = torch.float32
+    if device.type == "cpu":
+        reasons.append("not fused, not cublaslt: they run on a GPU")
     if device.type == "cpu" and wanted in _HALVES:
         if wanted == torch.bfloat16 and CPU_BF16:
             operands = torch.bfloat16
@@ -117,10 +120,23 @@ def _fastest(
             reasons.append(f"not in {_name(wanted)}: {_why_not_cpu_dtype(wanted)}")
     why = _why_not_folded(shape, device, dtype, operands)
     if not why:
-        return MlpChoice("folded", operands, "; ".join([*reasons, f"{_name(operands)} operands"]))
+        reasons += [f"{_name(operands)} operands", _few_samples(shape)]
+        return MlpChoice("folded", operands, "; ".join(reasons))
     if native:
         raise RuntimeError(f"mlp: the backend is set to native, but {why}")
     return MlpChoice("reference", dtype, "; ".join([*reasons, f"not folded: {why}"]))
+
+
+def why_not(
+    engine: str, shape: MlpShape, device: torch.device, dtype: torch.dtype, operands: torch.dtype
+) -> str:
+    """Why "folded", "emulated", "cublaslt" or "fused" cannot serve a network; empty where it can."""
+    why: str = _WHY_NOT[engine](shape, device, dtype, operands)
+    return why
+
+
+def _few_samples(shape: MlpShape) -> str:
+    return f"fewer than {few_of(shape.net_width)} samples take torch's own layers"
 
 
 # Constants to torch.compile, which cannot ask for a GPU's capability.

@@ -21,7 +21,12 @@ _FEW = 1 << 17
 
 def are_few(features: Tensor, parameters: Sequence[Tensor]) -> bool:
     """Whether this is the faster way."""
-    return features.shape[0] * features.shape[1] * parameters[0].shape[0] < _FEW
+    return features.shape[0] * features.shape[1] < few_of(parameters[0].shape[0])
+
+
+def few_of(width: int) -> int:
+    """Fewer samples than this are few for a network of this width."""
+    return -(-_FEW // width)
 
 
 def few_samples_mlp(

@@ -276,14 +276,19 @@ def backward_pass(
         return [None if alone else master.new_empty(chunk, columns, dtype=gemm.dtype) for _ in range(count)]
 
     of_first = room(network.width, 1) if network.does_first_again else []
-    deltas, of_colours = room(network.width), room(colour_rows, 1)
+    deltas = room(network.width)
     delta_views = room(shapes.widths[-1]) if shapes.view_depth > 1 else []
-    zeros = [master.new_zeros(chunk, len(top) - colour_rows - 1, dtype=gemm.dtype)]
+    # What comes down on the trunk's output, each written into its columns: the colour branch's, density's, and zeros
+    # for the rows of `top` that are none. It is done with when its room is needed for a delta of the trunk.
+    tops = deltas[(depth - 1) % 2]
+    if tops is None or len(top) > network.width:
+        tops = master.new_empty(chunk, len(top), dtype=gemm.dtype)
     of_rays: list[Tensor] = []
     grad_features = flat.new_zeros(flat.shape if to_features else (0, num_features))
     # Sums over the chunks so far.
     view_totals: list[Any] = [None] * shapes.view_depth
     totals: list[Any] = [None] * (depth + 1)
+    wholes: dict[int, Tensor] = {}
 
     for part, rows in spans:
         count = rows.stop - rows.start
@@ -295,25 +300,46 @@ def backward_pass(
         layers, masks = activations.part(rows)
         if network.does_first_again:
             bias = network.biases[0].to(gemm.dtype)
-            again = _layer(gemm, encoded, encoded, network.trunk[0], of_chunk(of_first[0]), bias, True)
-            layers = masks = [again, *layers[1:]]
+            layers = [
+                _layer(gemm, encoded, encoded, network.trunk[0], of_chunk(of_first[0]), bias, True),
+                *layers[1:],
+            ]
+            masks = layers
         # Down the colour branch.
-        delta = _delta(grad_rgb, part, scale, network.rgb_rows, master, count, gemm.dtype)
+        of_top = tops[:count, : len(top)]
+        of_colour, of_density = of_top[:, :colour_rows], of_top[:, colour_rows : colour_rows + 1]
+        if shapes.view_depth:
+            delta = _delta(grad_rgb, part, scale, network.rgb_rows, master, count, gemm.dtype)
+        else:
+            _write_delta(of_colour, grad_rgb, part, scale)
         for number in range(shapes.view_depth - 1, -1, -1):
             layer = depth + number
             view_totals[number] = gemm.grad_layer(delta, layers[layer], view_totals[number])
-            out = of_chunk(delta_views[number % 2] if number else of_colours[0])
-            delta = gemm.grad_input(delta, network.views[number], out, mask=masks[layer])
+            delta = gemm.grad_input(
+                delta,
+                network.views[number],
+                of_chunk(delta_views[number % 2]) if number else of_colour,
+                mask=masks[layer],
+            )
         if network.has_views:
-            of_rays.append(gemm.sums(delta.view(-1, samples, delta.shape[1]), 1))
-        of_density = _delta(grad_density, part, scale, 1, master, count, gemm.dtype)
-        delta = torch.cat([delta, of_density, *(zero[:count] for zero in zeros if zero.shape[1])], 1)
+            of_rays.append(gemm.sums(of_colour.unflatten(0, (-1, samples)), 1))
+        _write_delta(of_density, grad_density, part, scale)
+        if len(top) > colour_rows + 1:
+            of_top[:, colour_rows + 1 :].zero_()
 
         # Down the trunk.
+        delta = of_top
         feature_beta = 0.0
         for number in range(depth, -1, -1):
             weight, beside = matrices[number]
-            x, total = layers[number - 1] if number else encoded, totals[number]
+            x = layers[number - 1] if number else encoded
+            if beside is not None and totals[number] is None:
+                # Its parts are columns of one matrix.
+                whole = master.new_zeros(delta.shape[1], weight.shape[1] + beside.shape[1])
+                of_weight, of_beside = whole.split([weight.shape[1], beside.shape[1]], 1)
+                wholes[number] = whole
+                totals[number] = of_weight, master.new_zeros(delta.shape[1]), of_beside
+            total = totals[number]
             parts: tuple[Tensor, ...] = gemm.grad_layer(delta, x, total and total[:2])
             if beside is not None:
                 parts = (*parts, gemm.grad_weight(delta, encoded, total and total[2]))
@@ -325,8 +351,22 @@ def backward_pass(
             if number:
                 delta = gemm.grad_input(delta, weight, of_chunk(deltas[number % 2]), mask=masks[number - 1])
 
-    # Those of a layer that reads the features too lie in two parts.
-    layered = [(total[0] if len(total) == 2 else torch.cat(total[0::2], 1), total[1]) for total in totals]
+    # Nobody reads them again, and what follows takes memory of its own.
+    del (
+        activations,
+        layers,
+        masks,
+        x,
+        delta,
+        deltas,
+        delta_views,
+        of_first,
+        tops,
+        of_top,
+        of_colour,
+        of_density,
+    )
+    layered = [(wholes.get(number, total[0]), total[1]) for number, total in enumerate(totals)]
     grad_top, sums = layered.pop()
     layered.append(
         (grad_top[colour_rows : colour_rows + 1].clone(), sums[colour_rows : colour_rows + 1].clone())
@@ -434,6 +474,15 @@ def _delta(
     rows = (rows if scale is None else rows * scale).to(dtype)
     missing = columns - rows.shape[1]
     return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+
+
+def _write_delta(out: Tensor, grad: Tensor | None, rays: slice, scale: Tensor | None) -> None:
+    """The same into the columns of an operand."""
+    if grad is None:
+        out.zero_()
+    else:
+        rows = grad[rays].flatten(0, 1)
+        out.copy_(rows if scale is None else rows * scale)
 
 
 _KINDS: tuple[type[TorchGemm] | type[CublasLtTwin] | type[CublasLt], ...] = (

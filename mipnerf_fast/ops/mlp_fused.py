@@ -3,6 +3,17 @@
 The bottleneck has no activation, so it is one matrix with the layer above it; the encoded direction is the same for all
 samples of a ray, so its part is one bias per ray. The kernels (csrc/mlp) are handed the folded parameters as one array
 and give the gradients as one; what is here is the way there and back.
+
+What training keeps are the activations in 16 bits, and the masks of their ReLUs beside them, a bit each, of values
+before rounding. There is no mode that keeps masks alone: the gradient of a weight is a product with the activations,
+so the whole forward pass would be done again, estimated at 1.4 ms for 2^20 samples on an H200, to spare about 1.1 ms of
+writing that the products hide (`performance` 3.2 and 3.4; not measured).
+
+The sources are two generations: mlp_mma (mma.sync, capability 8.0 and higher) and mlp_hopper (wgmma, 9.0a alone), which
+no one file compiles for both. The first has two translation units, packing with the forward pass and the backward pass;
+the second three, with dgrad and wgrad apart: every one is some minutes of compiling, shared by two cores. Template
+parameters are the width, the operands' type and, of the forward pass, kComposites: compositing takes barriers, shared
+memory and registers that the others would pay for. All else about a network is looked up at run time.
 """
 
 from __future__ import annotations
@@ -84,7 +95,9 @@ def fused_mlp(
         parameters: weight and bias of every layer in the order of `reference.mip_mlp`; float32.
         architecture: of the network.
         dtype: of the operands: activations, weights, deltas; bfloat16 or float16 (scaled, and scaled back).
-        deterministic: whether the gradients are the same in every run; without, their sums are a little faster.
+        deterministic: whether the gradients are the same in every run, as they also are under
+            torch.use_deterministic_algorithms. Without, blocks add theirs to memory as they come, which should be
+            faster: not measured.
         kept: where folded and packed parameters are kept from call to call, as long as they do not change.
 
     Returns:
@@ -269,6 +282,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of features (empty unless wanted), viewdirs_enc (empty without) and the parameters."""
     *_, dtype, deterministic = options
+    deterministic |= torch.are_deterministic_algorithms_enabled()
     rays, samples, columns = features.shape
     with torch.autocast(features.device.type, enabled=False):
         scale = loss_scale([grad for grad in (grad_rgb, grad_density) if grad is not None], dtype)

@@ -8,6 +8,7 @@ without activation, and a colour network over those features and the encoded dir
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 import torch
@@ -77,6 +78,20 @@ class TcnnNetworks(nn.Module):
             directions = viewdirs_enc[:, None].expand(-1, samples, -1).flatten(0, 1)
             rgb = self.colour(torch.cat([rest.float(), directions.float()], -1))
         return rgb.float().unflatten(0, (rays, samples)), density.float().unflatten(0, (rays, samples))
+
+
+def why_not_tcnn(shape: MlpShape, device: torch.device) -> str:
+    """Why "tcnn" cannot stand in for a network on a device; empty where it can."""
+    reasons = []
+    try:
+        _check(shape, "auto")
+    except ValueError as error:
+        reasons.append(str(error).removeprefix("mlp: "))
+    if device.type != "cuda":
+        reasons.append(f"it runs on a GPU, and the parameters are on {device.type}")
+    if importlib.util.find_spec("tinycudann") is None:
+        reasons.append("tiny-cuda-nn is not installed")
+    return "; ".join(reasons)
 
 
 def _check(shape: MlpShape, compute_dtype: str) -> None:
