@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_emulation import harness
+from cuda_emulation.faults import broken_program
 from cuda_emulation.harness import EmulationError
 from test_fast_kernels import (
     ENCODING,
@@ -257,29 +258,7 @@ def check_levels(**options: Any) -> None:
 
 @pytest.fixture(scope="module")
 def broken() -> Path:
-    """emulate_hash_encode.cpp over a copy of the sources with every fault built in, each behind its number."""
-    folder = harness.CACHE / "broken_hash_encode"
-    sources = {path.name: path.read_text() for path in (harness.ROOT / "csrc/hash_encode").glob("*.*h")}
-    for number, (file, sound, faulty, _, _) in enumerate(FAULTS.values(), 1):
-        assert sources[file].count(sound) == 1, (
-            f"{sound!r} stands {sources[file].count(sound)} times in {file}"
-        )
-        sources[file] = sources[file].replace(sound, faulty.replace("fault", f"(sum_fault == {number})"))
-    header = "hash_encode_sums_math.h"
-    sources[header] = sources[header].replace(
-        "namespace mipnerf {", "namespace mipnerf {\ninline int sum_fault = 0;", 1
-    )
-    program = (harness.HERE / "emulate_hash_encode.cpp").read_text()
-    line = "const emulation::Program program(argc, argv);"
-    assert program.count(line) == 1
-    program = program.replace(line, f'{line}\n    sum_fault = static_cast<int>(program.integer("fault"));')
-    (folder / "hash_encode").mkdir(parents=True, exist_ok=True)
-    if not (folder / "common").is_symlink():
-        (folder / "common").symlink_to(harness.ROOT / "csrc" / "common")
-    for name, text in sources.items():
-        (folder / "hash_encode" / name).write_text(text)
-    (folder / "emulate_broken_hash_encode.cpp").write_text(program)
-    return folder / "emulate_broken_hash_encode.cpp"
+    return broken_program("hash_encode", "hash_encode", [fault[:3] for fault in FAULTS.values()])
 
 
 def test_the_copy_without_a_fault_is_sound(broken: Path) -> None:
