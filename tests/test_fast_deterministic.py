@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 from cuda_emulation import harness
+from cuda_emulation.faults import broken_program
 from cuda_emulation.harness import EmulationError
-from planted_faults import planted
 from test_fast_kernels import (
     ENCODING,
     FLOOR,
@@ -257,10 +257,8 @@ def check_levels(**options: Any) -> None:
 
 @pytest.fixture(scope="module")
 def broken() -> Path:
-    """emulate_hash_encode.cpp over a copy of the sources with every fault built in."""
-    program = (harness.HERE / "emulate_hash_encode.cpp").read_text()
-    faults = ((f"hash_encode/{file}", sound, faulty) for file, sound, faulty, _, _ in FAULTS.values())
-    return planted("broken_hash_encode", program, "hash_encode/hash_encode_sums_math.h", faults)
+    faults = [(f"hash_encode/{fault[0]}", *fault[1:3]) for fault in FAULTS.values()]
+    return broken_program("hash_encode", faults)
 
 
 def test_the_copy_without_a_fault_is_sound(broken: Path) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from cuda_emulation import harness
+from cuda_emulation.faults import broken_program
 from cuda_emulation.harness import EmulationError
-from planted_faults import planted
 from rounding_bound import within_rounding
 from test_fast_step import SMALL, VARIANTS, _composed, _model, _rays, _source
 from torch import Tensor
@@ -298,7 +298,7 @@ class TinyMlpCase:
         self.cotangents = torch.randn(samples, 3), torch.randn(samples)
 
     def emulated(
-        self, seed: int, tf32: bool, program: str = OPERATORS, **options: Any
+        self, seed: int, tf32: bool, program: str = OPERATORS, fault: int = 0, **options: Any
     ) -> dict[str, np.ndarray]:
         samples, encoded = self.given["features"].shape
         arrays = {**self.given, "rays": self.index, **self.weights}
@@ -306,7 +306,8 @@ class TinyMlpCase:
         outputs: dict[str, Any] = {"out_rgb": (samples, 3), "out_density": (samples,)}
         outputs |= {"grad_features": (samples, encoded), "grad_harmonics": torch.zeros(9, 16)}
         outputs |= {"grad_weights": (sum(w.numel() for w in self.weights.values()),)}
-        return emulate(program, "tiny_mlp", arrays, outputs, {"parts": 2, "tf32": int(tf32)}, seed, **options)
+        scalars = {"parts": 2, "tf32": int(tf32), "fault": fault}
+        return emulate(program, "tiny_mlp", arrays, outputs, scalars, seed, **options)
 
     def by_reference(self, dtype: torch.dtype, tf32: bool) -> list[Tensor]:
         named = {name: x.to(dtype).requires_grad_() for name, x in (self.given | self.weights).items()}
@@ -624,7 +625,7 @@ def broken_half() -> Path:
     text = text[: text.index("template <typename S, int F>\nstatic void step(")]
     text += "int main(int argc, char** argv) {\n    const emulation::Program program(argc, argv);\n"
     text += "    render<Half, 4>(program);\n}\n"
-    return planted("broken_half_tables", text, "hash_encode/hash_encode_device.cuh", HALF_FAULTS.values())
+    return broken_program(STEP, list(HALF_FAULTS.values()), text)
 
 
 # Products in TF32 round their operands to as many bits as features have: there it is no fault not to.
@@ -868,64 +869,60 @@ def test_the_sound_twin_in_tf32_passes_for_every_seed(run: Callable[..., None]) 
         run(seed, ["races"], tf32=True)
 
 
-# Faults of the products in TF32: what stands in the kernels, what the fault puts in its place, and the sentence with
-# which the emulation stops; without one, the results are wrong.
+# Faults of the products in TF32, all in one program: what stands in the kernels, what the fault puts in its place, and
+# the sentence with which the emulation stops; without one, the results are wrong.
 FAULTS = {
     "inputs of a fragment exchanged": (
-        "(register_index >> 1) * 4 + lane % 4",
-        "lane % 4 * 2 + (register_index >> 1)",
+        "* 8 + (register_index >> 1) * 4 + lane % 4",
+        "* 8 + (fault ? lane % 4 * 2 + (register_index >> 1) : (register_index >> 1) * 4 + lane % 4)",
         "",
     ),
-    "a sample's neighbour": ("x[8 * j + 4 * kRowStride]", "x[8 * j + 3 * kRowStride]", ""),
+    "a sample's neighbour": ("x[8 * j + 4 * kRowStride]", "x[8 * j + (fault ? 3 : 4) * kRowStride]", ""),
     "rows of a weight gradient exchanged": (
         "{low.value[0], high.value[0], low.value[1], high.value[1]}",
-        "{low.value[0], low.value[1], high.value[0], high.value[1]}",
+        "{low.value[0], fault ? low.value[1] : high.value[0], fault ? high.value[0] : low.value[1], high.value[1]}",
         "",
     ),
     "hidden layers not rounded": (
         "value.value[j] = operand<kTf32>(value.value[j])",
-        "value.value[j] = operand<false>(value.value[j])",
+        "value.value[j] = fault ? value.value[j] : operand<kTf32>(value.value[j])",
         "was not rounded to TF32",
     ),
     "padding not written": (
         "for (int k = 0; k < rows; ++k)",
-        "for (int k = 0; k < sizes.encoded; ++k)",
+        "for (int k = 0; k < (fault ? sizes.encoded : rows); ++k)",
         "was not rounded to TF32",
     ),
 }
 
 
-def faulty(tmp_path: Path, sound: str, fault: str) -> str:
-    """A program of the operator tiny_mlp alone, whose kernels have one fault."""
-    text = ""
-    for name in ("products", "device", "kernels"):
-        text += (harness.ROOT / f"csrc/tiny_mlp/tiny_mlp_{name}.cuh").read_text()
-    assert text.count(sound) == 1, sound
-    text = re.sub(r'#pragma once|#include "tiny_mlp_(products|device)\.cuh"', "", text.replace(sound, fault))
-    text = re.sub(
-        r'#include "(tiny_mlp_\w+\.h)"', r'#include "tiny_mlp/\1"', text.replace('"../common', '"common')
-    )
-    program = (harness.HERE / f"emulate_{OPERATORS}.cpp").read_text()
-    scratch = program[
-        program.index("template <typename T>\nstatic T* scratch") : program.index("static float number")
-    ]
-    run = program[program.index("static void tiny_mlp(") : program.index("int main")]
-    path = tmp_path / "emulate_faulty.cpp"
-    main = "int main(int argc, char** argv) { tiny_mlp(emulation::Program(argc, argv)); }\n"
-    path.write_text(f'#include "program.h"\n{text}using namespace mipnerf;\n{scratch}{run}{main}')
-    return str(path)
+@pytest.fixture(scope="module")
+def broken_tiny_mlp() -> str:
+    return str(broken_program(OPERATORS, [in_tiny_mlp(*fault[:2]) for fault in FAULTS.values()]))
+
+
+def in_tiny_mlp(sound: str, fault: str) -> tuple[str, str, str]:
+    """With the file that it stands in."""
+    for path in (harness.ROOT / "csrc/tiny_mlp").glob("*.cuh"):
+        if sound in path.read_text():
+            return f"tiny_mlp/{path.name}", sound, fault
+    raise AssertionError(f"{sound!r} stands nowhere")
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_of_the_products_in_tf32_is_caught(name: str, tmp_path: Path) -> None:
-    sound, fault, sentence = FAULTS[name]
-    program = faulty(tmp_path, sound, fault)
+def test_a_fault_of_the_products_in_tf32_is_caught(name: str, broken_tiny_mlp: str) -> None:
+    *_, sentence = FAULTS[name]
     case = TinyMlpCase(70, 27, 64, 1)
+    options: dict[str, Any] = {
+        "program": broken_tiny_mlp,
+        "fault": list(FAULTS).index(name) + 1,
+        "checks": ["memory"],
+    }
     if sentence:
         with pytest.raises(EmulationError, match=sentence):
-            case.emulated(0, True, program=program, checks=["memory"])
+            case.emulated(0, True, **options)
         return
-    found = case.emulated(0, True, program=program, checks=["memory"])
+    found = case.emulated(0, True, **options)
     rounded, truth = (case.by_reference(dtype, True) for dtype in (torch.float32, torch.float64))
     exact = case.by_reference(torch.float64, False)
     far = 0

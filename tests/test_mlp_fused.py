@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_mlp_hopper
 import torch
 from cuda_emulation.harness import run
+from test_mlp_kernels import program_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -410,8 +412,12 @@ def test_a_picture_packs_its_weights_once(monkeypatch: pytest.MonkeyPatch) -> No
 # ---- through the emulated kernels
 
 
+def stored(x: Tensor) -> np.ndarray:
+    return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
+
+
 class Emulated:
-    """The operators by csrc/mlp in the CUDA emulation, bfloat16, with the sums split in three."""
+    """The operators by csrc/mlp in the CUDA emulation, with the sums split in three."""
 
     def kernels(self) -> Kernels:
         return TWINS._replace(forward=self.forward, backward=self.backward)
@@ -426,9 +432,8 @@ class Emulated:
         grads: dict[str, Tensor | None],
         to_features: bool,
     ) -> dict[str, np.ndarray]:
-        assert features.dtype == torch.bfloat16
         count, columns = features.shape
-        arrays = {"features": features.view(torch.int16).numpy().view(np.uint16)}
+        arrays = {"features": stored(features)}
         layers = twin_layers(flat, columns, sizes)
         for number, (weight, bias) in enumerate(layers):
             arrays |= {f"weight{number}": weight.numpy(), f"bias{number}": bias.numpy()}
@@ -439,17 +444,18 @@ class Emulated:
         assert module is not None
         per_tile, tiles = module.mlp_sizes(columns, *sizes), -(-count // 128)
         hidden = count * (sizes.width * sizes.depth + sizes.view_width * sizes.view_depth)
+        of_type = arrays["features"].dtype
         outputs: dict[str, Any] = {
             "packed": ((per_tile["packed"],), np.uint8),
             "rgb": ((count, 3), np.float32),
             "density": ((count,), np.float32),
-            "activations": ((hidden,), np.uint16),
+            "activations": ((hidden,), of_type),
             "masks": ((per_tile["masks"] // 4 * tiles,), np.uint32),
         }
         if grads:
             arrays |= {name: grad.numpy() for name, grad in grads.items() if grad is not None}
             outputs |= {
-                "deltas": ((hidden + 8 * count,), np.uint16),
+                "deltas": ((hidden + 8 * count,), of_type),
                 "gradients": (flat.shape, np.float32),
                 "workspace": ((3 * flat.numel(),), np.float32),
             }
@@ -458,7 +464,8 @@ class Emulated:
             if sizes.view_depth:
                 outputs["ray_sums"] = ((count // samples_per_ray, sizes.view_width), np.float32)
         scalars = {"features": columns, "samples": count, "samples_per_ray": samples_per_ray, "splits": 3}
-        return run("mlp", arrays, outputs, scalars | sizes._asdict(), checks=["memory"])
+        defines = program_of(sizes.width, str(features.dtype).removeprefix("torch."))
+        return run("mlp", arrays, outputs, scalars | sizes._asdict(), checks=["memory"], defines=defines)
 
     def forward(
         self, features: Tensor, ray_bias: Tensor | None, packed: Tensor, samples_per_ray: int, *options: Any
@@ -491,19 +498,70 @@ class Emulated:
         return gradients, sums, grad_features
 
 
+class EmulatedHopper(Emulated):
+    """The same by the kernels of compute capability 9.0a."""
+
+    def _run(
+        self,
+        features: Tensor,
+        ray_bias: Tensor | None,
+        flat: Tensor,
+        samples_per_ray: int,
+        sizes: Sizes,
+        grads: dict[str, Tensor | None],
+        to_features: bool,
+    ) -> dict[str, np.ndarray]:
+        count, columns = features.shape
+        kind = "Bfloat16" if features.dtype == torch.bfloat16 else "Half"
+        rays = count // samples_per_ray
+        shape = test_mlp_hopper.Shape(
+            features=columns, type=kind, rays=rays, samples_per_ray=samples_per_ray, **sizes._asdict()
+        )
+        network = test_mlp_hopper.Network(shape)
+        network.parameters, network.features = flat.numpy(), stored(features)
+        if ray_bias is not None:
+            network.ray_bias = ray_bias.numpy()
+        kept = test_mlp_hopper.forward(network)
+        if not grads:
+            return kept
+        for name, grad in grads.items():
+            setattr(network, name, None if grad is None else grad.numpy())
+        deltas = test_mlp_hopper.dgrad(network, kept, to_features)
+        return deltas | test_mlp_hopper.wgrad(network, kept, deltas, is_deterministic=True)
+
+
+# Features, view features, width, depth, view width, view depth, skip; rays, samples of each.
+MMA, HOPPER, BFLOAT16, HALF = Emulated(), EmulatedHopper(), torch.bfloat16, torch.float16
+BESIDE_AUTOCAST = {
+    "mma": (MMA, BFLOAT16, (96, 27, 64, 8, 32, 1, 4), (5, 29)),
+    "mma, no view": (MMA, BFLOAT16, (48, None, 64, 4, 8, 1, 3), (5, 29)),
+    "mma, width 128": (MMA, BFLOAT16, (30, 15, 128, 2, 64, 2, 4), (5, 29)),
+    "mma, width 256": (MMA, BFLOAT16, (48, 27, 256, 2, 128, 1, 1), (3, 13)),
+    "mma, half": (MMA, HALF, (96, 27, 64, 8, 32, 1, 4), (5, 29)),
+    "Hopper": (HOPPER, BFLOAT16, (96, 27, 64, 8, 32, 1, 4), (5, 29)),
+    "Hopper, half, width 128": (HOPPER, HALF, (30, 15, 128, 2, 64, 2, 1), (5, 29)),
+    "Hopper, width 256": (HOPPER, BFLOAT16, (48, None, 256, 2, 16, 1, 4), (3, 13)),
+}
+
+
 @pytest.mark.parametrize(
-    "shape", [(96, 27, 64, 8, 32, 1, 4), (48, None, 64, 4, 8, 1, 3), (30, 15, 128, 2, 64, 2, 4)]
+    ("kernels", "operands", "shape", "rays"), BESIDE_AUTOCAST.values(), ids=BESIDE_AUTOCAST.keys()
 )
 def test_error_is_within_twice_that_of_autocast(
-    shape: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+    kernels: Emulated,
+    operands: torch.dtype,
+    shape: tuple[Any, ...],
+    rays: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Outputs and gradients of everything, by the emulated kernels and by torch's bfloat16, against float64."""
-    take(Emulated().kernels(), monkeypatch)
+    """Outputs and gradients of everything, by the emulated kernels and by torch's autocast, against float64."""
+    take(kernels.kernels(), monkeypatch)
     features, views, width, depth, view_width, view_depth, skip = shape
     torch.manual_seed(0)
     sizes = reference.mip_mlp_shapes(features, views, depth, width, view_depth, view_width, skip)
     linears = torch.nn.ModuleList(torch.nn.Linear(i, o) for i, o in sizes)
-    inputs = [torch.rand(5, 29, features) * 2 - 1] + ([] if views is None else [torch.rand(5, views) * 2 - 1])
+    inputs = [torch.rand(*rays, features) * 2 - 1]
+    inputs += [] if views is None else [torch.rand(rays[0], views) * 2 - 1]
     architecture = Architecture(depth, view_depth, skip)
 
     def results(dtype: torch.dtype, autocast: bool, fused: bool) -> list[Tensor]:
@@ -511,15 +569,9 @@ def test_error_is_within_twice_that_of_autocast(
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
         parameters = [p for linear in network for p in linear.parameters()]
         directions = None if views is None else leaves[1]
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", operands, enabled=autocast):
             if fused:
-                outputs = fused_mlp(
-                    leaves[0],
-                    directions,
-                    parameters,
-                    architecture,
-                    torch.bfloat16,
-                )
+                outputs = fused_mlp(leaves[0], directions, parameters, architecture, operands)
             else:
                 outputs = reference.mip_mlp(leaves[0], directions, network, *architecture)
         rgb, density = (output.to(dtype) for output in outputs)

@@ -16,14 +16,18 @@ import mlp_compositing
 import numpy as np
 import pytest
 from cuda_emulation import harness
-from cuda_emulation.harness import EmulationError, from_bfloat16, run, to_bfloat16
+from cuda_emulation.harness import from_bfloat16, run, to_bfloat16
 from mlp_compositing import OPTIONS, make_rays
 
-SEEDS = range(20)
 TILE_ROWS, THREADS = 128, 256
 FLOAT = 2.0**-24
 # Half of the last place of a number, and half of the smallest one.
 ROUNDING = {"bfloat16": (2.0**-8, 2.0**-134), "float16": (2.0**-11, 2.0**-25)}
+
+
+def program_of(width: int, dtype: str) -> tuple[str, str]:
+    """The macros of emulate_mlp.cpp."""
+    return f"MIPNERF_WIDTH={width}", f"MIPNERF_TYPE={dict(bfloat16='Bfloat16', float16='Half')[dtype]}"
 
 
 @dataclass
@@ -106,18 +110,23 @@ class Network:
         return self.load(self.store(x))
 
     @property
+    def defines(self) -> tuple[str, str]:
+        return program_of(self.width, self.dtype)
+
+    @property
     def stored_type(self) -> type:
         return np.uint16 if self.dtype == "bfloat16" else np.float16
 
 
 PAPER = Network(96, 256, 8, 4, 128, 1)
+# Every depth; view branches of none, 1, 2, 3 and the most layers.
 NETWORKS = {
     "one layer": (Network(12, 64, 1, 4), 1, 1),
-    "skip everywhere": (Network(128, 64, 3, 1, 32, 1), 1, 17),
+    "skip everywhere, the most layers": (Network(128, 64, 8, 1, 32, 8), 1, 17),
     "odd features, skip in heads and view": (Network(90, 64, 5, 4, 48, 2), 127, 1),
-    "half, three tiles": (Network(6, 64, 8, 2, 64, 3, "float16"), 3, 100),
-    "width 128": (Network(96, 128, 3, 2, 64, 1), 43, 3),
-    "half, skip in heads, no view": (Network(24, 64, 4, 3, dtype="float16"), 130, 1),
+    "half, three tiles": (Network(6, 64, 6, 2, 64, 3, "float16"), 3, 100),
+    "width 128": (Network(96, 128, 4, 2, 64, 1), 43, 3),
+    "half, skip in heads, no view": (Network(24, 64, 7, 3, dtype="float16"), 130, 1),
     "half, width 128": (Network(48, 128, 3, 1, 32, 1, "float16"), 5, 27),
     "half, width 256": (Network(24, 256, 2, 1, 128, 2, "float16"), 2, 65),
     "the paper's": (PAPER, 1, 129),
@@ -268,7 +277,6 @@ def run_case(
     composites: bool = False,
     checks: Sequence[str] = harness.CHECKS,
     program: str | Path = "mlp",
-    defines: Sequence[str] = (),
     **scalars: Any,
 ) -> Case:
     net, samples = case.net, case.samples
@@ -302,10 +310,10 @@ def run_case(
             outputs["ray_sums"] = ((case.rays, net.view_width), np.float32)
         if splits > 1 and not atomic:
             outputs["workspace"] = ((splits * size,), np.float32)
-    names = ("features", "width", "depth", "skip_layer", "view_width", "view_depth")
+    names = ("features", "depth", "skip_layer", "view_width", "view_depth")
     values = {name: getattr(net, name) for name in names}
     values |= {"samples": samples, "samples_per_ray": case.samples_per_ray, "splits": splits, **scalars}
-    case.out = run(program, arrays, outputs, values, seed, checks=checks, defines=defines)
+    case.out = run(program, arrays, outputs, values, seed, checks=checks, defines=net.defines)
     return case
 
 
@@ -411,6 +419,21 @@ def test_forward_and_backward(name: str) -> None:
     check_backward(case, case.samples // 16 + 2)
 
 
+def test_depths() -> None:
+    networks = [net for net, *_ in NETWORKS.values()]
+    assert {net.depth for net in networks} == set(range(1, 9))
+    assert {net.view_depth for net in networks} == {0, 1, 2, 3, 8}
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_no_samples(splits: int) -> None:
+    case = run_case(make_case(Network(20, 64, 2, 1, 32, 2), 0, 5), splits=splits)
+    assert case.out["packed"].tobytes() == expected_packed(case.net)
+    for layer, (weight, bias) in zip(case.net.layers, gradient_offsets(case.net), strict=False):
+        assert not case.out["gradients"][weight : weight + layer.weight.size].any()
+        assert not case.out["gradients"][bias : bias + layer.outputs].any()
+
+
 @pytest.mark.parametrize("given", ["rgb", "density"])
 def test_a_missing_gradient_is_zero(given: str) -> None:
     case = make_case(Network(12, 64, 2, 4, 16, 1), 3, 3)
@@ -486,222 +509,3 @@ def test_compositing_behind(rays: int, samples_per_ray: int) -> None:
 )
 def test_compositing_behind_other_networks(net: Network) -> None:
     composite_case(net, 2, 70, checks=["memory"])
-
-
-# ---- broken kernels
-
-# The sources with one fault each, chosen at run time: file, what stands there, what stands there when broken.
-FAULTS: list[tuple[str, str, str, str, str, str]] = [
-    (
-        "no barrier before a tile is overwritten",
-        "mlp_kernels.cuh",
-        "block_sync();  // every warp has read the tile\n            const auto masks",
-        "if (!fault) block_sync();\n            const auto masks",
-        "races",
-        "race: .* of shared memory|has not written",
-    ),
-    (
-        "a stage refilled while it is read",
-        "mlp_tile.cuh",
-        "        block_sync();  // the stage is there for every warp, and the one used last is free\n        issue(",
-        "        if (fault) issue(reading_ == 0 ? G::kStages - 1 : reading_ - 1);\n"
-        "        block_sync();  // the stage is there\n        if (!fault) issue(",
-        "races",
-        "may still be writing|race: .* of shared memory",
-    ),
-    (
-        "no barrier after the weights have landed",
-        "mlp_tile.cuh",
-        "block_sync();  // the stage is there",
-        "if (!fault) block_sync();  // the stage is there",
-        "races",
-        "may still be writing|race: .* of shared memory|has not written",
-    ),
-    (
-        "a wait for one group too few",
-        "mlp_tile.cuh",
-        "async_wait<G::kStages - 2>();",
-        "if (fault) async_wait<G::kStages - 1>(); else async_wait<G::kStages - 2>();",
-        "races",
-        "may still be writing",
-    ),
-    (
-        "features read before they have landed",
-        "mlp_kernels.cuh",
-        "    async_commit();\n    async_wait<0>();",
-        "    async_commit();\n    if (!fault) async_wait<0>();",
-        "races",
-        "may still be writing",
-    ),
-    (
-        "the last row but one",
-        "mlp_tile.cuh",
-        "while (row < rows) {",
-        "while (row < rows + fault) {",
-        "memory",
-        "AddressSanitizer",
-    ),
-    (
-        "wgrad waits for one group too few",
-        "mlp_backward_kernels.cuh",
-        "async_wait<kWgradStages - 2>();",
-        "if (fault) async_wait<kWgradStages - 1>(); else async_wait<kWgradStages - 2>();",
-        "races",
-        "may still be writing|race: .* of shared memory",
-    ),
-    # Wrong numbers, without a word from the checks.
-    (
-        "neighbours' masks",
-        "mlp_backward_kernels.cuh",
-        "masks.value[r] >> (4 * product + k) & 1",
-        "masks.value[r] >> (4 * product + (k ^ fault)) & 1",
-        "values",
-        "deltas of hidden layer",
-    ),
-    (
-        "a stale stage",
-        "mlp_tile.cuh",
-        "stages() + reading_ * kStageBytes",
-        "stages() + (fault ? 1 - reading_ : reading_) * kStageBytes",
-        "values",
-        "layer|head",
-    ),
-    (
-        "a sample left out",
-        "mlp_backward_kernels.cuh",
-        "const bool valid = row < rows && first + column < columns;\n            async",
-        "const bool valid = row < rows - fault && first + column < columns;\n            async",
-        "values",
-        "gradient of weight",
-    ),
-    (
-        "the bias of the next ray",
-        "mlp_kernels.cuh",
-        "static_cast<int>(sample / in.samples_per_ray)",
-        "static_cast<int>((sample + fault) / in.samples_per_ray)",
-        "memory",
-        "AddressSanitizer",
-    ),
-]
-
-
-# The same in what comes behind the network.
-COMPOSITING_FAULTS: list[tuple[str, str, str, str, str, str]] = [
-    (
-        "composited before every row is there",
-        "mlp_kernels.cuh",
-        "block_sync();  // colours and densities of all rows are there",
-        "if (!fault) block_sync();",
-        "races",
-        "race: |has not written",
-    ),
-    (
-        "the progress of a long ray forgotten",
-        "mlp_kernels.cuh",
-        "if (before > 0) progress = kept_progress(kept, 1);",
-        "if (before > 0 && !fault) progress = kept_progress(kept, 1);",
-        "values",
-        "pixels|distance|acc|weights",
-    ),
-    (
-        "the colour of the next sample",
-        "mlp_kernels.cuh",
-        "load_pack_shared<4>(colour_at<W>(tile, row + i))",
-        "load_pack_shared<4>(colour_at<W>(tile, row + i + (fault && i == 0)))",
-        "values",
-        "pixels",
-    ),
-    (
-        "the depth in front of 32 samples left out",
-        "mlp_composite.cuh",
-        "progress.depth += warp_shuffle(inclusive, kWarpSize - 1);",
-        "if (!fault) progress.depth += warp_shuffle(inclusive, kWarpSize - 1);",
-        "values",
-        "pixels|distance|acc|weights",
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def broken() -> Path:
-    """emulate_mlp.cpp over a copy of the sources with every fault built in, each behind its number."""
-    folder = harness.CACHE / "broken_mlp"
-    sources = {path.name: path.read_text() for path in (harness.ROOT / "csrc" / "mlp").glob("mlp_*.*h")}
-    for number, (_, file, sound, faulty, _, _) in enumerate(FAULTS + COMPOSITING_FAULTS, 1):
-        assert sources[file].count(sound) == 1, (
-            f"{sound!r} stands {sources[file].count(sound)} times in {file}"
-        )
-        faulty = faulty.replace("fault", f"(mlp_fault == {number})")
-        sources[file] = sources[file].replace(sound, faulty)
-    sources["mlp_plan.h"] = sources["mlp_plan.h"].replace(
-        "namespace mipnerf {", "namespace mipnerf {\ninline int mlp_fault = 0;", 1
-    )
-    program = (harness.HERE / "emulate_mlp.cpp").read_text()
-    program = program.replace(
-        "const auto width =",
-        'mlp_fault = static_cast<int>(program.integer("fault"));\n    const auto width =',
-        1,
-    )
-    (folder / "mlp").mkdir(parents=True, exist_ok=True)
-    for name in ("common", "composite", "frustum_ipe"):
-        link = folder / name
-        if not link.is_symlink():
-            link.symlink_to(harness.ROOT / "csrc" / name)
-    for path, text in [
-        *((folder / "mlp" / name, text) for name, text in sources.items()),
-        (folder / "emulate_broken_mlp.cpp", program),
-    ]:
-        path.write_text(text)
-    return folder / "emulate_broken_mlp.cpp"
-
-
-def run_broken(program: Path, fault: int, seed: int, checks: Sequence[str]) -> Case:
-    case = make_case(Network(16, 64, 2, 4, 16, 1), 11, 3, seed)
-    return run_case(
-        case, seed, program=program, fault=fault, checks=checks, defines=("MIPNERF_ONE_INSTANCE",)
-    )
-
-
-def check_both(case: Case) -> None:
-    check_forward(case)
-    check_backward(case, case.samples // 16 + 3)
-
-
-def test_the_copy_without_a_fault_is_sound(broken: Path) -> None:
-    for seed in SEEDS:
-        check_both(run_broken(broken, 0, seed, harness.CHECKS))
-
-
-def composite_broken(program: Path, fault: int, seed: int, checks: Sequence[str]) -> None:
-    net, defines = Network(12, 64, 2, 4, 16, 1), ("MIPNERF_ONE_INSTANCE",)
-    composite_case(net, 2, 150, seed, program=program, fault=fault, checks=checks, defines=defines)
-
-
-def test_compositing_without_a_fault_is_sound(broken: Path) -> None:
-    for seed in SEEDS:
-        composite_broken(broken, 0, seed, harness.CHECKS)
-
-
-@pytest.mark.parametrize("fault", COMPOSITING_FAULTS, ids=[fault[0] for fault in COMPOSITING_FAULTS])
-def test_broken_compositing_is_caught_for_every_seed(
-    broken: Path, fault: tuple[str, str, str, str, str, str]
-) -> None:
-    *_, check, sentence = fault
-    number = len(FAULTS) + 1 + COMPOSITING_FAULTS.index(fault)
-    for seed in SEEDS:
-        error = AssertionError if check == "values" else EmulationError
-        with pytest.raises(error, match=sentence):
-            composite_broken(broken, number, seed, ["memory"] if check == "values" else [check])
-
-
-@pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=[fault[0] for fault in FAULTS])
-def test_a_broken_kernel_is_caught_for_every_seed(broken: Path, number: int) -> None:
-    *_, check, sentence = FAULTS[number - 1]
-    for seed in SEEDS:
-        if check == "values":
-            case = run_broken(broken, number, seed, ["memory"])
-            with pytest.raises(AssertionError, match=sentence):
-                check_both(case)
-        else:
-            with pytest.raises(EmulationError, match=sentence):
-                run_broken(broken, number, seed, [check])

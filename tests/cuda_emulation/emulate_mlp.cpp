@@ -1,20 +1,23 @@
 // The fused network with mma.sync products: packing, forward, dgrad and wgrad in one run; driven by
-// tests/test_mlp_kernels.py.
+// tests/test_mlp_kernels.py. One width and one number type a program (macros MIPNERF_WIDTH, MIPNERF_TYPE).
 #include "mlp/mlp_backward_kernels.cuh"
 #include "mlp/mlp_kernels.cuh"
 #include "mlp_compositing.h"
 #include "program.h"
 
 using namespace mipnerf;
+using namespace mipnerf::mlp_mma;
+
+using T = MIPNERF_TYPE;
+constexpr int kWidth = MIPNERF_WIDTH;
 
 static MlpPlan plan_of(const emulation::Program& program) {
     const auto number = [&program](const char* name) { return static_cast<int>(program.integer(name)); };
-    return make_mlp_plan({number("features"), number("width"), number("depth"), number("skip_layer"),
+    return make_mlp_plan({number("features"), kWidth, number("depth"), number("skip_layer"),
                           number("view_depth") > 0, number("view_width"), number("view_depth")});
 }
 
 // What the forward may compute inside, computed outside: the features of every sample.
-template <typename T>
 static void encode(const MlpEncoding& encoding, std::int64_t samples, int samples_per_ray, int degrees,
                    T* features) {
     for (std::int64_t sample = 0; sample < samples; ++sample) {
@@ -53,9 +56,8 @@ static void encode(const MlpEncoding& encoding, std::int64_t samples, int sample
     }
 }
 
-template <int W, typename T>
-static void run(const emulation::Program& program) {
-    using namespace mlp_mma;
+int main(int argc, char** argv) {
+    const emulation::Program program(argc, argv);
     const MlpPlan plan = plan_of(program);
     const std::int64_t samples = program.integer("samples"),
                        samples_per_ray = program.integer("samples_per_ray");
@@ -64,7 +66,7 @@ static void run(const emulation::Program& program) {
         pack.weights[l] = program.input<float>("weight" + std::to_string(l));
         pack.biases[l] = program.input<float>("bias" + std::to_string(l));
     }
-    launch_mlp_pack<W, T>(pack, nullptr);
+    launch_mlp_pack<kWidth, T>(pack, nullptr);
 
     MlpForwardArguments<T> forward{};
     forward.plan = plan;
@@ -91,7 +93,7 @@ static void run(const emulation::Program& program) {
     }
     forward.activations = program.output<T>("activations");
     forward.masks = program.output<unsigned>("masks");
-    launch_mlp_forward<W, T>(forward, nullptr);
+    launch_mlp_forward<kWidth, T>(forward, nullptr);
 
     if (program.has("inference_rgb")) {
         MlpForwardArguments<T> inference = forward;
@@ -103,14 +105,14 @@ static void run(const emulation::Program& program) {
             inference.features = nullptr;
             inference.encoding = encoding;
         }
-        launch_mlp_forward<W, T>(inference, nullptr);
+        launch_mlp_forward<kWidth, T>(inference, nullptr);
         if (program.has("pixels")) {
             inference.rgb = inference.density = nullptr;
             inference.compositing = emulation::compositing(program);
-            launch_mlp_forward<W, T>(inference, nullptr);
+            launch_mlp_forward<kWidth, T>(inference, nullptr);
         }
     }
-    if (!program.has("deltas")) return;
+    if (!program.has("deltas")) return 0;
 
     const MlpDgradArguments<T> dgrad{plan,
                                      samples,
@@ -121,7 +123,7 @@ static void run(const emulation::Program& program) {
                                      forward.masks,
                                      program.output<T>("deltas"),
                                      program.output<float>("grad_features")};
-    launch_mlp_dgrad<W, T>(dgrad, nullptr);
+    launch_mlp_dgrad<kWidth, T>(dgrad, nullptr);
 
     MlpWgradArguments<T> wgrad{plan,
                                samples,
@@ -132,20 +134,5 @@ static void run(const emulation::Program& program) {
                                program.output<float>("gradients"),
                                program.output<float>("ray_sums"),
                                program.output<float>("workspace")};
-    launch_mlp_wgrad_split<W, T>(wgrad, static_cast<int>(program.integer("splits")), nullptr);
-}
-
-int main(int argc, char** argv) {
-    const emulation::Program program(argc, argv);
-    const bool half = program.type("activations") == "<f2";
-    const auto width = program.integer("width");
-    if (width == 64 && !half) return run<64, Bfloat16>(program), 0;
-#if !defined(MIPNERF_ONE_INSTANCE)
-    if (width == 64 && half) return run<64, Half>(program), 0;
-    if (width == 128 && !half) return run<128, Bfloat16>(program), 0;
-    if (width == 128 && half) return run<128, Half>(program), 0;
-    if (width == 256 && !half) return run<256, Bfloat16>(program), 0;
-    if (width == 256 && half) return run<256, Half>(program), 0;
-#endif
-    emulation::fail("this program has no instance of width %d and this type", static_cast<int>(width));
+    launch_mlp_wgrad_split<kWidth, T>(wgrad, static_cast<int>(program.integer("splits")), nullptr);
 }

@@ -10,6 +10,7 @@ that went into them.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -18,7 +19,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / ".cache" / "cuda_emulation"
 
+# -g1: lines and functions for the messages; what else -g writes takes a quarter of the compiler's time.
 COMMON_FLAGS = [
     "-std=c++17",
-    "-O1",
-    "-g",
+    "-g1",
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",
@@ -49,9 +50,15 @@ COMMON_FLAGS += [
 ]
 ADDRESS_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 RACE_FLAGS = ["-DMIPNERF_EMULATION_RACES"]
-# Only the program itself is instrumented for races; what -fsanitize=thread calls is in races.cpp.
-PROGRAM_FLAGS = {"memory": ADDRESS_FLAGS, "races": [*RACE_FLAGS, "-fsanitize=thread"]}
-RUNTIME_FLAGS = {"memory": ADDRESS_FLAGS, "races": RACE_FLAGS}
+# Only the program itself is instrumented for races; what -fsanitize=thread calls is in races.cpp. The check of memory
+# is compiled without optimization: with it a program takes the compiler two to three times as long, for a tenth to a
+# fifth of its own time, most of which is spent in the runtime. That stays at -O1: at -O2 AddressSanitizer
+# took an access of the runtime to a variable of its own, on the stack of a fiber, for a fault.
+PROGRAM_FLAGS = {
+    "memory": [*ADDRESS_FLAGS, "-O0"],
+    "races": [*RACE_FLAGS, "-fsanitize=thread", "-O1"],
+}
+RUNTIME_FLAGS = {"memory": [*ADDRESS_FLAGS, "-O1"], "races": [*RACE_FLAGS, "-O2"]}
 LINK_FLAGS = {"memory": ADDRESS_FLAGS, "races": []}
 RUNTIME_SOURCES = {
     "memory": ["emulation.cpp", "hopper_emulation.cpp", "program.cpp", "tensor_core.cpp"],
@@ -109,21 +116,29 @@ def _compile(source: Path, flags: tuple[str, ...]) -> Path:
         digest.update(f"\0{file}\0".encode() + Path(file).read_bytes())
     kind = hashlib.sha256("\0".join(command).encode()).hexdigest()[:8]
     target = CACHE / f"{source.stem}-{kind}-{digest.hexdigest()[:24]}.o"
-    if not target.exists():
-        _write_by(
-            target, lambda path: _call([*command, "-c", source, "-o", path], f"compiling {source.name}")
-        )
-    else:
-        os.utime(target)  # in use
+    _write_by(target, lambda path: _call([*command, "-c", source, "-o", path], f"compiling {source.name}"))
+    os.utime(target)  # in use
     return target
 
 
-def _write_by(target: Path, make: Any) -> None:
-    """Lets ``make(path)`` write a file that gets its name when complete: other processes build as well.
+def _write_by(target: Path, make: Callable[[Path], object]) -> None:
+    """Lets ``make(path)`` write a file, unless it is there, that gets its name when complete.
 
-    Files of the same name but for the hash are left over from older sources; those an hour old go.
+    Of the processes that build one thing at the same time, as the workers of pytest-xdist do with what all programs
+    share, one does and the others wait. Files of the same name but for the hash are left over from older sources;
+    those an hour old go.
     """
+    if target.exists():
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
+    kind = target.stem.rpartition("-")[0]
+    with open(target.parent / f"{kind}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _write(target, kind, make)
+
+
+def _write(target: Path, kind: str, make: Callable[[Path], object]) -> None:
     handle, name = tempfile.mkstemp(dir=target.parent, suffix=target.suffix)
     os.close(handle)
     try:
@@ -131,7 +146,7 @@ def _write_by(target: Path, make: Any) -> None:
         os.replace(name, target)
     finally:
         Path(name).unlink(missing_ok=True)
-    for other in target.parent.glob(f"{target.stem.rpartition('-')[0]}-*{target.suffix}"):
+    for other in target.parent.glob(f"{kind}-*{target.suffix}"):
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             if other.stat().st_mtime < time.time() - 3600:
                 other.unlink()
@@ -149,21 +164,24 @@ def _source_of(program: str | Path) -> Path:
 def build(program: str | Path, check: str = "memory", defines: tuple[str, ...] = ()) -> Path:
     """The executable of ``emulate_<program>.cpp`` (or of a source file) for one check (cached)."""
     parts = [(_source_of(program), (*PROGRAM_FLAGS[check], *(f"-D{define}" for define in defines)))]
-    of_runtime = [f"-D{define}" for define in defines if define.startswith("MIPNERF_EMULATION_")]
-    parts += [(HERE / name, (*RUNTIME_FLAGS[check], *of_runtime)) for name in RUNTIME_SOURCES[check]]
+    for name in RUNTIME_SOURCES[check]:
+        text = (HERE / name).read_text()
+        flags = [
+            f"-D{define}" for define in defines if define.startswith("MIPNERF_EMULATION_") and define in text
+        ]
+        parts.append((HERE / name, (*RUNTIME_FLAGS[check], *flags)))
     with ThreadPoolExecutor(max_workers=2) as pool:
         objects = list(pool.map(lambda part: _compile(*part), parts))
     digest = hashlib.sha256("\0".join([check, *(path.name for path in objects)]).encode()).hexdigest()[:24]
     variant = hashlib.sha256("\0".join([str(_source_of(program)), *defines]).encode()).hexdigest()[:8]
     target = CACHE / f"{_source_of(program).stem}-{check}-{variant}-{digest}"
-    if not target.exists():
-        link: list[str | Path] = [compiler(), *LINK_FLAGS[check], "-no-pie", *objects]
+    link: list[str | Path] = [compiler(), *LINK_FLAGS[check], "-no-pie", *objects]
 
-        def make(path: Path) -> None:
-            _call([*link, "-o", path], f"linking {_source_of(program).name}")
-            path.chmod(0o755)
+    def make(path: Path) -> None:
+        _call([*link, "-o", path], f"linking {_source_of(program).name}")
+        path.chmod(0o755)
 
-        _write_by(target, make)
+    _write_by(target, make)
     return target
 
 
@@ -244,11 +262,12 @@ def run(
     if misalign:
         raise ValueError(f"misalign names arrays that are not passed: {sorted(misalign)}")
     results: dict[str, np.ndarray] = {}
+    with ThreadPoolExecutor(max_workers=len(CHECKS)) as pool:
+        binaries = list(pool.map(lambda check: build(program, check, tuple(defines)), checks))
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "in"), Path(folder, "out")
         source.write_bytes(b"".join(parts) + b".")
-        for check in checks:
-            binary = build(program, check, tuple(defines))
+        for check, binary in zip(checks, binaries, strict=True):
             command = [str(binary), str(source), str(target), str(seed)]
             command += [
                 f"{key}={value!r}" if isinstance(value, float) else f"{key}={value}"
@@ -275,18 +294,39 @@ def run(
 
 def _with_source_lines(binary: Path, message: str) -> str:
     """Replaces the program counters of the race detector and of AddressSanitizer by functions and lines."""
+    counter = re.compile(rf"place: (0x[0-9a-f]+)|\({re.escape(str(binary))}\+(0x[0-9a-f]+)\)")
 
-    def lines(match: re.Match[str]) -> str:
-        after = int(match[1] or match[2], 16)  # the instruction after the call
-        found = subprocess.run(
-            ["addr2line", "-Cfsipe", str(binary), hex(after - 1)], capture_output=True, text=True, check=False
-        )
-        return "place: " + found.stdout.strip() if found.returncode == 0 else match[0]
+    def before(match: re.Match[str]) -> int:
+        return int(match[1] or match[2], 16) - 1  # the counters are those after the call
 
-    try:
-        return re.sub(rf"place: (0x[0-9a-f]+)|\({re.escape(str(binary))}\+(0x[0-9a-f]+)\)", lines, message)
-    except FileNotFoundError:  # no binutils: the numbers stay
-        return message
+    places = _places(binary, [before(match) for match in counter.finditer(message)])
+    return counter.sub(
+        lambda match: f"place: {places[before(match)]}" if before(match) in places else match[0], message
+    )
+
+
+_known_places: dict[tuple[Path, int], str] = {}
+
+
+def _places(binary: Path, addresses: Iterable[int]) -> dict[int, str]:
+    """Function and line of each address, with what it is inlined into; of none where there are no binutils.
+
+    addr2line reads all that the compiler wrote for debuggers, so it is started once for all addresses of a report,
+    and not for those that an earlier report had: the seeds of one fault end at the same few.
+    """
+    wanted = dict.fromkeys(addresses)
+    missing = [address for address in wanted if (binary, address) not in _known_places]
+    if missing:
+        command = ["addr2line", "-aCfsipe", str(binary), *(hex(address) for address in missing)]
+        with contextlib.suppress(FileNotFoundError):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            # Each answer begins with its address; lines of what it is inlined into follow.
+            for answer in re.split(r"^(?=0x)", done.stdout, flags=re.MULTILINE)[1:]:
+                address, _, place = answer.strip().partition(": ")
+                _known_places[binary, int(address, 16)] = place
+    return {
+        address: _known_places[binary, address] for address in wanted if (binary, address) in _known_places
+    }
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
