@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -160,6 +161,17 @@ def view_time(run_dir: Path, test: Dataset, device: torch.device) -> dict[str, A
     }
 
 
+def product_rate() -> float:
+    """Floating-point operations a second of one thread's product of 1024 x 1024, float32: what the core gives now."""
+    torch.set_num_threads(1)
+    a, best = torch.randn(1024, 1024), math.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
 def speed(data: Path, runs: Path) -> dict[str, Any]:
     """Rates and times on the CPU, with one thread and with all, on the data and by the run of the part "multi"."""
     part, cpu = PARTS["cpu"]["multi"], torch.device("cpu")
@@ -169,15 +181,18 @@ def speed(data: Path, runs: Path) -> dict[str, Any]:
     load = os.getloadavg()[0]
     training, views = [], []
     with cpu_setup():
+        rates = [product_rate()]
         for threads in counts:
             torch.set_num_threads(threads)
             training.append({"threads": threads} | training_rate(part, train, cpu))
         for threads in counts:
             torch.set_num_threads(threads)
             views.append({"threads": threads} | view_time(runs / part.name, test, cpu))
+        rates.append(product_rate())
     return {
         "part": SPEED,
         "scene": data.name,
+        "product_rates": rates,
         "training": training,
         "views": views,
         "load_before": load,

@@ -1,7 +1,8 @@
 """The measurements of the fast model: what each part of bench_fast_quality.py trains, what it should reach, and the
 tables made of what it reached.
 
-A part's result is fast_PART_DEVICE.json; `write_tables` makes fast_quality_DEVICE.md and fast_targets_DEVICE.md of all
+A part's result is fast_PART_DEVICE.json (the speed of other processors, kept beside it, is fast_speed_cpu_NAME.json);
+`write_tables` makes fast_quality_DEVICE.md and fast_targets_DEVICE.md of all
 that there are. The CPU's table of targets holds every target, those of a GPU too, "not measured" where there is no
 result.
 """
@@ -155,7 +156,7 @@ def _mean_row(table: _Table, part: Part, found: dict[str, Any] | None, where: st
 
 def _cpu_rows(table: _Table, results: Path) -> str:
     """The targets of two CPU cores; the facts of the speed."""
-    parts = {name: _load(name, results, "cpu") for name in (*PARTS["cpu"], SPEED)}
+    parts = {name: _load(name, results, "cpu") for name in PARTS["cpu"]}
     for name in ("single", "multi"):
         _mean_row(table, PARTS["cpu"][name], parts[name], "", True)
     for name, wanted in WANTED_EACH.items():
@@ -185,17 +186,25 @@ def _cpu_rows(table: _Table, results: Path) -> str:
             f"{full['training']['peak_bytes'] / 1e9:.2f} GB",
             None,
         )
-    found = parts[SPEED]
-    rate = found["training"][0]["samples_per_second"] if found else math.nan
+    speeds = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("fast_speed_cpu*.json"))
+    ]
+    if not speeds:
+        table.row("whole training step, one thread", "at least 0.5 M samples/s", None, None)
+        table.row("200 x 200 view", f"below {WANTED_VIEW:g} s", None, None)
+    return " ".join(_speed_rows(table, found) for found in speeds)
+
+
+def _speed_rows(table: _Table, found: dict[str, Any]) -> str:
+    """The targets of speed on one processor, and its facts."""
+    processor = found["run"]["device"]
+    rate = found["training"][0]["samples_per_second"]
     table.row(
-        "whole training step, one thread",
+        f"{processor}: whole training step, one thread",
         "at least 0.5 M samples/s",
-        f"{rate / 1e6:.2f} M" if found else None,
+        f"{rate / 1e6:.2f} M",
         rate >= WANTED_RATE,
     )
-    if found is None:
-        table.row("200 x 200 view", f"below {WANTED_VIEW:g} s", None, None)
-        return ""
     if len(found["training"]) > 1:
         many = found["training"][-1]
         rate, threads = many["samples_per_second"], many["threads"]
@@ -209,13 +218,17 @@ def _cpu_rows(table: _Table, results: Path) -> str:
         threads = f"{view['threads']} thread{'s' if view['threads'] > 1 else ''}"
         seconds = view["median_seconds"]
         table.row(
-            f"200 x 200 view, {threads}",
+            f"{processor}: 200 x 200 view, {threads}",
             f"below {WANTED_VIEW:g} s",
             f"{seconds:.3f} s",
             seconds < WANTED_VIEW,
         )
+    products = ""
+    if rates := found.get("product_rates"):
+        before, after = (f"{rate / 1e9:.0f}" for rate in rates)
+        products = f"a thread's float32 product of 1024 x 1024: {before} GFLOP/s before, {after} after; "
     return (
-        f"Speed: load average {found['load_before']:.1f} before, {found['load_after']:.1f} after; "
+        f"Speed: load average {found['load_before']:.1f} before, {found['load_after']:.1f} after; {products}"
         f"{_facts(found['run'])}; views: the median over {found['views'][0]['views']}."
     )
 

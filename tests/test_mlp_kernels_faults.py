@@ -172,9 +172,14 @@ def check_both(case: Case) -> None:
     check_backward(case, case.samples // 16 + 3)
 
 
+def sound_checks(seed: int) -> Sequence[str]:
+    """Races for every order; addresses, which do not depend on it, for some."""
+    return harness.CHECKS if seed in SEEDS[:4] else ["races"]
+
+
 def test_the_copy_without_a_fault_is_sound(broken: Path) -> None:
     for seed in SEEDS:
-        check_both(run_broken(broken, 0, seed, harness.CHECKS))
+        check_both(run_broken(broken, 0, seed, sound_checks(seed)))
 
 
 def composite_broken(program: Path, fault: int, seed: int, checks: Sequence[str]) -> None:
@@ -185,7 +190,7 @@ def composite_broken(program: Path, fault: int, seed: int, checks: Sequence[str]
 
 def test_compositing_without_a_fault_is_sound(broken: Path) -> None:
     for seed in SEEDS:
-        composite_broken(broken, 0, seed, harness.CHECKS)
+        composite_broken(broken, 0, seed, sound_checks(seed))
 
 
 @pytest.mark.parametrize("fault", COMPOSITING_FAULTS, ids=[fault[0] for fault in COMPOSITING_FAULTS])
