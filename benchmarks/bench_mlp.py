@@ -22,9 +22,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.harness import Case, Inputs, Outputs, main
+from benchmarks.rows import BF16, no_products
 from mipnerf_fast import reference
 from mipnerf_fast.ops import MipMLP, MlpShape, choose_mlp
-from mipnerf_fast.ops.mlp_backends import CPU_BF16
 
 SAMPLES = 128
 PAPER = MlpShape()
@@ -132,8 +132,9 @@ def case(
         mlp.load_state_dict(plain.state_dict())
         return mlp
 
-    halves_run = device.type == "cuda" or CPU_BF16
-    not_run = {} if halves_run else {"eager bf16 autocast": "this processor has no bfloat16 products"}
+    missing = no_products(device)
+    halves_run = BF16 not in missing
+    not_run = {} if halves_run else {"eager bf16 autocast": missing[BF16]}
     for label, backend, dtype in ENGINES:
         why = why_not(shape, device, backend, dtype)
         if why:

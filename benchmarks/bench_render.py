@@ -44,6 +44,7 @@ from benchmarks.rows import (
     ceilings,
     compiled_variants,
     measure_rows,
+    no_products,
     relative,
     rendering_work,
 )
@@ -183,7 +184,7 @@ class OurFrame:
 def variants(frame: Frame, autotuned: bool) -> list[Variant]:
     """All rows."""
     on_cuda = frame.device.type == "cuda"
-    no_tf32 = "" if on_cuda else "TF32 is a format of NVIDIA's GPUs"
+    missing = no_products(frame.device)
     no_graph = "" if on_cuda else "a CUDA graph needs a GPU"
     not_tuned = "" if autotuned else "left out: it compiles for minutes"
 
@@ -195,9 +196,9 @@ def variants(frame: Frame, autotuned: bool) -> list[Variant]:
 
     rows = [
         row("eager fp32", FP32),
-        row("eager TF32", TF32, no_tf32),
-        row("eager bf16 autocast", BF16),
-        *compiled_variants(functools.partial(ReferenceFrame, frame), no_tf32, not_tuned),
+        row("eager TF32", TF32, missing.get(TF32, "")),
+        row("eager bf16 autocast", BF16, missing.get(BF16, "")),
+        *compiled_variants(functools.partial(ReferenceFrame, frame), missing, not_tuned),
         row("CUDA graph of eager bf16 autocast", BF16, no_graph, captured=True),
     ]
     untrained = "" if frame.trained else "its time depends on the scene: give a trained model with --run-dir"

@@ -45,6 +45,7 @@ from benchmarks.rows import (
     ceilings,
     compiled_variants,
     measure_rows,
+    no_products,
     relative,
     told_to_end,
     training_work,
@@ -300,7 +301,7 @@ class TrainerStep:
 def reference_variants(problem: Problem, autotuned: bool) -> list[Variant]:
     """PyTorch's rows."""
     on_cuda = problem.device.type == "cuda"
-    no_tf32 = "" if on_cuda else "TF32 is a format of NVIDIA's GPUs"
+    missing = no_products(problem.device)
     no_graph = "" if on_cuda else "a CUDA graph needs a GPU"
     not_tuned = (
         "" if autotuned else f"compiled at {_AUTOTUNED_RAYS} rays only: it takes minutes for each size"
@@ -314,9 +315,9 @@ def reference_variants(problem: Problem, autotuned: bool) -> list[Variant]:
 
     return [
         row("eager fp32", FP32),
-        row("eager TF32", TF32, no_tf32),
-        row("eager bf16 autocast", BF16),
-        *compiled_variants(functools.partial(ReferenceStep, problem), no_tf32, not_tuned),
+        row("eager TF32", TF32, missing.get(TF32, "")),
+        row("eager bf16 autocast", BF16, missing.get(BF16, "")),
+        *compiled_variants(functools.partial(ReferenceStep, problem), missing, not_tuned),
         row("CUDA graph of eager bf16 autocast", BF16, no_graph, captured=True),
     ]
 

@@ -21,7 +21,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import Control, copy_bandwidth, peak_bytes, time_once
 from mipnerf_fast import MipNerfConfig, TrainConfig, reference
+from mipnerf_fast.ops.mlp_backends import CPU_BF16
 
 PYTORCH, OURS = "PyTorch", "ours"
 FP32, TF32, BF16 = "fp32", "tf32", "bf16"
@@ -129,20 +130,31 @@ _COMPILED = (
 )
 
 
+def no_products(device: torch.device) -> dict[str, str]:
+    """Why a device does not multiply operands that its rows would need, by their names.
+
+    On a CPU torch has bfloat16 products everywhere, but where the processor has none they take minutes.
+    """
+    if device.type == "cuda":
+        return {}
+    missing = {TF32: "TF32 is a format of NVIDIA's GPUs"}
+    return missing if CPU_BF16 else missing | {BF16: "this processor has no bfloat16 products"}
+
+
 def compiled_variants(
-    make: Callable[[str, str], Computation], no_tf32: str = "", why_not: str = ""
+    make: Callable[[str, str], Computation], missing: Mapping[str, str], why_not: str = ""
 ) -> list[Variant]:
     """PyTorch's rows of torch.compile, in its default mode and in max-autotune, with all operands.
 
     Args:
         make: a computation from operands and mode.
-        no_tf32, why_not: why those in TF32, or all, cannot run; or "".
+        missing: see `no_products`. why_not: why none of them can run; or "".
     """
     variants = []
     for mode in ("default", "max-autotune"):
         for operands, label in ((FP32, "fp32"), (TF32, "TF32"), (BF16, "bf16 autocast")):
             name = " ".join(["torch.compile", *([] if mode == "default" else [mode]), label])
-            why = (no_tf32 if operands == TF32 else "") or why_not
+            why = missing.get(operands, "") or why_not
             order = _COMPILED.index((mode, operands)) + 1
             build = functools.partial(make, operands, mode)
             variants.append(Variant(name, PYTORCH, operands, build, why, order))
@@ -234,9 +246,9 @@ def tensor_float(allowed: bool) -> Iterator[None]:
 def ceilings(device: torch.device, size: int | None = None) -> Ceilings:
     """Measure what the rows are held against: the best of seven copies, the median of ten random products."""
     size = size or (8192 if device.type == "cuda" else 2048)
-    products = {}
+    products, missing = {}, no_products(device)
     for name, dtype in ((BF16, torch.bfloat16), (TF32, torch.float32), (FP32, torch.float32)):
-        if name == TF32 and device.type != "cuda":
+        if name in missing:
             continue
         with tensor_float(name == TF32):
             a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -174,7 +174,7 @@ def test_torch_compile_has_a_row_of_each_mode_and_precision() -> None:
     def make(operands: str, mode: str) -> Fake:
         raise RuntimeError(f"{operands} {mode}")
 
-    variants = rows.compiled_variants(make, "no GPU")
+    variants = rows.compiled_variants(make, {rows.TF32: "no GPU"})
     assert [v.name for v in variants][:3] == [f"torch.compile {x}" for x in ("fp32", "TF32", "bf16 autocast")]
     assert [v.name for v in variants][3:] == [
         f"torch.compile max-autotune {x}" for x in ("fp32", "TF32", "bf16 autocast")
@@ -471,11 +471,15 @@ def test_the_script_of_a_step_writes_its_table(
     assert (tmp_path / "train_cpu.md").read_text() == capsys.readouterr().out.rstrip("\n") + "\n"
 
 
-def test_ceilings_of_this_machine() -> None:
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_ceilings_of_this_machine(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product that takes minutes because the processor has none like it."""
+    monkeypatch.setattr(rows, "CPU_BF16", has_bf16)
     found = rows.ceilings(CPU, size=64)
     assert found.size == 64
     assert found.copy > 0
-    assert set(found.products) == {BF16, FP32}
+    assert set(found.products) == ({BF16, FP32} if has_bf16 else {FP32})
+    assert (BF16 in rows.no_products(CPU)) == (not has_bf16)
     assert all(rate > 0 for rate in found.products.values())
 
 
