@@ -124,8 +124,12 @@ def mlp_speed(results: Path) -> str:
     columns += ["peak MiB", "of eager's"] if counted else []
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     sizes, digits = (("2^8", "2^14"), 2) if counted else (("2^14",), 1)
+    not_run: dict[str, str] = {}  # every variant once, not in every case
     for row in report["results"]:
         if row["allocator"] != "page faults removed" or not any(size in row["case"] for size in sizes):
+            continue
+        if row["median"] is None and row["note"].startswith("not run"):
+            not_run[row["variant"]] = row["note"].removeprefix("not run").strip()
             continue
         cells, variant = [row["note"] or "not measured", "-"], row["variant"]
         if row["median"] is not None:
@@ -145,6 +149,8 @@ def mlp_speed(results: Path) -> str:
         f"||got - want|| / ||want|| against float64{memory}. {facts['device']}, torch {facts['torch']}, revision "
         f"{facts['revision']}. More sizes in benchmarks/results/mlp_cpu.md.",
     ]
+    if not_run:
+        lines[-1] += f" Not run here: {'; '.join(f'{name} {why}' for name, why in not_run.items())}."
     return "\n".join([*lines, "", readme_gpu.network(results)])
 
 
