@@ -399,7 +399,8 @@ def test_the_given_interpreter_is_used_as_it_is() -> None:
         "gpu-check",
     ]
     # A make that runs this suite hands its variables down to this one.
-    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS")}
+    handed_down = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS")
+    alone = {name: value for name, value in os.environ.items() if name not in handed_down}
     planned = subprocess.run(
         [*make, "-n"], cwd=ROOT, env=alone, capture_output=True, text=True, check=True
     ).stdout
