@@ -11,21 +11,41 @@ import pytest
 import torch
 
 from mipnerf_fast import InputError
-from mipnerf_fast.data import load_dataset, multiscale, procedural
+from mipnerf_fast.data import demo_world, load_dataset, multiscale, procedural
+from mipnerf_fast.data.demo_solids import Cylinder, Material, RoundedBox, Solid, Sphere, Torus
 from mipnerf_fast.data.demo_textures import plain
-from mipnerf_fast.data.demo_world import Cylinder, Material, RoundedBox, Solid, Sphere, Torus, solids
+from mipnerf_fast.data.demo_world import solids
 from mipnerf_fast.data.procedural import camera_positions, demo_scene, look_at_origin, render_view
 from mipnerf_fast.data.pyramid import pyramid
 
 
-def test_two_renders_agree_whatever_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_renders_agree_however_points_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     c2w = look_at_origin(camera_positions("test", 5)[1])
     first = render_view(c2w, 36, 2)
     np.testing.assert_array_equal(render_view(c2w, 36, 2), first)
-    monkeypatch.setattr(procedural, "_RAYS_PER_TILE", 200)
-    tiled = render_view(c2w, 36, 2)
-    # culling by tile must not change a picture; sums over rays may differ in their last bit
-    assert int(np.abs(tiled.astype(int) - first).max()) <= 1
+    # what is passed over must not change a picture; sums over rays may differ in their last bit
+    for cube, points in ((0.03, 100), (3.0, 10**6)):
+        monkeypatch.setattr(demo_world, "_CUBE", cube)
+        monkeypatch.setattr(demo_world, "_POINTS_AT_ONCE", points)
+        assert int(np.abs(render_view(c2w, 36, 2).astype(int) - first).max()) <= 1
+
+
+def test_nothing_that_a_ray_meets_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    c2w = look_at_origin(camera_positions("train", 7)[2])
+    first = render_view(c2w, 48, 2)
+    everywhere = [np.arange(96 * 96) for _ in solids()]
+    monkeypatch.setattr(procedural, "_candidates", lambda c2w, focal, rays: everywhere)
+    monkeypatch.setattr(demo_world, "_CUBE", 3.0)
+    for solid in solids():  # boxes that hold the world, and shadows of every solid on itself
+        monkeypatch.setattr(solid, "boxes", (np.zeros((3, 1), np.float32), np.full((3, 1), 2, np.float32)))
+        monkeypatch.setattr(solid, "is_convex", False)
+    assert int(np.abs(render_view(c2w, 48, 2).astype(int) - first).max()) <= 1
+
+
+def test_views_rendered_in_threads_are_those_rendered_one_by_one() -> None:
+    images = demo_scene("val", size=40, views=6, supersample=2).images
+    for image, position in zip(images, camera_positions("val", 6), strict=True):
+        np.testing.assert_array_equal(image.numpy(), render_view(look_at_origin(position), 40, 2))
 
 
 def test_dataset_follows_blender_conventions() -> None:
@@ -185,6 +205,18 @@ def _grown(solid: Solid) -> Solid:
         if size in vars(solid):
             setattr(grown, size, getattr(solid, size) + extra)
     return grown
+
+
+@pytest.mark.parametrize("solid", [s for s, _ in _SHAPES], ids=[name for _, name in _SHAPES])
+def test_a_solid_lies_in_its_boxes(solid: Solid) -> None:
+    points = solid.centre.T + np.random.default_rng(5).uniform(-0.75, 0.75, (200_000, 3))
+    points = points[_inside(solid, points)]
+    centres, extents = (numbers.T[:, None] for numbers in solid.boxes)
+    assert bool((np.abs(points - centres) < extents + 1e-6).all(-1).any(0).all())
+    # and they are not much larger: some of it reaches to every side
+    low, high = (centres - extents).min((0, 1)), (centres + extents).max((0, 1))
+    np.testing.assert_allclose(points.min(0), low, atol=0.05)
+    np.testing.assert_allclose(points.max(0), high, atol=0.05)
 
 
 @pytest.mark.parametrize("solid", [s for s, _ in _SHAPES], ids=[name for _, name in _SHAPES])

@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #define MIPNERF_INLINE inline __attribute__((always_inline))
 
@@ -69,6 +70,11 @@ inline VectorUnit vector_unit() {
 namespace detail {
 
 template <typename Body>
+__attribute__((optimize("O1"))) void run_plain(const Body& body, int64_t begin, int64_t end) {
+    body(begin, end);
+}
+
+template <typename Body>
 void run_baseline(const Body& body, int64_t begin, int64_t end) {
     body(begin, end);
 }
@@ -89,20 +95,24 @@ run_avx512(const Body& body, int64_t begin, int64_t end) {
 
 }  // namespace detail
 
-template <typename Body>
+template <typename T = float, typename Body>
 void for_rays(int64_t rays, int64_t samples, const Body& body) {
     // Below this many samples a second thread costs more than it saves.
     constexpr int64_t kSamplesPerTask = 8192;
     const int64_t grain = std::max<int64_t>(1, kSamplesPerTask / std::max<int64_t>(1, samples));
-    const VectorUnit unit = vector_unit();
     void (*run)(const Body&, int64_t, int64_t) = nullptr;
-    if constexpr (is_compiled(VectorUnit::kBaseline)) run = detail::run_baseline<Body>;
+    if constexpr (std::is_same_v<T, double>) {
+        run = detail::run_plain<Body>;
+    } else {
+        const VectorUnit unit = vector_unit();
+        if constexpr (is_compiled(VectorUnit::kBaseline)) run = detail::run_baseline<Body>;
 #if defined(__x86_64__)
-    if constexpr (is_compiled(VectorUnit::kAvx2))
-        if (unit == VectorUnit::kAvx2) run = detail::run_avx2<Body>;
-    if constexpr (is_compiled(VectorUnit::kAvx512))
-        if (unit == VectorUnit::kAvx512) run = detail::run_avx512<Body>;
+        if constexpr (is_compiled(VectorUnit::kAvx2))
+            if (unit == VectorUnit::kAvx2) run = detail::run_avx2<Body>;
+        if constexpr (is_compiled(VectorUnit::kAvx512))
+            if (unit == VectorUnit::kAvx512) run = detail::run_avx512<Body>;
 #endif
+    }
     if (rays <= grain) return run(body, 0, rays);
     torch::stable::parallel_for(0, rays, grain, [&](int64_t begin, int64_t end) { run(body, begin, end); });
 }

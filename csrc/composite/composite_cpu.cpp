@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cpu(Tensor rgb, Ten
     with_dtypes(t_vals, rgb, [&](auto* geometry, auto* samples) {
         using T = std::remove_pointer_t<decltype(geometry)>;
         using S = std::remove_pointer_t<decltype(samples)>;
-        for_rays(call.sizes.rays, call.sizes.samples,
+        for_rays<T>(call.sizes.rays, call.sizes.samples,
                  Forward<T, S>{inputs_of<T, S>(call), outputs_of<T>(out)});
     });
     return {out.rgb, out.distance, out.acc, out.weights};
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cpu(
     with_dtypes(t_vals, rgb, [&](auto* geometry_type, auto* samples_type) {
         using T = std::remove_pointer_t<decltype(geometry_type)>;
         using S = std::remove_pointer_t<decltype(samples_type)>;
-        for_rays(call.sizes.rays, call.sizes.samples,
+        for_rays<T>(call.sizes.rays, call.sizes.samples,
                  Backward<T, S>{inputs_of<T, S>(call), backward.pointers<CompositeGradients<T, S>, T, S>()});
     });
     return {backward.to.rgb, backward.to.density, backward.to.t_vals, backward.to.directions};
@@ -158,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_resample_forward_cp
         const CompositeInputs<T, S> in = inputs_of<T, S>(call);
         const ResampleInputs<T> resample{call.sizes.samples, resample_sizes.num_fenceposts, in.t_vals,
                                          u.has_value() ? data<T>(*u) : nullptr, padding};
-        for_rays(call.sizes.rays, call.sizes.samples + resample_sizes.num_fenceposts,
+        for_rays<T>(call.sizes.rays, call.sizes.samples + resample_sizes.num_fenceposts,
                  ForwardAndResample<T, S>{in, outputs_of<T>(out), resample, mutable_data<T>(new_t_vals)});
     });
     return {out.rgb, out.distance, out.acc, out.weights, new_t_vals};

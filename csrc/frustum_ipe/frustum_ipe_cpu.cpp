@@ -414,7 +414,7 @@ Tensor frustum_ipe_forward_cpu(Tensor t_vals, Tensor origins, Tensor directions,
             const Forward<T, Out, shape(), is_integrated()> body{
                 rays_of<T>(sizes, min_deg, t_vals, origins, directions, radii),
                 static_cast<Out*>(features.mutable_data_ptr()), large && sizes.degrees == kMaxDegrees};
-            for_rays(sizes.rays, sizes.intervals, body);
+            for_rays<T>(sizes.rays, sizes.intervals, body);
         });
     });
     return features;
@@ -451,7 +451,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> frustum_ipe_backward_cpu(Tensor grad_
                 static_cast<T*>(grad_origins.mutable_data_ptr()),
                 static_cast<T*>(grad_directions.mutable_data_ptr()),
                 static_cast<T*>(grad_radii.mutable_data_ptr())};
-            for_rays(sizes.rays, sizes.intervals, body);
+            for_rays<T>(sizes.rays, sizes.intervals, body);
         });
     });
     return {grad_t_vals, grad_origins, grad_directions, grad_radii};

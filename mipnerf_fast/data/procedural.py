@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mipnerf_fast.data.dataset import Dataset
-from mipnerf_fast.data.demo_world import sun_directions, trace
+from mipnerf_fast.data.demo_world import colours, meet, solids, sun_directions
 from mipnerf_fast.data.frames import Frame, assemble
 from mipnerf_fast.data.scene_files import SPLITS
 from mipnerf_fast.errors import InputError
@@ -22,7 +23,7 @@ SIZE = 200  # default width and height, pixels
 SUPERSAMPLE = 4  # default number of rays along each side of a pixel
 VIEWS = {"train": 60, "val": 4, "test": 12}
 
-_RAYS_PER_TILE = 16384  # a tile's rays share one list of nearby solids and fit a processor's cache
+_ROWS_AT_ONCE = 16  # of rays, whose numbers a processor's cache holds
 _GOLDEN_TURN = math.pi * (3 - math.sqrt(5))
 
 
@@ -54,6 +55,43 @@ def look_at_origin(position: NDArray[np.float64]) -> NDArray[np.float64]:
     return c2w
 
 
+def _candidates(c2w: NDArray[np.float64], focal: float, rays: int) -> list[NDArray[np.intp]]:
+    """For each solid, the rays of a square picture that may meet it: those around its boxes as the camera sees them.
+
+    rays: along each side of the picture; their numbers are those of its rows, one after the other.
+    """
+    corners = np.array(list(itertools.product((-1, 1), repeat=3))).T[:, None]  # [3, 1, 8]
+    candidates = []
+    for solid in solids():
+        inside = np.zeros((rays, rays), bool)
+        centres, extents = (numbers[:, :, None] for numbers in solid.boxes)
+        x, y, z = np.einsum("ji,jbk->ibk", c2w[:3, :3], centres + extents * corners - c2w[:3, 3, None, None])
+        depth = np.maximum(-z, 1e-3)
+        # A ray passes through the middle of its row and column; one more on each side is for rounding.
+        edges = [0.5 * rays + focal * at / depth for at in (-y, x)]
+        low, high = ([f(edge, -1) for edge in edges] for f in (np.min, np.max))
+        for box in range(x.shape[0]):
+            if z[box].max() > -0.1:  # reaches behind the camera
+                inside[:] = True
+            rows, columns = (
+                slice(max(0, math.floor(a[box]) - 1), max(0, math.ceil(b[box]) + 1)) for a, b in zip(low, high)
+            )
+            inside[rows, columns] = True
+        candidates.append(np.flatnonzero(inside))
+    return candidates
+
+
+def _directions(c2w: NDArray[np.float64], focal: float, rays: int) -> NDArray[np.float32]:
+    """The unit directions of the rays of a square picture: [3, rays * rays]."""
+    right, up, back = c2w[:3, :3].T[:, :, None, None]
+    x = (np.arange(rays) + 0.5 - 0.5 * rays) / focal
+    directions = np.empty((3, rays, rays), np.float32)
+    for top in range(0, rays, _ROWS_AT_ONCE):
+        y = x[top : top + _ROWS_AT_ONCE, None]
+        directions[:, top : top + _ROWS_AT_ONCE] = ((right * x - back) - up * y) / np.sqrt(x * x + y * y + 1)
+    return directions.reshape(3, -1)
+
+
 def render_view(c2w: NDArray[np.float64], size: int, supersample: int = SUPERSAMPLE) -> NDArray[np.uint8]:
     """Ray trace one square view.
 
@@ -70,34 +108,22 @@ def render_view(c2w: NDArray[np.float64], size: int, supersample: int = SUPERSAM
         uint8 [size, size, 4]: the mean colour of the rays that meet something (straight alpha; 0 where none does)
         and the share of such rays.
     """
-    focal = 0.5 * size / math.tan(0.5 * CAMERA_ANGLE_X)
+    rays, samples = size * supersample, supersample * supersample
+    focal = 0.5 * rays / math.tan(0.5 * CAMERA_ANGLE_X)
     origin = c2w[:3, 3:].astype(np.float32)
-    samples = supersample * supersample
     # neighbouring rays take far-apart points of the sun, so that shadows do not follow the pixel grid
     stride = next(s for s in range(max(1, int(0.382 * samples)), samples + 1) if math.gcd(s, samples) == 1)
     suns = sun_directions(samples)[:, np.arange(samples) * stride % samples]
-    tile = max(1, math.isqrt(_RAYS_PER_TILE) // supersample)
-    image = np.zeros((size, size, 4), np.uint8)
-    for top in range(0, size, tile):
-        for left in range(0, size, tile):
-            rows, columns = min(tile, size - top) * supersample, min(tile, size - left) * supersample
-            y = (top + (np.arange(rows) + 0.5) / supersample - 0.5 * size)[:, None]
-            x = left + (np.arange(columns) + 0.5) / supersample - 0.5 * size
-            directions = np.stack(np.broadcast_arrays(x / focal, -y / focal, -1.0)).reshape(3, -1)
-            directions = c2w[:3, :3] @ directions
-            directions /= np.linalg.norm(directions, axis=0)
-            which = (np.arange(rows) % supersample)[:, None] * supersample + np.arange(columns) % supersample
-            seen, colours = trace(origin, directions.astype(np.float32), suns[:, which.ravel()])
-            if not seen.any():
-                continue
-            rays = np.zeros((4, rows * columns), np.float32)
-            rays[:3, seen], rays[3, seen] = colours, 1
-            pixels = rays.reshape(4, rows // supersample, supersample, columns // supersample, supersample)
-            mean = pixels.mean((2, 4))
-            mean[:3] /= np.maximum(mean[3], np.float32(0.5 / samples))
-            block = np.rint(255 * mean).astype(np.uint8).transpose(1, 2, 0)
-            image[top : top + block.shape[0], left : left + block.shape[1]] = block
-    return image
+    directions = _directions(c2w, focal, rays)
+    seen, which, t = meet(origin, directions, _candidates(c2w, focal, rays))
+    row, column = np.divmod(seen, rays)
+    sun = suns[:, row % supersample * supersample + column % supersample]
+    colour = colours(origin, directions[:, seen], which, t, sun)
+    pixels = row // supersample * size + column // supersample
+    hits = np.bincount(pixels, minlength=size * size)
+    sums = [np.bincount(pixels, channel, minlength=size * size) / np.maximum(hits, 1) for channel in colour]
+    image = np.rint(255 * np.stack([*sums, hits / samples], -1)).astype(np.uint8)
+    return image.reshape(size, size, 4)
 
 
 def demo_frames(
