@@ -59,6 +59,19 @@ ONLY_ARCHITECTURES = {
 }
 # Not the temporary folder that pip gives: objects are kept, so that every build compiles only what changed.
 OBJECTS = Path("build") / f"native-{sys.implementation.cache_tag}"
+# Half of what a small source takes to compile goes into these, so g++ reads them once for all sources.
+SHARED_HEADERS = [
+    "torch/csrc/stable/accelerator.h",
+    "torch/csrc/stable/library.h",
+    "torch/csrc/stable/ops.h",
+    "torch/csrc/stable/tensor.h",
+    "algorithm",
+    "atomic",
+    "optional",
+    "sstream",
+    "tuple",
+    "vector",
+]
 # The vector units that the CPU's loops are compiled for, in the order of csrc/common/for_rays.h, and the processor's
 # flags that each needs.
 VECTOR_UNITS = {
@@ -369,6 +382,23 @@ def write_build_header(plan: Plan, folder: Path) -> None:
         header.write_text(text)
 
 
+def precompiles_headers(compiler: str) -> bool:
+    """Whether the compiler is g++: clang++ has another way to read headers once."""
+    macros = run_quietly(*shlex.split(compiler), "-dM", "-E", "-x", "c++", os.devnull)
+    return "#define __GNUC__ " in macros and "__clang__" not in macros
+
+
+def write_shared_headers(folder: Path) -> tuple[Path, Path]:
+    """A header with those that the sources share, and the same as a source; rewritten only when they changed."""
+    text = "".join(f"#include <{name}>\n" for name in SHARED_HEADERS)
+    header, source = folder / "mipnerf_fast_shared.h", folder / "mipnerf_fast_shared.cpp"
+    for path in (header, source):
+        if not path.is_file() or path.read_text() != text:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    return header, source
+
+
 def cuda_runtime(nvcc: Nvcc) -> tuple[str, str]:
     """Folder and file name of the CUDA runtime to link; the wheels beside torch have the numbered name."""
     major = nvcc.release.split(".")[0]
@@ -453,6 +483,7 @@ def build_command(base: Any) -> Any:
                 if any(Path(source).name in ONLY_ARCHITECTURES for source in plan.sources):
                     extension.extra_compile_args["nvcc"].append("-DMIPNERF_HOPPER_KERNELS")
             self.architectures = plan.architectures
+            self.shared_headers = write_shared_headers(generated) if precompiles_headers(compiler) else None
             super().run()
 
         def build_extensions(self) -> None:
@@ -476,6 +507,8 @@ def build_command(base: Any) -> Any:
                     )
                     groups.setdefault(wanted, []).append(source)
                 objects = []
+                if self.shared_headers is not None:
+                    options = precompile(output_dir, **options)
                 for wanted, group in groups.items():
                     # A folder of its own: ninja forgets what its file no longer names.
                     folder = output_dir if wanted == everywhere else f"{output_dir}/{Path(group[0]).stem}"
@@ -484,6 +517,24 @@ def build_command(base: Any) -> Any:
                     given["nvcc"] = [flag for flag in given["nvcc"] if flag not in everywhere] + list(wanted)
                     objects += compile_all(group, output_dir=folder, **arguments)
                 return objects
+
+            def precompile(output_dir: str, **options: Any) -> dict[str, Any]:
+                """Compiles the shared headers; returns the options of sources that begin with them.
+
+                g++ finds the result by its name, and reads the header itself where it does not fit.
+                """
+                header, source = self.shared_headers
+                arguments = copy.deepcopy(options)
+                arguments["extra_preargs"] = ["-x", "c++-header", *(options.get("extra_preargs") or [])]
+                (compiled,) = compile_all(
+                    [str(source.relative_to(ROOT))], output_dir=f"{output_dir}/shared", **arguments
+                )
+                link = header.with_name(f"{header.name}.gch")
+                link.unlink(missing_ok=True)
+                link.symlink_to(Path(compiled).resolve())
+                with_header = copy.deepcopy(options)
+                with_header["extra_postargs"]["cxx"] += ["-include", str(header)]
+                return with_header
 
             self.compiler.compile = compile_by_architecture
             try:

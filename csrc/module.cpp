@@ -1,5 +1,11 @@
 // The Python module mipnerf_fast._C. Importing it registers the operators (library.cpp); all that it offers
 // itself is how it was built, and how large the fused network's buffers are.
+
+// Nothing here is worth optimising, and it would double the time that pybind11's templates take.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O0")
+#endif
+
 #include <pybind11/pybind11.h>
 
 #include "common/for_rays.h"

@@ -22,9 +22,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <typename T, typename S>
+template <typename T>
 struct Forward {
-    CompositeInputs<T, S> in;
+    CompositeInputs<T> in;
     CompositeOutputs<T> out;
 
     MIPNERF_INLINE void operator()(int64_t begin, int64_t end) const {
@@ -38,27 +38,26 @@ struct Forward {
     }
 };
 
-template <typename T, typename S>
+template <typename T>
 struct Backward {
-    CompositeInputs<T, S> in;
-    CompositeGradients<T, S> grads;
+    CompositeInputs<T> in;
+    CompositeGradients<T> grads;
 
     MIPNERF_INLINE void operator()(int64_t begin, int64_t end) const {
         const CompositeRoom<T> room(in.samples);
         for (int64_t ray = begin; ray < end; ++ray) {
             prefetch_ray(in, ray + kPrefetchRays, end);
-            if (ray + kPrefetchRays < end) {
-                prefetch_row<true>(grads.grad_rgb + (ray + kPrefetchRays) * 3 * in.samples, 3 * in.samples);
-                prefetch_row<true>(grads.grad_density + (ray + kPrefetchRays) * in.samples, in.samples);
-            }
+            if (ray + kPrefetchRays < end)
+                prefetch_samples<T, true>(grads.grad_rgb, grads.grad_density, in.storage, in.samples,
+                                          ray + kPrefetchRays);
             composite_backward_ray(in, grads, room, ray);
         }
     }
 };
 
-template <typename T, typename S>
+template <typename T>
 struct ForwardAndResample {
-    CompositeInputs<T, S> in;
+    CompositeInputs<T> in;
     CompositeOutputs<T> out;
     ResampleInputs<T> resample;
     T* new_t_vals;  // [B, M]
@@ -75,26 +74,29 @@ struct ForwardAndResample {
     }
 };
 
-// Calls run(T, S) with null pointers to the dtype of the geometry and of the samples.
+// Calls run(T) with a null pointer to the dtype that the loops compute in.
 template <typename Run>
-void with_dtypes(const Tensor& t_vals, const Tensor& rgb, const Run& run) {
+void with_dtype(const Tensor& t_vals, const Run& run) {
     if (t_vals.scalar_type() == ScalarType::Double)
-        return run(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
-    float* const geometry = nullptr;
-    switch (rgb.scalar_type()) {
-        case ScalarType::BFloat16:
-            return run(geometry, static_cast<Bfloat16Storage*>(nullptr));
-        case ScalarType::Half:
-            return run(geometry, static_cast<HalfStorage*>(nullptr));
-        default:
-            return run(geometry, static_cast<float*>(nullptr));
-    }
+        run(static_cast<double*>(nullptr));
+    else
+        run(static_cast<float*>(nullptr));
 }
 
-template <typename T, typename S>
-CompositeInputs<T, S> inputs_of(const CompositeCall& call) {
-    return {call.sizes.samples,          data<S>(call.inputs.rgb),        data<S>(call.inputs.density),
-            data<T>(call.inputs.t_vals), data<T>(call.inputs.directions), call.options.as<T>()};
+Storage storage_of(const Tensor& samples) {
+    if (samples.scalar_type() == ScalarType::BFloat16) return Storage::kBfloat16;
+    return samples.scalar_type() == ScalarType::Half ? Storage::kHalf : Storage::kSame;
+}
+
+template <typename T>
+CompositeInputs<T> inputs_of(const CompositeCall& call) {
+    return {call.sizes.samples,
+            storage_of(call.inputs.rgb),
+            call.inputs.rgb.const_data_ptr(),
+            call.inputs.density.const_data_ptr(),
+            data<T>(call.inputs.t_vals),
+            data<T>(call.inputs.directions),
+            call.options.as<T>()};
 }
 
 template <typename T>
@@ -112,11 +114,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_forward_cpu(Tensor rgb, Ten
     const CompositeCall call(check, rgb, density, t_vals, directions, white_background, density_activation,
                              density_bias, rgb_activation, rgb_padding, /*allow_float64=*/true);
     const CompositeTensors out(t_vals, call.sizes);
-    with_dtypes(t_vals, rgb, [&](auto* geometry, auto* samples) {
-        using T = std::remove_pointer_t<decltype(geometry)>;
-        using S = std::remove_pointer_t<decltype(samples)>;
-        for_rays<T>(call.sizes.rays, call.sizes.samples,
-                 Forward<T, S>{inputs_of<T, S>(call), outputs_of<T>(out)});
+    with_dtype(t_vals, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        for_rays<T>(call.sizes.rays, call.sizes.samples, Forward<T>{inputs_of<T>(call), outputs_of<T>(out)});
     });
     return {out.rgb, out.distance, out.acc, out.weights};
 }
@@ -131,11 +131,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> composite_backward_cpu(
                              density_bias, rgb_activation, rgb_padding, /*allow_float64=*/true);
     const CompositeBackwardCall backward(check, call, grad_rgb, grad_distance, grad_acc, grad_weights,
                                          density, geometry);
-    with_dtypes(t_vals, rgb, [&](auto* geometry_type, auto* samples_type) {
-        using T = std::remove_pointer_t<decltype(geometry_type)>;
-        using S = std::remove_pointer_t<decltype(samples_type)>;
+    with_dtype(t_vals, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
         for_rays<T>(call.sizes.rays, call.sizes.samples,
-                 Backward<T, S>{inputs_of<T, S>(call), backward.pointers<CompositeGradients<T, S>, T, S>()});
+                    Backward<T>{inputs_of<T>(call), backward.pointers<CompositeGradients<T>, T, void>()});
     });
     return {backward.to.rgb, backward.to.density, backward.to.t_vals, backward.to.directions};
 }
@@ -152,14 +151,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_resample_forward_cp
     const CompositeTensors out(t_vals, call.sizes);
     const Tensor new_t_vals =
         torch::stable::new_empty(t_vals, {call.sizes.rays, resample_sizes.num_fenceposts});
-    with_dtypes(t_vals, rgb, [&](auto* geometry, auto* samples) {
-        using T = std::remove_pointer_t<decltype(geometry)>;
-        using S = std::remove_pointer_t<decltype(samples)>;
-        const CompositeInputs<T, S> in = inputs_of<T, S>(call);
+    with_dtype(t_vals, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const CompositeInputs<T> in = inputs_of<T>(call);
         const ResampleInputs<T> resample{call.sizes.samples, resample_sizes.num_fenceposts, in.t_vals,
                                          u.has_value() ? data<T>(*u) : nullptr, padding};
         for_rays<T>(call.sizes.rays, call.sizes.samples + resample_sizes.num_fenceposts,
-                 ForwardAndResample<T, S>{in, outputs_of<T>(out), resample, mutable_data<T>(new_t_vals)});
+                    ForwardAndResample<T>{in, outputs_of<T>(out), resample, mutable_data<T>(new_t_vals)});
     });
     return {out.rgb, out.distance, out.acc, out.weights, new_t_vals};
 }

@@ -17,46 +17,62 @@
 
 namespace mipnerf {
 
-// 16-bit storage: the bits, and which format they are in.
-struct Bfloat16Storage {
-    uint16_t bits;
-};
-struct HalfStorage {
-    uint16_t bits;
-};
+// How rgb and density, and their gradients, lie in memory: as the numbers that the loops compute with, or in
+// 16 bits. Known at run time alone: a copy of the loops for each would double the time that they take to
+// compile.
+enum class Storage { kSame, kBfloat16, kHalf };
 
-MIPNERF_INLINE float widen(float x) {
-    return x;
+MIPNERF_INLINE int64_t bytes_of(Storage storage, size_t same) {
+    return storage == Storage::kSame ? static_cast<int64_t>(same) : 2;
 }
-MIPNERF_INLINE double widen(double x) {
-    return x;
+
+// Numbers first..first + count - 1 as they lie in memory; 16-bit ones are widened into `room`.
+template <typename T>
+MIPNERF_INLINE const T* wide_row(const void* from, Storage storage, int64_t first, int64_t count, T* room) {
+    if constexpr (std::is_same_v<T, float>) {
+        const uint16_t* const bits = static_cast<const uint16_t*>(from) + first;
+        if (storage == Storage::kBfloat16) {
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i) room[i] = from_bfloat16_bits(bits[i]);
+            return room;
+        }
+        if (storage == Storage::kHalf) {
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i) room[i] = from_half_bits(bits[i]);
+            return room;
+        }
+    }
+    return static_cast<const T*>(from) + first;
 }
-MIPNERF_INLINE float widen(Bfloat16Storage x) {
-    return from_bfloat16_bits(x.bits);
+
+// Where a row is to be written: its place in memory, or `room`, from where store_row() narrows it.
+template <typename T>
+MIPNERF_INLINE T* row_to_write(void* to, Storage storage, int64_t first, T* room) {
+    return storage == Storage::kSame ? static_cast<T*>(to) + first : room;
 }
-MIPNERF_INLINE float widen(HalfStorage x) {
-    return from_half_bits(x.bits);
-}
-MIPNERF_INLINE void narrow(float x, float& y) {
-    y = x;
-}
-MIPNERF_INLINE void narrow(double x, double& y) {
-    y = x;
-}
-MIPNERF_INLINE void narrow(float x, Bfloat16Storage& y) {
-    y.bits = to_bfloat16_bits(x);
-}
-MIPNERF_INLINE void narrow(float x, HalfStorage& y) {
-    y.bits = to_half_bits(x);
+
+template <typename T>
+MIPNERF_INLINE void store_row(const T* room, void* to, Storage storage, int64_t first, int64_t count) {
+    if constexpr (std::is_same_v<T, float>) {
+        uint16_t* const bits = static_cast<uint16_t*>(to) + first;
+        if (storage == Storage::kBfloat16) {
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i) bits[i] = to_bfloat16_bits(room[i]);
+        } else if (storage == Storage::kHalf) {
+#pragma omp simd
+            for (int64_t i = 0; i < count; ++i) bits[i] = to_half_bits(room[i]);
+        }
+    }
 }
 
 constexpr int64_t kSumBlock = 64;
 
-template <typename T, typename S>
+template <typename T>
 struct CompositeInputs {
     int64_t samples;
-    const S* rgb;         // [B, N, 3]
-    const S* density;     // [B, N]
+    Storage storage;
+    const void* rgb;      // [B, N, 3]
+    const void* density;  // [B, N]
     const T* t_vals;      // [B, N+1]
     const T* directions;  // [B, 3]
     CompositeOptions<T> options;
@@ -70,14 +86,14 @@ struct CompositeOutputs {
     T* weights;   // [B, N]
 };
 
-template <typename T, typename S>
+template <typename T>
 struct CompositeGradients {
     const T* rgb;       // dL/d output; null: zero
     const T* distance;  // null: zero
     const T* acc;       // null: zero
     const T* weights;   // null: zero
-    S* grad_rgb;
-    S* grad_density;
+    void* grad_rgb;     // stored as rgb and density are
+    void* grad_density;
     T* grad_t_vals;      // null: not wanted
     T* grad_directions;  // null: not wanted
 };
@@ -88,68 +104,70 @@ struct CompositeGradients {
 // hardly gets going before it ends.
 constexpr int64_t kPrefetchRays = 4;
 
-template <bool kToWrite = false, typename S>
-MIPNERF_INLINE void prefetch_row(const S* row, int64_t count) {
-    const char* const begin = reinterpret_cast<const char*>(row);
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(S));
-    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(begin + offset, kToWrite);
+template <bool kToWrite = false>
+MIPNERF_INLINE void prefetch_bytes(const void* row, int64_t begin, int64_t bytes) {
+    const char* const from = static_cast<const char*>(row) + begin;
+    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(from + offset, kToWrite);
 }
 
-template <typename T, typename S>
-MIPNERF_INLINE void prefetch_ray(const CompositeInputs<T, S>& in, int64_t ray, int64_t end) {
+template <bool kToWrite = false, typename S>
+MIPNERF_INLINE void prefetch_row(const S* row, int64_t count) {
+    prefetch_bytes<kToWrite>(row, 0, count * static_cast<int64_t>(sizeof(S)));
+}
+
+// Those of the samples of a ray in [B, N, 3] and [B, N].
+template <typename T, bool kToWrite = false>
+MIPNERF_INLINE void prefetch_samples(const void* rgb, const void* density, Storage storage, int64_t n,
+                                     int64_t ray) {
+    const int64_t bytes = n * bytes_of(storage, sizeof(T));
+    prefetch_bytes<kToWrite>(rgb, 3 * ray * bytes, 3 * bytes);
+    prefetch_bytes<kToWrite>(density, ray * bytes, bytes);
+}
+
+template <typename T>
+MIPNERF_INLINE void prefetch_ray(const CompositeInputs<T>& in, int64_t ray, int64_t end) {
     if (ray >= end) return;
-    const int64_t n = in.samples;
-    prefetch_row(in.density + ray * n, n);
-    prefetch_row(in.t_vals + ray * (n + 1), n + 1);
-    prefetch_row(in.rgb + ray * 3 * n, 3 * n);
+    prefetch_samples<T>(in.rgb, in.density, in.storage, in.samples, ray);
+    prefetch_row(in.t_vals + ray * (in.samples + 1), in.samples + 1);
 }
 
 // ---- rows ---------------------------------------------------------------------------------------
 
 // The activated row: `raw` itself where there is nothing to do, otherwise written to `room`. Where the slopes
 // are wanted and are not all one they are written to `slopes`.
-template <bool kSlopes, DensityActivation kActivation, typename T, typename S>
-MIPNERF_INLINE void activate_density_row(const S* raw, int64_t samples, T bias, T* room, T* slopes) {
+template <bool kSlopes, DensityActivation kActivation, typename T>
+MIPNERF_INLINE void activate_density_row(const T* raw, int64_t samples, T bias, T* room, T* slopes) {
 #pragma omp simd
     for (int64_t i = 0; i < samples; ++i) {
-        const Activated<T> activated = activate_density<T>(widen(raw[i]), kActivation, bias);
+        const Activated<T> activated = activate_density<T>(raw[i], kActivation, bias);
         room[i] = activated.value;
         if (kSlopes) slopes[i] = activated.slope;
     }
 }
 
-template <bool kSlopes, typename T, typename S>
-MIPNERF_INLINE const T* density_row(const S* raw, int64_t samples, const CompositeOptions<T>& options,
+template <bool kSlopes, typename T>
+MIPNERF_INLINE const T* density_row(const T* raw, int64_t samples, const CompositeOptions<T>& options,
                                     T* room, T* slopes) {
-    if (options.density_activation == DensityActivation::kSoftplus) {
+    if (options.density_activation == DensityActivation::kNone) return raw;
+    if (options.density_activation == DensityActivation::kSoftplus)
         activate_density_row<kSlopes, DensityActivation::kSoftplus>(raw, samples, options.density_bias, room,
                                                                     slopes);
-    } else if (options.density_activation == DensityActivation::kRelu) {
+    else
         activate_density_row<kSlopes, DensityActivation::kRelu>(raw, samples, options.density_bias, room,
                                                                 slopes);
-    } else {
-        if constexpr (std::is_same_v<T, S>) return raw;
-        activate_density_row<false, DensityActivation::kNone>(raw, samples, T(0), room, slopes);
-    }
     return room;
 }
 
-template <bool kSlopes, typename T, typename S>
-MIPNERF_INLINE const T* rgb_row(const S* raw, int64_t samples, const CompositeOptions<T>& options, T* room,
+template <bool kSlopes, typename T>
+MIPNERF_INLINE const T* rgb_row(const T* raw, int64_t samples, const CompositeOptions<T>& options, T* room,
                                 T* slopes) {
-    if (options.rgb_activation == RgbActivation::kSigmoid) {
+    if (options.rgb_activation == RgbActivation::kNone) return raw;
 #pragma omp simd
-        for (int64_t i = 0; i < 3 * samples; ++i) {
-            const Activated<T> activated =
-                activate_rgb<T>(widen(raw[i]), RgbActivation::kSigmoid, options.rgb_padding);
-            room[i] = activated.value;
-            if (kSlopes) slopes[i] = activated.slope;
-        }
-        return room;
+    for (int64_t i = 0; i < 3 * samples; ++i) {
+        const Activated<T> activated = activate_rgb<T>(raw[i], RgbActivation::kSigmoid, options.rgb_padding);
+        room[i] = activated.value;
+        if (kSlopes) slopes[i] = activated.slope;
     }
-    if constexpr (std::is_same_v<T, S>) return raw;
-#pragma omp simd
-    for (int64_t i = 0; i < 3 * samples; ++i) room[i] = widen(raw[i]);
     return room;
 }
 
@@ -237,7 +255,7 @@ class CompositeRoom {
     T* const through;  // [N+1] sums before, T_i, sums after
     T* const density;  // [N]
     T* const weights;  // [N]
-    T* const product;  // [N] w_i dL/dw_i
+    T* const product;  // [N] w_i dL/dw_i, then dL/ddensity
     T* const density_slope;
     T* const rgb;  // [N, 3]
     T* const rgb_slope;
@@ -282,16 +300,17 @@ MIPNERF_INLINE void add_weighted(const T* weights, const T* rgb, const T* t, int
     sums[4] += halving_sum(middles);
 }
 
-template <typename T, typename S>
-MIPNERF_INLINE void composite_forward_ray(const CompositeInputs<T, S>& in, const CompositeOutputs<T>& out,
+template <typename T>
+MIPNERF_INLINE void composite_forward_ray(const CompositeInputs<T>& in, const CompositeOutputs<T>& out,
                                           const CompositeRoom<T>& room, int64_t ray) {
     const int64_t n = in.samples;
     const T* t = in.t_vals + ray * (n + 1);
-    const T* density =
-        density_row<false>(in.density + ray * n, n, in.options, room.density, room.density_slope);
+    const T* density = density_row<false>(wide_row(in.density, in.storage, ray * n, n, room.density), n,
+                                          in.options, room.density, room.density_slope);
     depth_row(density, t, n, direction_norm(in.directions + 3 * ray), room.depth);
     sums_before(room.depth, n, room.through);
-    const T* rgb = rgb_row<false>(in.rgb + ray * 3 * n, n, in.options, room.rgb, room.rgb_slope);
+    const T* rgb = rgb_row<false>(wide_row(in.rgb, in.storage, ray * 3 * n, 3 * n, room.rgb), n, in.options,
+                                  room.rgb, room.rgb_slope);
     const T* depth = room.depth;
     const T* before = room.through;
     T* weights = out.weights + ray * n;
@@ -335,44 +354,36 @@ MIPNERF_INLINE WeightCotangent<T> weight_cotangent(const T* grad_rgb, const T* g
     return cotangent;
 }
 
-template <typename T, typename S>
-MIPNERF_INLINE void store_grad_rgb(const T* weights, const WeightCotangent<T>& cotangent, const T* slopes,
-                                   const CompositeOptions<T>& options, int64_t n, T* room, S* grad) {
+template <typename T>
+MIPNERF_INLINE void grad_rgb_row(const T* weights, const WeightCotangent<T>& cotangent, const T* slopes,
+                                 const CompositeOptions<T>& options, int64_t n, T* grad) {
     const T red = cotangent.rgb[0], green = cotangent.rgb[1], blue = cotangent.rgb[2];
-    T* target = room;
-    if constexpr (std::is_same_v<T, S>) target = grad;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-        target[3 * i] = weights[i] * red;
-        target[3 * i + 1] = weights[i] * green;
-        target[3 * i + 2] = weights[i] * blue;
+        grad[3 * i] = weights[i] * red;
+        grad[3 * i + 1] = weights[i] * green;
+        grad[3 * i + 2] = weights[i] * blue;
     }
     if (options.rgb_activation != RgbActivation::kNone) {
 #pragma omp simd
-        for (int64_t i = 0; i < 3 * n; ++i) narrow(target[i] * slopes[i], grad[i]);
-    } else if constexpr (!std::is_same_v<T, S>) {
-#pragma omp simd
-        for (int64_t i = 0; i < 3 * n; ++i) narrow(target[i], grad[i]);
+        for (int64_t i = 0; i < 3 * n; ++i) grad[i] = grad[i] * slopes[i];
     }
 }
 
-template <typename T, typename S>
-MIPNERF_INLINE void store_grad_density(const T* grad_depth, const T* density, const T* t, T norm,
-                                       const T* slopes, const CompositeOptions<T>& options, int64_t n,
-                                       S* grad) {
+template <typename T>
+MIPNERF_INLINE void grad_density_row(const T* grad_depth, const T* density, const T* t, T norm,
+                                     const T* slopes, const CompositeOptions<T>& options, int64_t n,
+                                     T* grad) {
     if (options.density_activation != DensityActivation::kNone) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i)
-            narrow(grad_depth[i] *
-                       optical_depth_by_density(density[i], interval_length(t[i], t[i + 1], norm)) *
-                       slopes[i],
-                   grad[i]);
+            grad[i] = grad_depth[i] *
+                      optical_depth_by_density(density[i], interval_length(t[i], t[i + 1], norm)) * slopes[i];
     } else {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i)
-            narrow(
-                grad_depth[i] * optical_depth_by_density(density[i], interval_length(t[i], t[i + 1], norm)),
-                grad[i]);
+            grad[i] =
+                grad_depth[i] * optical_depth_by_density(density[i], interval_length(t[i], t[i + 1], norm));
     }
 }
 
@@ -397,9 +408,8 @@ MIPNERF_INLINE T store_grad_t_vals(const T* grad_depth, const T* density, const 
     return static_cast<T>(grad_norm);
 }
 
-template <typename T, typename S>
-MIPNERF_INLINE void composite_backward_ray(const CompositeInputs<T, S>& in,
-                                           const CompositeGradients<T, S>& grads,
+template <typename T>
+MIPNERF_INLINE void composite_backward_ray(const CompositeInputs<T>& in, const CompositeGradients<T>& grads,
                                            const CompositeRoom<T>& room, int64_t ray) {
     const int64_t n = in.samples;
     const T* t = in.t_vals + ray * (n + 1);
@@ -410,8 +420,8 @@ MIPNERF_INLINE void composite_backward_ray(const CompositeInputs<T, S>& in,
     T* const weights = room.weights;
     T* const product = room.product;
 
-    const T* density =
-        density_row<true>(in.density + ray * n, n, in.options, room.density, room.density_slope);
+    const T* density = density_row<true>(wide_row(in.density, in.storage, ray * n, n, room.density), n,
+                                         in.options, room.density, room.density_slope);
     depth_row(density, t, n, norm, depth);
     sums_before(depth, n, through);
 #pragma omp simd
@@ -421,7 +431,8 @@ MIPNERF_INLINE void composite_backward_ray(const CompositeInputs<T, S>& in,
 
     const WeightCotangent<T> cotangent =
         weight_cotangent(grads.rgb, grads.distance, grads.acc, ray, in.options.background, weights, t, n);
-    const T* rgb = rgb_row<true>(in.rgb + ray * 3 * n, n, in.options, room.rgb, room.rgb_slope);
+    const T* rgb = rgb_row<true>(wide_row(in.rgb, in.storage, ray * 3 * n, 3 * n, room.rgb), n, in.options,
+                                 room.rgb, room.rgb_slope);
     T* const grad_weight = depth;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i)
@@ -444,9 +455,12 @@ MIPNERF_INLINE void composite_backward_ray(const CompositeInputs<T, S>& in,
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) grad_depth[i] = own[i] - after[i];
 
-    store_grad_rgb(weights, cotangent, room.rgb_slope, in.options, n, room.rgb, grads.grad_rgb + ray * 3 * n);
-    store_grad_density(grad_depth, density, t, norm, room.density_slope, in.options, n,
-                       grads.grad_density + ray * n);
+    T* const grad_rgb = row_to_write(grads.grad_rgb, in.storage, ray * 3 * n, room.rgb);
+    grad_rgb_row(weights, cotangent, room.rgb_slope, in.options, n, grad_rgb);
+    store_row(grad_rgb, grads.grad_rgb, in.storage, ray * 3 * n, 3 * n);
+    T* const grad_density = row_to_write(grads.grad_density, in.storage, ray * n, room.product);
+    grad_density_row(grad_depth, density, t, norm, room.density_slope, in.options, n, grad_density);
+    store_row(grad_density, grads.grad_density, in.storage, ray * n, n);
     if (grads.grad_t_vals != nullptr) {
         const T grad_norm =
             store_grad_t_vals(grad_depth, density, weights, t, norm, cotangent.towards_distance, n,

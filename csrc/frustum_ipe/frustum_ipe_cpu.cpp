@@ -27,42 +27,60 @@ using torch::stable::Tensor;
 
 constexpr int64_t kSampleBlock = 64;
 
-// A 16-bit float in memory, told apart from the other kind by its type.
-struct Bfloat16Bits {
-    uint16_t bits;
-};
-struct HalfBits {
-    uint16_t bits;
-};
+// How features lie in memory: as the numbers that the loops compute with, or in 16 bits. Known at run time
+// alone, like the shape of the frusta: a copy of the loops for each would multiply the time that they take to
+// compile.
+enum class Storage { kSame, kBfloat16, kHalf };
 
-MIPNERF_INLINE void store_feature(float* to, float value) {
-    *to = value;
+int64_t bytes_of(Storage storage, size_t same) {
+    return storage == Storage::kSame ? static_cast<int64_t>(same) : 2;
 }
-MIPNERF_INLINE void store_feature(double* to, double value) {
-    *to = value;
+
+// Features from..from + count - 1 of a row into memory.
+template <typename T>
+MIPNERF_INLINE void store_features(void* to, Storage storage, const T* from, int count) {
+    if (storage == Storage::kSame) {
+        T* const same = static_cast<T*>(to);
+#pragma omp simd
+        for (int j = 0; j < count; ++j) same[j] = from[j];
+        return;
+    }
+    if constexpr (std::is_same_v<T, float>) {
+        uint16_t* const bits = static_cast<uint16_t*>(to);
+        if (storage == Storage::kBfloat16) {
+#pragma omp simd
+            for (int j = 0; j < count; ++j) bits[j] = to_bfloat16_bits(from[j]);
+        } else {
+#pragma omp simd
+            for (int j = 0; j < count; ++j) bits[j] = to_half_bits(from[j]);
+        }
+    }
 }
-MIPNERF_INLINE void store_feature(Bfloat16Bits* to, float value) {
-    to->bits = to_bfloat16_bits(value);
-}
-MIPNERF_INLINE void store_feature(HalfBits* to, float value) {
-    to->bits = to_half_bits(value);
-}
-MIPNERF_INLINE float load_feature(const float* from) {
-    return *from;
-}
-MIPNERF_INLINE double load_feature(const double* from) {
-    return *from;
-}
-MIPNERF_INLINE float load_feature(const Bfloat16Bits* from) {
-    return from_bfloat16_bits(from->bits);
-}
-MIPNERF_INLINE float load_feature(const HalfBits* from) {
-    return from_half_bits(from->bits);
+
+template <typename T>
+MIPNERF_INLINE void load_features(const void* from, Storage storage, T* to, int count) {
+    if (storage == Storage::kSame) {
+        const T* const same = static_cast<const T*>(from);
+#pragma omp simd
+        for (int j = 0; j < count; ++j) to[j] = same[j];
+        return;
+    }
+    if constexpr (std::is_same_v<T, float>) {
+        const uint16_t* const bits = static_cast<const uint16_t*>(from);
+        if (storage == Storage::kBfloat16) {
+#pragma omp simd
+            for (int j = 0; j < count; ++j) to[j] = from_bfloat16_bits(bits[j]);
+        } else {
+#pragma omp simd
+            for (int j = 0; j < count; ++j) to[j] = from_half_bits(bits[j]);
+        }
+    }
 }
 
 template <typename T>
 struct Rays {
     int64_t intervals;
+    bool cylinder;
     int min_deg;
     int degrees;
     const T* t_vals;      // [B, N+1]
@@ -89,8 +107,15 @@ struct EncodedBlock {
     alignas(64) T low[3][kSampleBlock];
     alignas(64) T exponent[3][kSampleBlock];
 
+    MIPNERF_INLINE void fill(bool cylinder, const RayConstants<T>& ray, const T* t_vals, int count) {
+        if (cylinder)
+            fill_shape<FrustumShape::kCylinder>(ray, t_vals, count);
+        else
+            fill_shape<FrustumShape::kCone>(ray, t_vals, count);
+    }
+
     template <FrustumShape kShape>
-    MIPNERF_INLINE void fill(const RayConstants<T>& ray, const T* t_vals, int count) {
+    MIPNERF_INLINE void fill_shape(const RayConstants<T>& ray, const T* t_vals, int count) {
 #pragma omp simd
         for (int i = 0; i < count; ++i) {
             const FrustumMoments<T> moments = frustum_moments<kShape>(t_vals[i], t_vals[i + 1]);
@@ -108,21 +133,21 @@ struct EncodedBlock {
     }
 };
 
-template <typename T, bool kIntegrated, int kDegrees, typename Out>
-MIPNERF_INLINE void encode_sample(const EncodedBlock<T>& block, int i, const Scales<T>& scales, Out* sines,
-                                  Out* cosines) {
+template <typename T, bool kIntegrated, int kDegrees>
+MIPNERF_INLINE void encode_sample(const EncodedBlock<T>& block, int i, const Scales<T>& scales, T* sines,
+                                  T* cosines) {
     const EncodedCoordinate<T> x = block.at(0, i), y = block.at(1, i), z = block.at(2, i);
 #pragma omp simd
     for (int l = 0; l < kDegrees; ++l) {
         const SinCos<T> fx = encode_degree<kIntegrated>(x, scales.value[l]);
         const SinCos<T> fy = encode_degree<kIntegrated>(y, scales.value[l]);
         const SinCos<T> fz = encode_degree<kIntegrated>(z, scales.value[l]);
-        store_feature(sines + 3 * l, fx.sin);
-        store_feature(sines + 3 * l + 1, fy.sin);
-        store_feature(sines + 3 * l + 2, fz.sin);
-        store_feature(cosines + 3 * l, fx.cos);
-        store_feature(cosines + 3 * l + 1, fy.cos);
-        store_feature(cosines + 3 * l + 2, fz.cos);
+        sines[3 * l] = fx.sin;
+        sines[3 * l + 1] = fy.sin;
+        sines[3 * l + 2] = fz.sin;
+        cosines[3 * l] = fx.cos;
+        cosines[3 * l + 1] = fy.cos;
+        cosines[3 * l + 2] = fz.cos;
     }
 }
 
@@ -147,21 +172,21 @@ MIPNERF_INLINE void finish_streaming() {
 #endif
 }
 
-template <typename T, typename Out, FrustumShape kShape, bool kIntegrated>
+template <typename T, bool kIntegrated>
 struct Forward {
     Rays<T> rays;
-    Out* features;  // [B, N, 6 degrees]
-    bool stream;    // past the caches; takes all 16 degrees
+    void* features;  // [B, N, 6 degrees]
+    Storage storage;
+    bool stream;  // past the caches; takes all 16 degrees
 
     // One sample's features to memory, in order.
     MIPNERF_INLINE void write_sample(const EncodedBlock<T>& block, int i, const Scales<T>& scales,
-                                     Out* out) const {
+                                     char* out) const {
         constexpr int kHalf = 3 * kMaxDegrees;
-        if constexpr (std::is_same_v<T, Out>) {
-            if (rays.degrees == kMaxDegrees && !stream) {
-                encode_sample<T, kIntegrated, kMaxDegrees>(block, i, scales, out, out + kHalf);
-                return;
-            }
+        if (storage == Storage::kSame && rays.degrees == kMaxDegrees && !stream) {
+            T* const same = reinterpret_cast<T*>(out);
+            encode_sample<T, kIntegrated, kMaxDegrees>(block, i, scales, same, same + kHalf);
+            return;
         }
         alignas(64) T row[2 * kHalf];
         if (rays.degrees <= kMaxDegrees / 2)
@@ -169,33 +194,29 @@ struct Forward {
         else
             encode_sample<T, kIntegrated, kMaxDegrees>(block, i, scales, row, row + kHalf);
         if (stream) {
-            alignas(64) Out packed[2 * kHalf];
-#pragma omp simd
-            for (int j = 0; j < 2 * kHalf; ++j) store_feature(packed + j, row[j]);
-            constexpr int kStep = 16 / sizeof(Out);
-            for (int j = 0; j < 2 * kHalf; j += kStep) stream_16_bytes(out + j, packed + j);
+            alignas(64) char packed[2 * kHalf * sizeof(T)];
+            store_features(packed, storage, row, 2 * kHalf);
+            const int64_t bytes = 2 * kHalf * bytes_of(storage, sizeof(T));
+            for (int64_t at = 0; at < bytes; at += 16) stream_16_bytes(out + at, packed + at);
             return;
         }
         const int half = 3 * rays.degrees;
-#pragma omp simd
-        for (int j = 0; j < half; ++j) store_feature(out + j, row[j]);
-#pragma omp simd
-        for (int j = 0; j < half; ++j) store_feature(out + half + j, row[kHalf + j]);
+        store_features(out, storage, row, half);
+        store_features(out + half * bytes_of(storage, sizeof(T)), storage, row + kHalf, half);
     }
 
     MIPNERF_INLINE void operator()(int64_t begin, int64_t end) const {
         const Scales<T> scales(rays);
-        const int64_t width = 6 * rays.degrees;
+        const int64_t row_bytes = 6 * rays.degrees * bytes_of(storage, sizeof(T));
         EncodedBlock<T> block;
         for (int64_t ray = begin; ray < end; ++ray) {
             const RayConstants<T> constants =
                 ray_constants(rays.origins + 3 * ray, rays.directions + 3 * ray, rays.radii[ray]);
             for (int64_t first = 0; first < rays.intervals; first += kSampleBlock) {
                 const int count = static_cast<int>(std::min(kSampleBlock, rays.intervals - first));
-                block.template fill<kShape>(constants, rays.t_vals + ray * (rays.intervals + 1) + first,
-                                            count);
-                Out* out = features + (ray * rays.intervals + first) * width;
-                for (int i = 0; i < count; ++i) write_sample(block, i, scales, out + i * width);
+                block.fill(rays.cylinder, constants, rays.t_vals + ray * (rays.intervals + 1) + first, count);
+                char* out = static_cast<char*>(features) + (ray * rays.intervals + first) * row_bytes;
+                for (int i = 0; i < count; ++i) write_sample(block, i, scales, out + i * row_bytes);
             }
         }
         if (stream) finish_streaming();
@@ -242,8 +263,17 @@ struct GradientBlock {
     alignas(64) T t1[kSampleBlock];
     alignas(64) T sums[12][kSampleBlock];
 
+    template <bool kIntegrated>
+    MIPNERF_INLINE void to_fenceposts_and_ray(bool cylinder, const RayConstants<T>& ray, const T* t_vals,
+                                              int count) {
+        if (cylinder)
+            shape_to_fenceposts_and_ray<FrustumShape::kCylinder, kIntegrated>(ray, t_vals, count);
+        else
+            shape_to_fenceposts_and_ray<FrustumShape::kCone, kIntegrated>(ray, t_vals, count);
+    }
+
     template <FrustumShape kShape, bool kIntegrated>
-    MIPNERF_INLINE void to_fenceposts_and_ray(const RayConstants<T>& ray, const T* t_vals, int count) {
+    MIPNERF_INLINE void shape_to_fenceposts_and_ray(const RayConstants<T>& ray, const T* t_vals, int count) {
 #pragma omp simd
         for (int i = 0; i < count; ++i) {
             const FrustumMoments<T> moments = frustum_moments<kShape>(t_vals[i], t_vals[i + 1]);
@@ -282,22 +312,22 @@ struct GradientBlock {
     }
 };
 
-template <typename T, typename Out, FrustumShape kShape, bool kIntegrated>
+template <typename T, bool kIntegrated>
 struct Backward {
     Rays<T> rays;
-    const Out* grad_features;  // [B, N, 6 degrees]
-    T* grad_t_vals;            // [B, N+1]
-    T* grad_origins;           // [B, 3]
-    T* grad_directions;        // [B, 3]
-    T* grad_radii;             // [B, 1]
+    const void* grad_features;  // [B, N, 6 degrees]
+    Storage storage;
+    T* grad_t_vals;      // [B, N+1]
+    T* grad_origins;     // [B, 3]
+    T* grad_directions;  // [B, 3]
+    T* grad_radii;       // [B, 1]
 
     MIPNERF_INLINE void read_sample(const EncodedBlock<T>& block, int i, const Scales<T>& scales,
-                                    const Out* grad_out, T* grad_row, GradientBlock<T>& gradients) const {
+                                    const char* grad_out, T* grad_row, GradientBlock<T>& gradients) const {
         const int half = 3 * rays.degrees;
-#pragma omp simd
-        for (int j = 0; j < half; ++j) grad_row[j] = load_feature(grad_out + j);
-#pragma omp simd
-        for (int j = 0; j < half; ++j) grad_row[3 * kMaxDegrees + j] = load_feature(grad_out + half + j);
+        load_features(grad_out, storage, grad_row, half);
+        load_features(grad_out + half * bytes_of(storage, sizeof(T)), storage, grad_row + 3 * kMaxDegrees,
+                      half);
         CoordinateGradient<T> grad[3];
         if (rays.degrees <= kMaxDegrees / 2)
             encode_sample_gradient<T, kIntegrated, kMaxDegrees / 2>(block, i, scales, grad_row, grad);
@@ -311,7 +341,7 @@ struct Backward {
 
     MIPNERF_INLINE void operator()(int64_t begin, int64_t end) const {
         const Scales<T> scales(rays);
-        const int64_t width = 6 * rays.degrees;
+        const int64_t row_bytes = 6 * rays.degrees * bytes_of(storage, sizeof(T));
         EncodedBlock<T> block;
         GradientBlock<T> gradients;
         alignas(64) T grad_row[6 * kMaxDegrees] = {};  // zero beyond the degrees in use
@@ -324,12 +354,13 @@ struct Backward {
             grad_t[0] = T(0);
             for (int64_t first = 0; first < rays.intervals; first += kSampleBlock) {
                 const int count = static_cast<int>(std::min(kSampleBlock, rays.intervals - first));
-                block.template fill<kShape>(constants, t_vals + first, count);
-                const Out* grad_out = grad_features + (ray * rays.intervals + first) * width;
+                block.fill(rays.cylinder, constants, t_vals + first, count);
+                const char* grad_out =
+                    static_cast<const char*>(grad_features) + (ray * rays.intervals + first) * row_bytes;
                 for (int i = 0; i < count; ++i)
-                    read_sample(block, i, scales, grad_out + i * width, grad_row, gradients);
-                gradients.template to_fenceposts_and_ray<kShape, kIntegrated>(constants, t_vals + first,
-                                                                              count);
+                    read_sample(block, i, scales, grad_out + i * row_bytes, grad_row, gradients);
+                gradients.template to_fenceposts_and_ray<kIntegrated>(rays.cylinder, constants,
+                                                                      t_vals + first, count);
                 grad_t[first] += gradients.t0[0];
                 for (int i = 1; i < count; ++i) grad_t[first + i] = gradients.t1[i - 1] + gradients.t0[i];
                 grad_t[first + count] = gradients.t1[count - 1];
@@ -346,9 +377,10 @@ struct Backward {
 };
 
 template <typename T>
-Rays<T> rays_of(const FrustumIpeSizes& sizes, int64_t min_deg, const Tensor& t_vals, const Tensor& origins,
-                const Tensor& directions, const Tensor& radii) {
+Rays<T> rays_of(const FrustumIpeSizes& sizes, bool cylinder, int64_t min_deg, const Tensor& t_vals,
+                const Tensor& origins, const Tensor& directions, const Tensor& radii) {
     return {sizes.intervals,
+            cylinder,
             static_cast<int>(min_deg),
             static_cast<int>(sizes.degrees),
             static_cast<const T*>(t_vals.const_data_ptr()),
@@ -357,28 +389,22 @@ Rays<T> rays_of(const FrustumIpeSizes& sizes, int64_t min_deg, const Tensor& t_v
             static_cast<const T*>(radii.const_data_ptr())};
 }
 
-// Calls run(shape, integrated) with both as types.
-template <typename Run>
-void with_variant(bool cylinder, bool integrated, const Run& run) {
-    using Cone = std::integral_constant<FrustumShape, FrustumShape::kCone>;
-    using Cylinder = std::integral_constant<FrustumShape, FrustumShape::kCylinder>;
-    if (cylinder)
-        integrated ? run(Cylinder(), std::true_type()) : run(Cylinder(), std::false_type());
-    else
-        integrated ? run(Cone(), std::true_type()) : run(Cone(), std::false_type());
+Storage storage_of(ScalarType features) {
+    if (features == ScalarType::BFloat16) return Storage::kBfloat16;
+    return features == ScalarType::Half ? Storage::kHalf : Storage::kSame;
 }
 
-// Calls run(T, Out) with null pointers to the dtype of the inputs and of the features.
+// Calls run(T, integrated) with a null pointer to the dtype of the inputs, and with whether the variance is
+// wanted as a type.
 template <typename Run>
-void with_dtypes(ScalarType inputs, ScalarType features, const Run& run) {
+void with_variant(ScalarType inputs, bool integrated, const Run& run) {
+    const auto with_dtype = [&](auto* type) {
+        integrated ? run(type, std::true_type()) : run(type, std::false_type());
+    };
     if (inputs == ScalarType::Double)
-        run(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
-    else if (features == ScalarType::BFloat16)
-        run(static_cast<float*>(nullptr), static_cast<Bfloat16Bits*>(nullptr));
-    else if (features == ScalarType::Half)
-        run(static_cast<float*>(nullptr), static_cast<HalfBits*>(nullptr));
+        with_dtype(static_cast<double*>(nullptr));
     else
-        run(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
+        with_dtype(static_cast<float*>(nullptr));
 }
 
 void check_dtypes(const Checker& check, const char* features_name, ScalarType features,
@@ -407,15 +433,12 @@ Tensor frustum_ipe_forward_cpu(Tensor t_vals, Tensor origins, Tensor directions,
         sizes.rays * sizes.intervals * sizes.features() * static_cast<int64_t>(features.element_size());
     const bool large = bytes >= kStreamBytes;
     if (large) prefer_large_pages(features.mutable_data_ptr(), bytes);
-    with_dtypes(t_vals.scalar_type(), out_dtype, [&](auto* input, auto* output) {
+    with_variant(t_vals.scalar_type(), integrated, [&](auto* input, auto is_integrated) {
         using T = std::remove_pointer_t<decltype(input)>;
-        using Out = std::remove_pointer_t<decltype(output)>;
-        with_variant(cylinder, integrated, [&](auto shape, auto is_integrated) {
-            const Forward<T, Out, shape(), is_integrated()> body{
-                rays_of<T>(sizes, min_deg, t_vals, origins, directions, radii),
-                static_cast<Out*>(features.mutable_data_ptr()), large && sizes.degrees == kMaxDegrees};
-            for_rays<T>(sizes.rays, sizes.intervals, body);
-        });
+        const Forward<T, is_integrated()> body{
+            rays_of<T>(sizes, cylinder, min_deg, t_vals, origins, directions, radii),
+            features.mutable_data_ptr(), storage_of(out_dtype), large && sizes.degrees == kMaxDegrees};
+        for_rays<T>(sizes.rays, sizes.intervals, body);
     });
     return features;
 }
@@ -440,19 +463,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> frustum_ipe_backward_cpu(Tensor grad_
     Tensor grad_origins = torch::stable::new_empty(t_vals, {sizes.rays, 3});
     Tensor grad_directions = torch::stable::new_empty(t_vals, {sizes.rays, 3});
     Tensor grad_radii = torch::stable::new_empty(t_vals, {sizes.rays, 1});
-    with_dtypes(t_vals.scalar_type(), grad_features.scalar_type(), [&](auto* input, auto* output) {
+    with_variant(t_vals.scalar_type(), integrated, [&](auto* input, auto is_integrated) {
         using T = std::remove_pointer_t<decltype(input)>;
-        using Out = std::remove_pointer_t<decltype(output)>;
-        with_variant(cylinder, integrated, [&](auto shape, auto is_integrated) {
-            const Backward<T, Out, shape(), is_integrated()> body{
-                rays_of<T>(sizes, min_deg, t_vals, origins, directions, radii),
-                static_cast<const Out*>(grad_features.const_data_ptr()),
-                static_cast<T*>(grad_t_vals.mutable_data_ptr()),
-                static_cast<T*>(grad_origins.mutable_data_ptr()),
-                static_cast<T*>(grad_directions.mutable_data_ptr()),
-                static_cast<T*>(grad_radii.mutable_data_ptr())};
-            for_rays<T>(sizes.rays, sizes.intervals, body);
-        });
+        const Backward<T, is_integrated()> body{
+            rays_of<T>(sizes, cylinder, min_deg, t_vals, origins, directions, radii),
+            grad_features.const_data_ptr(),
+            storage_of(grad_features.scalar_type()),
+            static_cast<T*>(grad_t_vals.mutable_data_ptr()),
+            static_cast<T*>(grad_origins.mutable_data_ptr()),
+            static_cast<T*>(grad_directions.mutable_data_ptr()),
+            static_cast<T*>(grad_radii.mutable_data_ptr())};
+        for_rays<T>(sizes.rays, sizes.intervals, body);
     });
     return {grad_t_vals, grad_origins, grad_directions, grad_radii};
 }
