@@ -508,7 +508,7 @@ def build_command(base: Any) -> Any:
                     groups.setdefault(wanted, []).append(source)
                 objects = []
                 if self.shared_headers is not None:
-                    options = precompile(output_dir, **options)
+                    options = precompile(*self.shared_headers, output_dir, **options)
                 for wanted, group in groups.items():
                     # A folder of its own: ninja forgets what its file no longer names.
                     folder = output_dir if wanted == everywhere else f"{output_dir}/{Path(group[0]).stem}"
@@ -518,12 +518,11 @@ def build_command(base: Any) -> Any:
                     objects += compile_all(group, output_dir=folder, **arguments)
                 return objects
 
-            def precompile(output_dir: str, **options: Any) -> dict[str, Any]:
+            def precompile(header: Path, source: Path, output_dir: str, **options: Any) -> dict[str, Any]:
                 """Compiles the shared headers; returns the options of sources that begin with them.
 
                 g++ finds the result by its name, and reads the header itself where it does not fit.
                 """
-                header, source = self.shared_headers
                 arguments = copy.deepcopy(options)
                 arguments["extra_preargs"] = ["-x", "c++-header", *(options.get("extra_preargs") or [])]
                 (compiled,) = compile_all(

@@ -1,12 +1,14 @@
 // Runs a loop over rays on torch's threads, compiled for the vector units that this processor turns out to
 // have.
 //
-//   for_rays(rays, samples, body);      body(begin, end) handles the rays begin <= ray < end
+//   for_rays<T>(rays, samples, body);      body(begin, end) handles the rays begin <= ray < end
 //
-// The body and everything it calls are inlined into one function per instruction set, so that its loops are
-// vectorised three times; which copy runs is decided once per process. (target_clones does the same for plain
-// functions but takes no templates, and its "avx2" is without the fused multiply-add, which would leave fma()
-// a call into libm.) Tuned for haswell since g++ otherwise takes gathers apart into single loads.
+// T is what the body computes in: float64, which is there for checking, is compiled once and plainly.
+//
+// The body and everything it calls are inlined into one function per instruction set, so that its loops
+// are vectorised three times; which copy runs is decided once per process. (target_clones does the same for
+// plain functions but takes no templates, and its "avx2" is without the fused multiply-add, which would leave
+// fma() a call into libm.) Tuned for haswell since g++ otherwise takes gathers apart into single loads.
 //
 // MIPNERF_ONLY_VECTOR_UNIT, a value of VectorUnit, compiles one copy alone: a third of the time, for a
 // library that stays on the machine where it was built.
@@ -69,8 +71,14 @@ inline VectorUnit vector_unit() {
 
 namespace detail {
 
+#if defined(__GNUC__) && !defined(__clang__)
+#define MIPNERF_COMPILES_SOON __attribute__((optimize("O1")))
+#else
+#define MIPNERF_COMPILES_SOON
+#endif
+
 template <typename Body>
-__attribute__((optimize("O1"))) void run_plain(const Body& body, int64_t begin, int64_t end) {
+MIPNERF_COMPILES_SOON void run_plain(const Body& body, int64_t begin, int64_t end) {
     body(begin, end);
 }
 
@@ -95,7 +103,7 @@ run_avx512(const Body& body, int64_t begin, int64_t end) {
 
 }  // namespace detail
 
-template <typename T = float, typename Body>
+template <typename T, typename Body>
 void for_rays(int64_t rays, int64_t samples, const Body& body) {
     // Below this many samples a second thread costs more than it saves.
     constexpr int64_t kSamplesPerTask = 8192;

@@ -47,8 +47,8 @@ Tensor resample_cpu(Tensor t_vals, Tensor weights, int64_t num_samples, std::opt
             sizes.samples, sizes.num_fenceposts, static_cast<const T*>(t_vals.const_data_ptr()),
             u.has_value() ? static_cast<const T*>(u->const_data_ptr()) : nullptr, padding};
         for_rays<T>(sizes.rays, sizes.samples + sizes.num_fenceposts,
-                 Resample<T>{in, static_cast<const T*>(weights.const_data_ptr()),
-                             static_cast<T*>(new_t_vals.mutable_data_ptr())});
+                    Resample<T>{in, static_cast<const T*>(weights.const_data_ptr()),
+                                static_cast<T*>(new_t_vals.mutable_data_ptr())});
     };
     if (t_vals.scalar_type() == ScalarType::Double)
         run(static_cast<double*>(nullptr));

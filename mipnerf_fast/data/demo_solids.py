@@ -15,7 +15,8 @@ import numpy as np
 from mipnerf_fast.data.demo_textures import Array, Texture, column
 
 FAR = np.float32(1e9)  # the t of a ray that meets nothing
-_COLUMNS_OF_A_PRODUCT = 16384  # few enough that the library of the matrix products starts no threads of its own
+# Few enough that the library of the matrix products starts no threads of its own.
+_COLUMNS_OF_A_PRODUCT = 16384
 
 
 def dot(a: Array, b: Array) -> Array:
@@ -179,9 +180,9 @@ class _Marched(Solid):
             alive = int(np.count_nonzero(going))
             # Those that are through go along until a third are: leaving them out costs as much as a step.
             if alive < 0.67 * rays.size:
-                going = np.flatnonzero(going)
-                rays, t, leave, direction = rays[going], t[going], leave[going], direction[:, going]
-                origin = _chosen(origin, going)
+                kept = np.flatnonzero(going)
+                rays, t, leave, direction = rays[kept], t[kept], leave[kept], direction[:, kept]
+                origin = _chosen(origin, kept)
         return result
 
 

@@ -21,7 +21,6 @@ from mipnerf_fast.data.demo_textures import (
     BRASS,
     INK,
     Array,
-    Texture,
     board,
     candy,
     column,
@@ -139,7 +138,8 @@ class Patches:
         """The points of the groups that are marked."""
         begin, count = self.begin[groups], self.count[groups]
         before = np.cumsum(count) - count
-        return np.arange(count.sum()) + np.repeat(begin - before, count)
+        members: NDArray[np.intp] = np.arange(count.sum()) + np.repeat(begin - before, count)
+        return members
 
 
 def _patch_order(points: Array, owner: Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -163,7 +163,11 @@ def _open_sky(patches: Patches, normals: Array) -> Array:
         if ball.bound >= 0.5 or isinstance(ball, Cylinder):
             continue
         reach = ball.bound if isinstance(ball, Sphere) else np.float32(0.8) * ball.bound
-        gaps = [np.maximum(np.maximum(low - c, c - high), 0) for c, (low, high) in zip(ball.centre, bounds)]
+        # how far each group's box is from the middle of the ball
+        gaps = [
+            np.maximum(np.maximum(low - c, c - high), 0)
+            for c, (low, high) in zip(ball.centre, bounds, strict=True)
+        ]
         close = gaps[0] ** 2 + gaps[1] ** 2 + gaps[2] ** 2 < 25 * reach * reach
         some = patches.members(close & (patches.owner != index))
         offset = ball.centre - patches.points[:, some]
@@ -185,7 +189,9 @@ def _shaded(patches: Patches, sun: Array) -> NDArray[np.bool_]:
         top = (centres + extents)[2][:, None]
         stray = 1.01 * _SUN_RADIUS * np.maximum(top - bounds[2][0], 0) + 1e-3
         close = bounds[2][0] < top
-        for centre, extent, (low, high) in zip(centres[:2, :, None], extents[:2, :, None], bounds):
+        for centre, extent, (low, high) in zip(
+            centres[:2, :, None], extents[:2, :, None], bounds[:2], strict=True
+        ):
             close &= (low < centre + extent + stray) & (high > centre - extent - stray)
         groups = close.any(0)
         if solid.is_convex:
@@ -230,8 +236,8 @@ def colours(origin: Array, directions: Array, which: Array, t: Array, sun: Array
         which, t: [n], the number of the solid that each meets, and where.
         sun: [3, n], the direction towards the point of the sun that lights each ray.
     """
-    points = origin + t * directions
-    seen = np.empty_like(points)
+    points: Array = origin + t * directions
+    seen: Array = np.empty_like(points)
     if not t.size:
         return seen
     order, begin = _patch_order(points, which)
@@ -291,4 +297,5 @@ def _lit(
     # exposure, a filmic curve and gamma 2
     light *= np.float32(0.74)
     light = light * (2.51 * light + 0.03) / (light * (2.43 * light + 0.59) + 0.14)
-    return np.sqrt(np.clip(light, 0, 1)).astype(np.float32)
+    display: Array = np.sqrt(np.clip(light, 0, 1)).astype(np.float32)
+    return display

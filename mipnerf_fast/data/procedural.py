@@ -74,7 +74,8 @@ def _candidates(c2w: NDArray[np.float64], focal: float, rays: int) -> list[NDArr
             if z[box].max() > -0.1:  # reaches behind the camera
                 inside[:] = True
             rows, columns = (
-                slice(max(0, math.floor(a[box]) - 1), max(0, math.ceil(b[box]) + 1)) for a, b in zip(low, high)
+                slice(max(0, math.floor(a[box]) - 1), max(0, math.ceil(b[box]) + 1))
+                for a, b in zip(low, high, strict=True)
             )
             inside[rows, columns] = True
         candidates.append(np.flatnonzero(inside))
@@ -122,8 +123,9 @@ def render_view(c2w: NDArray[np.float64], size: int, supersample: int = SUPERSAM
     pixels = row // supersample * size + column // supersample
     hits = np.bincount(pixels, minlength=size * size)
     sums = [np.bincount(pixels, channel, minlength=size * size) / np.maximum(hits, 1) for channel in colour]
-    image = np.rint(255 * np.stack([*sums, hits / samples], -1)).astype(np.uint8)
-    return image.reshape(size, size, 4)
+    mean = np.stack([*sums, hits / samples], -1).reshape(size, size, 4)
+    image: NDArray[np.uint8] = np.rint(255 * mean).astype(np.uint8)
+    return image
 
 
 def demo_frames(
