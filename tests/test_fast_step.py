@@ -158,6 +158,37 @@ def test_the_plain_step_counts_and_adds_alike() -> None:
             assert (mine - other).norm() <= 100 * 2.0**-23 * other.norm()
 
 
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 131])
+def test_rays_marched_side_by_side_find_the_samples_of_each_alone(count: int) -> None:
+    """Where next to nothing is absorbed, the fused step's samples are all those of the operator that marches one ray
+    after the other, whichever rays share its lanes: some are parallel to an axis, some miss the box or end at once."""
+    model, rays = _model(SMALL), _rays(count)
+    fields = model.fields()
+    fields.density_out.zero_()
+    fields.density_out[0] = -1.0  # densities far below 1
+    model.densities.copy_(torch.rand_like(model.densities) ** 8)  # large empty cells too
+    model.masks.copy_(reference.pack_masks(reference.occupancy_masks(model.densities, 0.6)))
+    kind = torch.arange(count) % 7
+    rays.directions[kind == 1] = torch.tensor([0.0, 0.0, -1.0])
+    rays.directions[kind == 2, 0] = 0.0
+    rays.origins[kind == 3] += 9.0  # beside the box
+    rays.far[kind == 4] = rays.near[kind == 4]
+    rays.directions[kind == 5] *= -1.0  # away from it
+    target = torch.rand(count, 3)
+    marched = ops.march(*rays[:6], fields.masks, fields.occupancy_resolution, fields.box_half)
+    found = ops.fast_train_step(rays, target, 0.1, fields, _zeros(fields))
+    wanted = marched.rays.shape[0]
+    assert (found.samples, found.counted) == (wanted, wanted)
+    if count > 7:
+        assert wanted > count and not {1, 2, 3, 4, 5} - set(kind.tolist())
+    # The same samples, not as many others: the widths and places decide the colours.
+    rgb, distance, acc = ops.fast_render(rays, fields)
+    composite, _ = _composed(rays, fields, torch.float64)
+    torch.testing.assert_close(rgb.double(), composite.rgb, rtol=0, atol=1e-5)
+    # An opacity near zero is 1 minus a rounded number near 1; the distance divides by it.
+    torch.testing.assert_close((acc * distance).double(), composite.acc * composite.distance, rtol=0, atol=1e-5)
+
+
 def test_the_result_does_not_depend_on_threads() -> None:
     model, rays = _model(SMALL), _rays(300)
     fields, target = model.fields(), torch.rand(300, 3)
@@ -353,7 +384,7 @@ def test_images_without_alpha_keep_their_colours() -> None:
     assert {tuple(c) for c in (target * 255).round().int().tolist()} <= colours
 
 
-@pytest.mark.parametrize("size", [1, 16, 4099])
+@pytest.mark.parametrize("size", [1, 16, 4099, 40003])
 def test_adam_agrees_with_its_reference_and_spares_the_untouched(size: int) -> None:
     values, moment1 = torch.randn(size), torch.randn(size) * 0.1
     moment2, gradient = torch.rand(size) * 0.01, torch.randn(size)

@@ -44,6 +44,14 @@ struct VectorOf {
 template <int W>
 using Vector = typename VectorOf<W>::type;
 
+// What a comparison of Vector<W> gives: all bits of a lane, or none.
+template <int W>
+struct IntVectorOf {
+    typedef int32_t type __attribute__((vector_size(4 * W)));
+};
+template <int W>
+using IntVector = typename IntVectorOf<W>::type;
+
 template <int W>
 MIPNERF_INLINE Vector<W> load_vector(const float* p) {
     Vector<W> v;

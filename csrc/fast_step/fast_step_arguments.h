@@ -33,7 +33,7 @@ class CheckedModel {
             sizes, tensor_data<float>(given.density_in), tensor_data<float>(given.density_out),
             tensor_data<float>(given.colour_in),
             given.colour_hidden.has_value() ? tensor_data<float>(*given.colour_hidden) : nullptr,
-            tensor_data<float>(given.colour_out), dispatched_row_block());
+            tensor_data<float>(given.colour_out));
         model_.networks = networks_.get();
     }
 

@@ -1,9 +1,10 @@
-// The operators fast_train_step, fast_render and fast_density on the CPU: checks, tasks, ordered reductions.
+// The operators fast_train_step and fast_render on the CPU: checks, tasks, ordered reductions.
 // The loops are in fast_step_group.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <optional>
@@ -36,7 +37,7 @@ struct TrainGroups {
 template <int F>
 struct Scatter {
     const FastModel& model;
-    const std::vector<GroupResult*>& groups;
+    const std::vector<const GroupResult*>& groups;
     int64_t parts;
     float* grad_tables;
 
@@ -51,12 +52,13 @@ struct Scatter {
         const uint32_t first = static_cast<uint32_t>(parts == 1 ? 0 : level.offset + size * part / parts);
         const uint32_t last =
             parts == 1 ? 0xffffffffu : static_cast<uint32_t>(level.offset + size * (part + 1) / parts);
-        const int rows = 4 + model.sizes.encoded;
-        for (GroupResult* group : groups)
-            for (size_t t = 0; t < group->columns.size(); ++t) {
-                const RowBuffer& tile = group->tiles.at(static_cast<int64_t>(t), rows);
-                scatter_tile<F>(level, model.encode, tile.row(0), tile.row(3), tile.row(4 + l * F),
-                                group->columns[t], first, last, grad_tables);
+        for (const GroupResult* group : groups)
+            for (int64_t at = 0; at < group->counted; at += kTile) {
+                Rows gradients = group->grad_features.from(at);
+                gradients.data += l * F;
+                scatter_tile<F>(level, model.encode, group->places.from(at), gradients,
+                                static_cast<int>(std::min<int64_t>(kTile, group->counted - at)), first, last,
+                                grad_tables);
             }
     }
 };
@@ -143,23 +145,26 @@ Tensor fast_train_step_cpu(Tensor origins, Tensor directions, Tensor radii, Tens
 
     double loss = 0, squared_error = 0;
     int64_t samples = 0, counted = 0;
-    std::vector<float> sums(sizes.weights(), 0.0f);
-    std::vector<GroupResult*> groups;
+    const GradientSums layout(sizes);
+    std::vector<float> sums(layout.total, 0.0f), weights(sizes.weights());
+    std::vector<const GroupResult*> groups;
     for (int64_t g = 0; g < count; ++g) {
-        GroupResult& group = workspace.groups[g];
+        const GroupResult& group = workspace.groups[g];
         loss += group.loss;
         squared_error += group.squared_error;
         samples += group.samples;
         counted += group.counted;
-        for (int64_t i = 0; i < sizes.weights(); ++i) sums[i] += group.weight_gradient[i];
+        const float* const part = group.weight_gradient.at(0);
+        for (int64_t i = 0; i < layout.total; ++i) sums[i] += part[i];
         groups.push_back(&group);
     }
+    layout.unpack(sums.data(), weights.data());
     // A NaN anywhere in the backward pass reaches the weights: the density network's inputs hold a constant.
     bool is_finite = std::isfinite(loss);
-    for (const float value : sums) is_finite = is_finite && std::isfinite(value);
+    for (const float value : weights) is_finite = is_finite && std::isfinite(value);
     if (is_finite) {
         for (const Part& part : parts)
-            for (int64_t i = part.begin; i < part.end; ++i) part.gradient[i - part.begin] += sums[i];
+            for (int64_t i = part.begin; i < part.end; ++i) part.gradient[i - part.begin] += weights[i];
         const int64_t threads = torch::stable::get_num_threads();
         const int64_t per_level = std::max<int64_t>(1, 2 * threads / model.grid.levels);
         with_features(checked.features(), [&](auto features) {

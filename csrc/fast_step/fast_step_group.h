@@ -1,27 +1,29 @@
 // The fused loops of the fast model on the CPU: one group of rays from marching to gradients. No torch.
 //
-//   rounds   march the next 8 samples of every living ray into tiles; encode; density network; transmittance;
-//            rays whose transmittance fell below kMinTransmittance die
-//   colour   the samples that count, compacted into tiles: colour network, compositing
-//   backward loss, compositing's closed form, colour network, density network; gradients of the encoding stay
-//   in
-//            the group's tiles for the scatter, which is ordered by level (fast_step_cpu.cpp)
+//   rounds   march the next 8 samples of every living ray; encode; density network; transmittance; rays whose
+//            transmittance fell below kMinTransmittance die
+//   colour   the samples that count: colour network, the view's part of its first layer one bias a ray,
+//            compositing
+//   backward loss, compositing's closed form, colour network, density network, of the samples that count;
+//            gradients of the encoding stay in the group's result for the scatter, which is ordered by level
+//            (fast_step_cpu.cpp)
 //
 // A group depends on nothing but its rays, and everything summed over groups is summed in their order:
 // results do not depend on the number of threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "../hash_encode/hash_encode_tiles.h"
-#include "../march/march_math.h"
+#include "../march/march_lanes.h"
 #include "../packed_composite/packed_composite_math.h"
 #include "../tiny_mlp/tiny_mlp_math.h"
 #include "fast_step_rooms.h"
 
 namespace mipnerf {
 
-constexpr int kGroupRays = 64;
 constexpr int kSamplesPerRound = 8;
 
 struct FastModel {
@@ -49,136 +51,103 @@ struct FastRays {
 struct GroupRay {
     MarchRay<float> march;
     RayState<float> state;
-    float harmonics[kHarmonics];
     float grad_rgb[3], so_far[3];
     bool is_alive;
 };
 
-template <int W>
-MIPNERF_INLINE void clear_rows(float* row, int rows, int columns) {
-    for (int r = 0; r < rows; ++r)
-        for (int n = 0; n < columns; n += W) store_vector<W>(row + r * kTile + n, splat<W>(0.0f));
-}
-
-MIPNERF_INLINE int32_t as_int(float bits) {
-    return static_cast<int32_t>(float_bits(bits));
-}
-MIPNERF_INLINE float from_int(int32_t value) {
-    return bits_float(static_cast<uint32_t>(value));
-}
-
-// Encoding and density network of one tile with `count` samples; the padding is made harmless first.
+// Encoding and density network of `count` samples, at most kTile.
 template <int W, int F>
-MIPNERF_INLINE void density_tile(const FastModel& model, const TileRows& rows, const RowBuffer& tile,
-                                 int count) {
-    const FastSizes& sizes = model.sizes;
-    const int columns = padded_columns<W>(count);
-    for (int n = count; n < columns; ++n) {
-        for (int k = 0; k < 3; ++k) tile.row(rows.position + k)[n] = 0.5f;
-        tile.row(rows.scale)[n] = 1.0f;
-        tile.row(rows.length)[n] = 0.0f;
-    }
-    encode_tile<F>(model.grid, model.encode, model.table, tile.row(rows.position), tile.row(rows.scale),
-                   columns, sizes.inputs, tile.row(rows.features));
-    dense_tile<W, Epilogue::kRelu>(model.networks->density_in(), sizes.hidden, sizes.inputs,
-                                   tile.row(rows.features), tile.row(rows.hidden), columns);
-    dense_tile<W, Epilogue::kNone>(model.networks->density_out(), kGeometryFeatures, sizes.hidden,
-                                   tile.row(rows.hidden), tile.row(rows.geometry), columns);
+MIPNERF_INLINE void density_tile(const FastModel& model, const TilePlaces& places, int count, Rows features,
+                                 Rows hidden, Rows geometry) {
+    encode_tile<F>(model.grid, model.encode, model.table, places, count, features);
+    dense_rows<W, Epilogue::kRelu>(model.networks->density_in(), features, hidden, count);
+    dense_rows<W, Epilogue::kNone>(model.networks->density_out(), hidden, geometry, count);
 }
 
-// Colour network of one colour tile, its inputs in place.
-template <int W>
-MIPNERF_INLINE void colour_tile(const FastModel& model, const TileRows& rows, const RowBuffer& tile,
-                                int columns) {
-    const FastSizes& sizes = model.sizes;
-    dense_tile<W, Epilogue::kRelu>(model.networks->colour_in(), sizes.hidden, sizes.colour_inputs(),
-                                   tile.row(rows.colour_inputs), tile.row(rows.colour_hidden[0]), columns);
-    if (sizes.colour_layers == 2)
-        dense_tile<W, Epilogue::kRelu>(model.networks->colour_hidden(), sizes.hidden, sizes.hidden,
-                                       tile.row(rows.colour_hidden[0]), tile.row(rows.colour_hidden[1]),
-                                       columns);
-    dense_tile<W, Epilogue::kNone>(model.networks->colour_out(), 3, sizes.hidden,
-                                   tile.row(rows.colour_hidden[sizes.colour_layers - 1]), tile.row(rows.raw),
-                                   columns);
-    for (int k = 0; k < 3; ++k) {
-        const float* raw = tile.row(rows.raw + k);
-        float* rgb = tile.row(rows.rgb + k);
-#pragma omp simd
-        for (int n = 0; n < columns; ++n) rgb[n] = fast_colour(raw[n]);
-    }
-}
-
-MIPNERF_INLINE void begin_ray(const FastModel& model, const FastRays& rays, int64_t index, GroupRay& ray) {
+MIPNERF_INLINE void begin_ray(const FastModel& model, const FastRays& rays, int64_t index, GroupRay& ray,
+                              float* harmonics) {
     const float* direction = rays.directions + 3 * index;
     ray.march = march_begin(rays.origins + 3 * index, direction, rays.radii[index], rays.near[index],
                             rays.far[index], rays.phase == nullptr ? 0.5f : rays.phase[index], model.march);
     ray.state = {1.0f, {0.0f, 0.0f, 0.0f}, 0.0f};
     const float inverse = 1.0f / ray.march.norm;
-    spherical_harmonics(direction[0] * inverse, direction[1] * inverse, direction[2] * inverse,
-                        ray.harmonics);
+    spherical_harmonics(direction[0] * inverse, direction[1] * inverse, direction[2] * inverse, harmonics);
     ray.is_alive = ray.march.t < ray.march.end;
 }
 
-// Marches and evaluates the density until every ray has died or left the box; fills room.columns and
-// room.counted.
-template <int W, int F>
-MIPNERF_INLINE void march_and_density(const FastModel& model, const TileRows& rows, GroupRay* group,
-                                      int count, FastRoom& room) {
-    room.columns.clear();
+// The Gaussians of one ray's intervals, as the samples from `first` on.
+MIPNERF_INLINE void add_samples(const MarchRay<float>& ray, const MarchedIntervals<kSamplesPerRound>& found,
+                                int32_t index, int64_t first, FastRoom& room) {
+    float *const x = room.places.axis(0, first), *const y = room.places.axis(1, first),
+                 *const z = room.places.axis(2, first), *const scale = room.places.axis(3, first),
+                 *const length = room.length.at(first), *const middle = room.middle.at(first);
+    int32_t* const owner = room.ray.data() + first;
+#pragma omp simd
+    for (int k = 0; k < found.count; ++k) {
+        const float t0 = found.t0[k], t1 = found.t1[k];
+        const MarchSample<float> sample = march_sample(ray, t0, t1);
+        x[k] = sample.mean[0];
+        y[k] = sample.mean[1];
+        z[k] = sample.mean[2];
+        scale[k] = sample.scale;
+        length[k] = (t1 - t0) * ray.norm;
+        middle[k] = 0.5f * (t0 + t1);
+        owner[k] = index;
+    }
+}
+
+// Marches and evaluates the density until every ray has died or left the box; fills room.counted and
+// room.counted_ray, and returns the number of samples. Their activations are kept for a backward pass only.
+template <int W, int F, bool kForBackward>
+MIPNERF_INLINE int64_t march_and_density(const FastModel& model, GroupRay* group, int count, FastRoom& room) {
     room.counted.clear();
+    room.counted_ray.clear();
+    int64_t samples = 0;
     bool any = true;
     while (any) {
-        const int64_t begin = static_cast<int64_t>(room.columns.size());
-        int64_t tile_index = begin - 1;
-        const RowBuffer* tile = nullptr;
-        int fill = kTile;
-        for (int r = 0; r < count; ++r) {
-            GroupRay& ray = group[r];
-            if (!ray.is_alive) continue;
-            const OccupancyMask& mask = model.occupancy.mask[ray.march.mask];
-            for (int k = 0; k < kSamplesPerRound; ++k) {
-                float t0, t1;
-                if (!march_next(ray.march, mask, model.masks, t0, t1)) {
-                    ray.is_alive = false;
-                    break;
-                }
-                if (fill == kTile) {
-                    tile = &room.tiles.at(++tile_index, rows.total);
-                    room.columns.push_back(0);
-                    fill = 0;
-                }
-                const MarchSample<float> sample = march_sample(ray.march, t0, t1);
-                for (int axis = 0; axis < 3; ++axis)
-                    tile->row(rows.position + axis)[fill] = sample.mean[axis];
-                tile->row(rows.scale)[fill] = sample.scale;
-                tile->row(rows.length)[fill] = (t1 - t0) * ray.march.norm;
-                tile->row(rows.middle)[fill] = 0.5f * (t0 + t1);
-                tile->row(rows.ray)[fill] = from_int(r);
-                room.columns[tile_index] = ++fill;
+        const int64_t begin = samples;
+        const int64_t most = begin + static_cast<int64_t>(kSamplesPerRound) * count;
+        room.grow(most, kForBackward ? most : kTile);
+        for (int next = 0; next < count;) {
+            int lanes = 0, lane_ray[kMarchRays<W>];
+            MarchRay<float>* marching[kMarchRays<W>];
+            for (; next < count && lanes < kMarchRays<W>; ++next) {
+                if (!group[next].is_alive) continue;
+                marching[lanes] = &group[next].march;
+                lane_ray[lanes++] = next;
+            }
+            MarchedIntervals<kSamplesPerRound> found[kMarchRays<W>];
+            if (lanes == 0) break;
+            march_lanes<kMarchLanes<W>>(marching, lanes, model.occupancy, model.masks, found);
+            for (int lane = 0; lane < lanes; ++lane) {
+                const int r = lane_ray[lane];
+                add_samples(group[r].march, found[lane], r, samples, room);
+                samples += found[lane].count;
+                group[r].is_alive = found[lane].count == kSamplesPerRound;
             }
         }
-        for (int64_t t = begin; t <= tile_index; ++t) {
-            const RowBuffer& current = room.tiles.at(t, rows.total);
-            const int samples = room.columns[t];
-            density_tile<W, F>(model, rows, current, samples);
-            const float* raw = current.row(rows.geometry);
-            const float* length = current.row(rows.length);
-            float* tau = current.row(rows.tau);
-            float* keep = current.row(rows.keep);
+        for (int64_t first = begin; first < samples; first += kTile) {
+            const int columns = static_cast<int>(std::min<int64_t>(kTile, samples - first));
+            const int64_t kept = kForBackward ? first : 0;
+            density_tile<W, F>(model, room.places.from(first), columns, room.features.from(kept),
+                               room.hidden.from(kept), room.geometry.from(first));
+            const float *geometry = room.geometry.at(first), *length = room.length.at(first);
+            float *tau = room.tau.at(first), *keep = room.keep.at(first);
 #pragma omp simd
-            for (int n = 0; n < kTile; ++n) {
-                const float depth = fast_density(raw[n]) * length[n];
+            for (int n = 0; n < columns; ++n) {
+                const float depth = fast_density(geometry[n * kGeometryFeatures]) * length[n];
                 tau[n] = depth;
                 keep[n] = exp_nonpositive(-depth);
             }
-            const float* ray_of = current.row(rows.ray);
-            float* before = current.row(rows.before);
-            for (int n = 0; n < samples; ++n) {
-                RayState<float>& state = group[as_int(ray_of[n])].state;
+            float* const before = room.before.at(first);
+            for (int n = 0; n < columns; ++n) {
+                const int32_t r = room.ray[first + n];
+                RayState<float>& state = group[r].state;
                 before[n] = state.transmittance;
                 if (!counts(state.transmittance)) continue;
                 state.transmittance *= keep[n];
-                room.counted.push_back(static_cast<int32_t>(t * kTile + n));
+                room.counted.push_back(static_cast<int32_t>(first + n));
+                room.counted_ray.push_back(r);
             }
         }
         any = false;
@@ -187,138 +156,126 @@ MIPNERF_INLINE void march_and_density(const FastModel& model, const TileRows& ro
             any = any || group[r].is_alive;
         }
     }
+    return samples;
 }
 
-// The samples that count, compacted into colour tiles, through the colour network and into their rays.
-template <int W>
-MIPNERF_INLINE void colour_and_composite(const FastModel& model, const TileRows& rows, GroupRay* group,
-                                         FastRoom& room) {
-    const int64_t total = static_cast<int64_t>(room.counted.size());
-    for (int64_t first = 0; first < total; first += kTile) {
-        const RowBuffer& tile = room.tiles.at(first / kTile, rows.total);
-        const int samples = static_cast<int>(std::min<int64_t>(kTile, total - first));
-        const int columns = padded_columns<W>(samples);
-        clear_rows<W>(tile.row(rows.colour_inputs), model.sizes.colour_inputs(), columns);
-        for (int n = 0; n < samples; ++n) {
-            const int32_t source = room.counted[first + n];
-            const RowBuffer& from = room.tiles.at(source / kTile, rows.total);
-            const int column = source % kTile;
-            const float* geometry = from.row(rows.geometry) + column;
-            float* inputs = tile.row(rows.colour_inputs) + n;
-            for (int g = 0; g < kGeometryFeatures; ++g) inputs[g * kTile] = geometry[g * kTile];
-            const GroupRay& ray = group[as_int(from.row(rows.ray)[column])];
-            for (int g = 0; g < kHarmonics; ++g) inputs[(kGeometryFeatures + g) * kTile] = ray.harmonics[g];
-        }
-        colour_tile<W>(model, rows, tile, columns);
-        for (int n = 0; n < samples; ++n) {
-            const int32_t source = room.counted[first + n];
-            const RowBuffer& from = room.tiles.at(source / kTile, rows.total);
-            const int column = source % kTile;
-            RayState<float>& state = group[as_int(from.row(rows.ray)[column])].state;
-            const float weight = from.row(rows.before)[column] * (1.0f - from.row(rows.keep)[column]);
-            for (int k = 0; k < 3; ++k) state.rgb[k] += weight * tile.row(rows.rgb + k)[n];
-            state.weighted_middle += weight * from.row(rows.middle)[column];
-        }
-    }
-}
-
-// The rows `dy` and `x` of the first `count` tiles, for weight_gradient.
-template <int W>
-MIPNERF_INLINE const TilePair* pair_rows(const TileRows& rows, FastRoom& room, int64_t count, bool is_colour,
-                                         int dy, int x) {
-    room.pairs.clear();
-    const int64_t total = static_cast<int64_t>(room.counted.size());
-    for (int64_t t = 0; t < count; ++t) {
-        const RowBuffer& tile = room.tiles.at(t, rows.total);
-        const int samples =
-            is_colour ? static_cast<int>(std::min<int64_t>(kTile, total - t * kTile)) : room.columns[t];
-        room.pairs.push_back({tile.row(dy), tile.row(x), padded_columns<W>(samples)});
-    }
-    return room.pairs.data();
-}
-
-// Gradients of one group: of the weights (added to result.weight_gradient, which starts at zero) and of the
-// encoding (left in result.tiles). `grad_rgb` of every ray is set.
-template <int W>
-MIPNERF_INLINE void backward_group(const FastModel& model, const TileRows& rows, GroupRay* group,
-                                   FastRoom& room, GroupResult& result) {
+// The samples that count through the colour network and into their rays.
+template <int W, bool kForBackward>
+MIPNERF_INLINE void colour_and_composite(const FastModel& model, GroupRay* group, int rays, FastRoom& room) {
     const FastSizes& sizes = model.sizes;
     const PackedNetworks& networks = *model.networks;
-    const int H = sizes.hidden, last = sizes.colour_layers - 1;
     const int64_t total = static_cast<int64_t>(room.counted.size());
-    const int64_t tiles = static_cast<int64_t>(room.columns.size()),
-                  colour_tiles = (total + kTile - 1) / kTile;
-    float* gradient = result.weight_gradient.data();
-    for (int64_t t = 0; t < tiles; ++t)
-        clear_rows<W>(room.tiles.at(t, rows.total).row(rows.grad_geometry), kGeometryFeatures, kTile);
-    for (int64_t c = 0; c < colour_tiles; ++c) {
-        const RowBuffer& tile = room.tiles.at(c, rows.total);
-        const int samples = static_cast<int>(std::min<int64_t>(kTile, total - c * kTile));
-        const int columns = padded_columns<W>(samples);
-        clear_rows<W>(tile.row(rows.grad_raw), 4, columns);
-        for (int n = 0; n < samples; ++n) {
-            const int32_t source = room.counted[c * kTile + n];
-            const RowBuffer& from = room.tiles.at(source / kTile, rows.total);
-            const int column = source % kTile;
-            GroupRay& ray = group[as_int(from.row(rows.ray)[column])];
-            const float before = from.row(rows.before)[column], keep = from.row(rows.keep)[column];
-            const float weight = before * (1.0f - keep);
-            float colour[3];
-            for (int k = 0; k < 3; ++k) {
-                colour[k] = tile.row(rows.rgb + k)[n];
-                ray.so_far[k] += weight * colour[k];
-                tile.row(rows.grad_raw + k)[n] =
-                    ray.grad_rgb[k] * weight * fast_colour_derivative(tile.row(rows.raw + k)[n]);
-            }
-            const float by_depth =
-                depth_gradient(ray.grad_rgb, colour, ray.state.rgb, ray.so_far, before * keep);
-            const bool is_free = fast_density_is_free(from.row(rows.geometry)[column]);
-            // d depth / d raw = depth: the activation is an exponential
-            from.row(rows.grad_geometry)[column] = is_free ? by_depth * from.row(rows.tau)[column] : 0.0f;
-        }
-        dense_tile<W, Epilogue::kReluGradient>(networks.colour_out_t(), H, 3, tile.row(rows.grad_raw),
-                                               tile.row(rows.grad_colour_hidden[last]), columns,
-                                               tile.row(rows.colour_hidden[last]));
+    const int last = sizes.colour_layers - 1;
+    const int64_t kept = kForBackward ? total : std::min<int64_t>(total, kTile);
+    for (int layer = 0; layer <= last; ++layer) room.colour_hidden[layer].grow(kept);
+    for (RowBuffer* buffer : {&room.raw, &room.rgb}) buffer->grow(kept);
+    dense_rows<W, Epilogue::kNone>(networks.colour_in().of_inputs(kGeometryFeatures, kHarmonics),
+                                   room.harmonics.from(0), room.view.from(0), rays);
+    for (int64_t first = 0; first < total; first += kTile) {
+        const int columns = static_cast<int>(std::min<int64_t>(kTile, total - first));
+        const int64_t at = kForBackward ? first : 0;
+        const int32_t* const sample = room.counted.data() + first;
+        const int32_t* const ray_of = room.counted_ray.data() + first;
+        dense_rows<W, Epilogue::kRelu>(networks.colour_in().of_inputs(0, kGeometryFeatures),
+                                       room.geometry.picked(sample), room.colour_hidden[0].from(at), columns,
+                                       room.view.picked(ray_of));
         if (sizes.colour_layers == 2)
-            dense_tile<W, Epilogue::kReluGradient>(
-                networks.colour_hidden_t(), H, H, tile.row(rows.grad_colour_hidden[1]),
-                tile.row(rows.grad_colour_hidden[0]), columns, tile.row(rows.colour_hidden[0]));
-        alignas(64) float grad_inputs[kGeometryFeatures * kTile];
-        dense_tile<W, Epilogue::kNone>(networks.colour_in_t(), kGeometryFeatures, H,
-                                       tile.row(rows.grad_colour_hidden[0]), grad_inputs, columns);
-        for (int n = 0; n < samples; ++n) {
-            const int32_t source = room.counted[c * kTile + n];
-            float* to = room.tiles.at(source / kTile, rows.total).row(rows.grad_geometry) + source % kTile;
-            for (int g = 0; g < kGeometryFeatures; ++g) to[g * kTile] += grad_inputs[g * kTile + n];
+            dense_rows<W, Epilogue::kRelu>(networks.colour_hidden(), room.colour_hidden[0].from(at),
+                                           room.colour_hidden[1].from(at), columns);
+        three_outputs<W>(networks.colour_out(), room.colour_hidden[last].from(at), sizes.hidden,
+                         room.raw.from(at), columns);
+        const float* const raw = room.raw.at(at);
+        float* const rgb = room.rgb.at(at);
+#pragma omp simd
+        for (int i = 0; i < 4 * columns; ++i) rgb[i] = fast_colour(raw[i]);
+        for (int n = 0; n < columns; ++n) {
+            RayState<float>& state = group[ray_of[n]].state;
+            const float weight = *room.before.at(sample[n]) * (1.0f - *room.keep.at(sample[n]));
+            for (int k = 0; k < 3; ++k) state.rgb[k] += weight * rgb[4 * n + k];
+            state.weighted_middle += weight * *room.middle.at(sample[n]);
         }
     }
-    weight_gradient<W>(pair_rows<W>(rows, room, colour_tiles, true, rows.grad_raw, rows.colour_hidden[last]),
-                       colour_tiles, 4, 3, H, gradient + sizes.colour_out_at());
-    if (sizes.colour_layers == 2) {
-        weight_gradient<W>(
-            pair_rows<W>(rows, room, colour_tiles, true, rows.grad_colour_hidden[1], rows.colour_hidden[0]),
-            colour_tiles, H, H, H, gradient + sizes.colour_hidden_at());
+}
+
+// The gradients that reach the networks from compositing: of the colours' logits, and of the raw density,
+// which depends on the colours behind. `samples` of those that count, from the one numbered `first`.
+MIPNERF_INLINE void composite_backward(GroupRay* group, FastRoom& room, int64_t first, int samples,
+                                       float* by_density) {
+    float* const slopes = room.grad_raw.at(0);
+    const float* const logits = room.raw.at(first);
+#pragma omp simd
+    for (int i = 0; i < 4 * samples; ++i) slopes[i] = fast_colour_derivative(logits[i]);
+    for (int n = 0; n < samples; ++n) {
+        const int32_t sample = room.counted[first + n];
+        GroupRay& ray = group[room.counted_ray[first + n]];
+        const float before = *room.before.at(sample), keep = *room.keep.at(sample);
+        const float weight = before * (1.0f - keep);
+        const float* const colour = room.rgb.at(first + n);
+        for (int k = 0; k < 3; ++k) {
+            ray.so_far[k] += weight * colour[k];
+            slopes[4 * n + k] *= ray.grad_rgb[k] * weight;
+        }
+        const float by_depth = depth_gradient(ray.grad_rgb, colour, ray.state.rgb, ray.so_far, before * keep);
+        // d depth / d raw = depth: the activation is an exponential
+        by_density[n] =
+            fast_density_is_free(*room.geometry.at(sample)) ? by_depth * *room.tau.at(sample) : 0.0f;
     }
-    weight_gradient<W>(
-        pair_rows<W>(rows, room, colour_tiles, true, rows.grad_colour_hidden[0], rows.colour_inputs),
-        colour_tiles, H, H, sizes.colour_inputs(), gradient + sizes.colour_in_at());
-    result.columns = room.columns;
-    for (int64_t t = 0; t < tiles; ++t) {
-        const RowBuffer& tile = room.tiles.at(t, rows.total);
-        const int columns = padded_columns<W>(room.columns[t]);
-        dense_tile<W, Epilogue::kReluGradient>(networks.density_out_t(), H, kGeometryFeatures,
-                                               tile.row(rows.grad_geometry), tile.row(rows.grad_hidden),
-                                               columns, tile.row(rows.hidden));
-        const RowBuffer& left = result.tiles.at(t, 4 + sizes.encoded);
-        dense_tile<W, Epilogue::kNone>(networks.density_in_t(), sizes.encoded, H, tile.row(rows.grad_hidden),
-                                       left.row(4), columns);
-        std::memcpy(left.row(0), tile.row(rows.position), 3 * kTile * sizeof(float));
-        std::memcpy(left.row(3), tile.row(rows.scale), kTile * sizeof(float));
+}
+
+// Gradients of one group, of the samples that count: of the weights (added to result.weight_gradient) and of
+// the encoding. `grad_rgb` of every ray is set.
+template <int W>
+MIPNERF_INLINE void backward_group(const FastModel& model, GroupRay* group, int rays, FastRoom& room,
+                                   GroupResult& result) {
+    const FastSizes& sizes = model.sizes;
+    const PackedNetworks& networks = *model.networks;
+    const GradientSums sums(sizes);
+    const int H = sizes.hidden, padded = padded_outputs(H), last = sizes.colour_layers - 1;
+    const int64_t total = static_cast<int64_t>(room.counted.size());
+    float* const gradient = result.weight_gradient.at(0);
+    std::memset(room.grad_view.at(0), 0, sizeof(float) * padded * rays);
+    result.places.grow(total);
+    result.grad_features.reshape(padded_outputs(sizes.encoded), total);
+    for (int64_t first = 0; first < total; first += kBackwardSamples) {
+        const int samples = static_cast<int>(std::min<int64_t>(kBackwardSamples, total - first));
+        const int32_t* const sample = room.counted.data() + first;
+        float by_density[kBackwardSamples];
+        composite_backward(group, room, first, samples, by_density);
+        three_outputs_backward<W>(networks.colour_out(), room.grad_raw.from(0),
+                                  room.colour_hidden[last].from(first), H,
+                                  room.grad_colour_hidden[last].from(0), samples, gradient + sums.colour_out);
+        if (sizes.colour_layers == 2) {
+            weight_gradient<W>(room.grad_colour_hidden[1].from(0), H, room.colour_hidden[0].from(first), H,
+                               samples, gradient + sums.colour_hidden);
+            dense_rows<W, Epilogue::kReluGradient>(
+                networks.colour_hidden_t(), room.grad_colour_hidden[1].from(0),
+                room.grad_colour_hidden[0].from(0), samples, kNoRows, room.colour_hidden[0].from(first));
+        }
+        const Rows grad_colour = room.grad_colour_hidden[0].from(0);
+        add_rows<W>(grad_colour, room.grad_view.picked(room.counted_ray.data() + first), padded, samples);
+        weight_gradient<W>(grad_colour, H, room.geometry.picked(sample), kGeometryFeatures, samples,
+                           gradient + sums.colour_in);
+        dense_rows<W, Epilogue::kNone>(networks.colour_in_t().of_first_outputs(kGeometryFeatures),
+                                       grad_colour, room.grad_geometry.from(0), samples);
+        for (int n = 0; n < samples; ++n) *room.grad_geometry.at(n) += by_density[n];
+
+        const Rows grad_geometry = room.grad_geometry.from(0), grad_hidden = room.grad_hidden.from(0);
+        weight_gradient<W>(grad_geometry, kGeometryFeatures, room.hidden.picked(sample), H, samples,
+                           gradient + sums.density_out);
+        dense_rows<W, Epilogue::kReluGradient>(networks.density_out_t(), grad_geometry, grad_hidden, samples,
+                                               kNoRows, room.hidden.picked(sample));
+        weight_gradient<W>(grad_hidden, H, room.features.picked(sample), sizes.inputs, samples,
+                           gradient + sums.density_in);
+        dense_rows<W, Epilogue::kNone>(networks.density_in_t(), grad_hidden, result.grad_features.from(first),
+                                       samples);
+        for (int n = 0; n < samples; ++n) {
+            const TilePlaces place = room.places.from(sample[n]);
+            const float mean[3] = {*place.x, *place.y, *place.z};
+            result.places.set(first + n, mean, *place.scale);
+        }
     }
-    weight_gradient<W>(pair_rows<W>(rows, room, tiles, false, rows.grad_geometry, rows.hidden), tiles,
-                       kGeometryFeatures, kGeometryFeatures, H, gradient + sizes.density_out_at());
-    weight_gradient<W>(pair_rows<W>(rows, room, tiles, false, rows.grad_hidden, rows.features), tiles, H, H,
-                       sizes.inputs, gradient);
+    weight_gradient<W>(room.grad_view.from(0), H, room.harmonics.from(0), kHarmonics, rays,
+                       gradient + sums.colour_in + static_cast<int64_t>(kGeometryFeatures) * padded);
 }
 
 struct StepTarget {
@@ -329,13 +286,14 @@ struct StepTarget {
 template <int W, int F>
 MIPNERF_INLINE void train_group(const FastModel& model, const FastRays& rays, const StepTarget& target,
                                 int64_t index, FastRoom& room, GroupResult& result) {
-    const TileRows rows(model.sizes);
     GroupRay group[kGroupRays];
     const int64_t first = index * kGroupRays;
     const int count = static_cast<int>(std::min<int64_t>(kGroupRays, rays.count - first));
-    for (int r = 0; r < count; ++r) begin_ray(model, rays, first + r, group[r]);
-    march_and_density<W, F>(model, rows, group, count, room);
-    colour_and_composite<W>(model, rows, group, room);
+    room.shape(model.sizes);
+    for (int r = 0; r < count; ++r) begin_ray(model, rays, first + r, group[r], room.harmonics.at(r));
+    result.samples = march_and_density<W, F, true>(model, group, count, room);
+    colour_and_composite<W, true>(model, group, count, room);
+    result.counted = static_cast<int64_t>(room.counted.size());
     result.loss = result.squared_error = 0;
     const float share = 1.0f / (3.0f * static_cast<float>(rays.count));
     for (int r = 0; r < count; ++r) {
@@ -349,11 +307,10 @@ MIPNERF_INLINE void train_group(const FastModel& model, const FastRays& rays, co
             ray.grad_rgb[k] = smooth_l1_derivative(error, target.beta) * share;
         }
     }
-    result.samples = 0;
-    for (const int samples : room.columns) result.samples += samples;
-    result.counted = static_cast<int64_t>(room.counted.size());
-    result.weight_gradient.assign(model.sizes.weights(), 0.0f);
-    backward_group<W>(model, rows, group, room, result);
+    const int64_t weights = GradientSums(model.sizes).total;
+    result.weight_gradient.grow(weights);
+    std::memset(result.weight_gradient.at(0), 0, sizeof(float) * weights);
+    backward_group<W>(model, group, count, room, result);
 }
 
 struct RenderOutputs {
@@ -365,13 +322,13 @@ struct RenderOutputs {
 template <int W, int F>
 MIPNERF_INLINE void render_group(const FastModel& model, const FastRays& rays, const RenderOutputs& out,
                                  int64_t index, FastRoom& room) {
-    const TileRows rows(model.sizes);
     GroupRay group[kGroupRays];
     const int64_t first = index * kGroupRays;
     const int count = static_cast<int>(std::min<int64_t>(kGroupRays, rays.count - first));
-    for (int r = 0; r < count; ++r) begin_ray(model, rays, first + r, group[r]);
-    march_and_density<W, F>(model, rows, group, count, room);
-    colour_and_composite<W>(model, rows, group, room);
+    room.shape(model.sizes);
+    for (int r = 0; r < count; ++r) begin_ray(model, rays, first + r, group[r], room.harmonics.at(r));
+    march_and_density<W, F, false>(model, group, count, room);
+    colour_and_composite<W, false>(model, group, count, room);
     for (int r = 0; r < count; ++r) {
         const RayState<float>& state = group[r].state;
         const int64_t ray = first + r;

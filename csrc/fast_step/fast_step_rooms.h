@@ -2,78 +2,85 @@
 // arithmetic. No torch.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <memory>
 #include <mutex>
 #include <vector>
 
+#include "../hash_encode/hash_encode_tiles.h"
 #include "../tiny_mlp/tiny_mlp_networks.h"
 
 namespace mipnerf {
 
-// Buffers of one shape, made when first asked for.
-class RowBuffers {
+constexpr int kGroupRays = 64;
+// Samples whose backward pass is done at a time: what it leaves from layer to layer stays in the second-level
+// cache, and a sum of weight gradients goes through memory once in as many samples.
+constexpr int kBackwardSamples = 96;
+
+// Positions in the unit box and widths of samples.
+class PlaceBuffer {
   public:
-    const RowBuffer& at(int64_t index, int rows) {
-        if (rows != rows_) buffers_.clear();
-        rows_ = rows;
-        while (static_cast<int64_t>(buffers_.size()) <= index) buffers_.emplace_back(rows);
-        return buffers_[index];
+    void grow(int64_t samples) {
+        for (RowBuffer& buffer : of_) buffer.grow(samples);
+    }
+    TilePlaces from(int64_t sample) const {
+        return {of_[0].at(sample), of_[1].at(sample), of_[2].at(sample), of_[3].at(sample)};
+    }
+    float* axis(int k, int64_t sample) const { return of_[k].at(sample); }  // 3: the widths
+    void set(int64_t sample, const float* mean, float scale) const {
+        for (int axis = 0; axis < 3; ++axis) *of_[axis].at(sample) = mean[axis];
+        *of_[3].at(sample) = scale;
     }
 
   private:
-    int rows_ = 0;
-    std::deque<RowBuffer> buffers_;  // a deque: references stay good while it grows
+    std::array<RowBuffer, 4> of_;
 };
 
-// Where the rows of a tile of samples lie in its buffer; a colour tile (samples that count, compacted) uses
-// the second half of some tile's.
-struct TileRows {
-    int position, scale, length, middle, tau, keep, before, ray;
-    int features, hidden, geometry, grad_geometry, grad_hidden;
-    int source, colour_inputs, colour_hidden[2], raw, rgb, grad_raw, grad_colour_hidden[2];
-    int total;
+// What a thread works in: samples in the order of the march, and those that count.
+struct FastRoom {
+    PlaceBuffer places;
+    RowBuffer length, middle, tau, keep, before;
+    std::vector<int32_t> ray;  // of the group
+    RowBuffer features, hidden, geometry;
+    std::vector<int32_t> counted, counted_ray;  // sample and ray, per ray from the front
+    RowBuffer colour_hidden[2], raw, rgb;       // of the samples that count
+    RowBuffer harmonics, view, grad_view;       // of the rays
+    // Of kBackwardSamples samples that count.
+    RowBuffer grad_raw, grad_colour_hidden[2], grad_geometry, grad_hidden;
 
-    explicit TileRows(const FastSizes& sizes) {
-        int next = 0;
-        const auto take = [&next](int rows) {
-            const int first = next;
-            next += rows;
-            return first;
-        };
-        position = take(3);
-        scale = take(1), length = take(1), middle = take(1), tau = take(1), keep = take(1), before = take(1);
-        ray = take(1);
-        features = take(sizes.inputs);
-        hidden = take(sizes.hidden);
-        geometry = take(kGeometryFeatures);
-        grad_geometry = take(kGeometryFeatures);
-        grad_hidden = take(sizes.hidden);
-        source = take(1);
-        colour_inputs = take(sizes.colour_inputs());
-        for (int layer = 0; layer < 2; ++layer)
-            colour_hidden[layer] = take(layer < sizes.colour_layers ? sizes.hidden : 0);
-        raw = take(4), rgb = take(4), grad_raw = take(4);
-        for (int layer = 0; layer < 2; ++layer)
-            grad_colour_hidden[layer] = take(layer < sizes.colour_layers ? sizes.hidden : 0);
-        total = next;
+    // Rows as wide as the networks are.
+    void shape(const FastSizes& sizes) {
+        const int hidden = padded_outputs(sizes.hidden);
+        features.reshape(sizes.inputs, 0);
+        for (RowBuffer* buffer : {&this->hidden, &colour_hidden[0], &colour_hidden[1]})
+            buffer->reshape(hidden, 0);
+        geometry.reshape(kGeometryFeatures, 0);
+        harmonics.reshape(kHarmonics, kGroupRays);
+        for (RowBuffer* buffer : {&view, &grad_view}) buffer->reshape(hidden, kGroupRays);
+        for (RowBuffer* buffer : {&raw, &rgb}) buffer->reshape(4, 0);
+        grad_raw.reshape(4, kBackwardSamples);
+        for (RowBuffer* buffer : {&grad_colour_hidden[0], &grad_colour_hidden[1], &grad_hidden})
+            buffer->reshape(hidden, kBackwardSamples);
+        grad_geometry.reshape(kGeometryFeatures, kBackwardSamples);
+    }
+
+    // Room for so many samples, of which the activations are kept or not.
+    void grow(int64_t samples, int64_t kept) {
+        places.grow(samples);
+        for (RowBuffer* buffer : {&length, &middle, &tau, &keep, &before, &geometry}) buffer->grow(samples);
+        for (RowBuffer* buffer : {&features, &hidden}) buffer->grow(kept);
+        if (static_cast<int64_t>(ray.size()) < samples) ray.resize(samples);
     }
 };
 
-// What a thread works in.
-struct FastRoom {
-    RowBuffers tiles;
-    std::vector<int> columns;      // samples in each tile
-    std::vector<int32_t> counted;  // tile x kTile + column of the samples that count, per ray from the front
-    std::vector<TilePair> pairs;
-};
-
-// What a group of rays leaves for the reduction: its weight gradients, and its tiles for the scatter.
+// What a group of rays leaves for the reductions: the sums of its weights' gradients, and of the samples that
+// count the places and the gradients of the encoding.
 struct GroupResult {
-    std::vector<float> weight_gradient;
-    RowBuffers tiles;  // rows: position (3), scale, gradient of the encoding
-    std::vector<int> columns;
+    RowBuffer weight_gradient;  // as GradientSums has it
+    PlaceBuffer places;
+    RowBuffer grad_features;
     double loss, squared_error;
     int64_t samples, counted;
 };

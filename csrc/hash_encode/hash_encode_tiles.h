@@ -1,14 +1,26 @@
 // The hash encoding over tiles of samples on the CPU: indices and weights of the corners are vectorised over
-// samples, the gathers and scatters move the F features of an entry as one vector. No torch.
+// samples, the gathers and scatters move the F features of an entry as one vector, to and from a row of
+// features for every sample. No torch.
 #pragma once
 
 #include <cstdint>
 
 #include "../common/vector_tasks.h"
-#include "../tiny_mlp/tiny_mlp_tiles.h"
+#include "../tiny_mlp/tiny_mlp_rows.h"
 #include "hash_encode_math.h"
 
 namespace mipnerf {
+
+constexpr int kTile = 128;
+
+// Where the samples of a tile are, in the unit box, and how wide.
+struct TilePlaces {
+    const float *x, *y, *z, *scale;
+
+    MIPNERF_INLINE TilePlaces from(int64_t sample) const {
+        return {x + sample, y + sample, z + sample, scale + sample};
+    }
+};
 
 struct CornerTile {
     alignas(64) uint32_t index[8][kTile];
@@ -36,12 +48,12 @@ MIPNERF_INLINE bool attenuate_tile(const EncodeOptions& options, int32_t resolut
 }
 
 template <bool kDense>
-MIPNERF_INLINE void corners_of_tile(const HashLevel& level, const float* position, const float* a,
+MIPNERF_INLINE void corners_of_tile(const HashLevel& level, const TilePlaces& places, const float* a,
                                     int columns, CornerTile& corners) {
     const int32_t n = level.resolution, highest = n - 1;
     const float scale = static_cast<float>(n);
     const uint32_t m = static_cast<uint32_t>(n) + 1u, offset = level.offset, mask = level.mask;
-    const float *px = position, *py = position + kTile, *pz = position + 2 * kTile;
+    const float *px = places.x, *py = places.y, *pz = places.z;
     uint32_t (*const index)[kTile] = corners.index;
     float (*const weight)[kTile] = corners.weight;
 #pragma omp simd
@@ -89,13 +101,13 @@ MIPNERF_INLINE void corners_of_tile(const HashLevel& level, const float* positio
     }
 }
 
-// Indices and attenuated weights of the corners; position holds rows x, y, z.
-MIPNERF_INLINE void corners_of_tile(const HashLevel& level, const float* position, const float* a,
+// Indices and attenuated weights of the corners.
+MIPNERF_INLINE void corners_of_tile(const HashLevel& level, const TilePlaces& places, const float* a,
                                     int columns, CornerTile& corners) {
     if (level.is_dense)
-        corners_of_tile<true>(level, position, a, columns, corners);
+        corners_of_tile<true>(level, places, a, columns, corners);
     else
-        corners_of_tile<false>(level, position, a, columns, corners);
+        corners_of_tile<false>(level, places, a, columns, corners);
 }
 
 // How many samples ahead the entries are asked for: about the latency of the second-level cache.
@@ -107,27 +119,21 @@ MIPNERF_INLINE void prefetch_corners(const float* table, const CornerTile& corne
         __builtin_prefetch(table + static_cast<int64_t>(F) * corners.index[c][i]);
 }
 
-// Features of `columns` samples: levels * F rows, then the rows 1, q, 0.3 q^2 and zeros up to `rows`.
+// Features of `columns` samples, at most kTile: levels * F, then 1, q, 0.3 q^2 and zeros to the end of the
+// row.
 template <int F>
 MIPNERF_INLINE void encode_tile(const HashGrid& grid, const EncodeOptions& options, const float* table,
-                                const float* position, const float* scale, int columns, int rows,
-                                float* features) {
+                                const TilePlaces& places, int columns, Rows features) {
     CornerTile corners;
     alignas(64) float a[kTile];
-    alignas(64) float gathered[kTile * F];
     for (int l = 0; l < grid.levels; ++l) {
         const HashLevel& level = grid.level[l];
-        float* out = features + l * F * kTile;
-        if (!attenuate_tile(options, level.resolution, scale, a, columns)) {
-            for (int f = 0; f < F; ++f)
-                for (int i = 0; i < columns; ++i) out[f * kTile + i] = 0.0f;
-            continue;
-        }
-        corners_of_tile(level, position, a, columns, corners);
+        const bool any = attenuate_tile(options, level.resolution, places.scale, a, columns);
+        if (any) corners_of_tile(level, places, a, columns, corners);
         for (int i = 0; i < columns; ++i) {
-            if (i + kPrefetchAhead < columns) prefetch_corners<F>(table, corners, i + kPrefetchAhead);
             Vector<F> even = splat<F>(0.0f), odd = even;
-            if (a[i] > 0.0f) {
+            if (any && i + kPrefetchAhead < columns) prefetch_corners<F>(table, corners, i + kPrefetchAhead);
+            if (any && a[i] > 0.0f) {
                 MIPNERF_UNROLL for (int c = 0; c < 8; c += 2) {
                     const float* first = table + static_cast<int64_t>(F) * corners.index[c][i];
                     const float* second = table + static_cast<int64_t>(F) * corners.index[c + 1][i];
@@ -135,44 +141,35 @@ MIPNERF_INLINE void encode_tile(const HashGrid& grid, const EncodeOptions& optio
                     odd += splat<F>(corners.weight[c + 1][i]) * load_vector<F>(second);
                 }
             }
-            store_vector<F>(gathered + i * F, even + odd);
-        }
-        for (int f = 0; f < F; ++f) {
-#pragma omp simd
-            for (int i = 0; i < columns; ++i) out[f * kTile + i] = gathered[i * F + f];
+            store_vector<F>(features[i] + l * F, even + odd);
         }
     }
-    float* extra = features + grid.levels * F * kTile;
     for (int i = 0; i < columns; ++i) {
         const ScaleInputs<float> inputs =
-            scale_inputs(scale[i], options.scale_input, options.scale_low, options.scale_high);
-        extra[i] = inputs.one;
-        extra[kTile + i] = inputs.q;
-        extra[2 * kTile + i] = inputs.q2;
+            scale_inputs(places.scale[i], options.scale_input, options.scale_low, options.scale_high);
+        float* const extra = features[i] + grid.levels * F;
+        extra[0] = inputs.one;
+        extra[1] = inputs.q;
+        extra[2] = inputs.q2;
+        for (int64_t k = grid.levels * F + 3; k < features.stride; ++k) features[i][k] = 0.0f;
     }
-    for (int row = grid.levels * F + 3; row < rows; ++row)
-        for (int i = 0; i < columns; ++i) features[row * kTile + i] = 0.0f;
 }
 
-// Adds one tile's gradients of one level (F rows) to the entries with first <= index < last.
+// Adds a tile's gradients of one level (the F features that begin at a row) to the entries with
+// first <= index < last.
 template <int F>
-MIPNERF_INLINE void scatter_tile(const HashLevel& level, const EncodeOptions& options, const float* position,
-                                 const float* scale, const float* grad_features, int columns, uint32_t first,
-                                 uint32_t last, float* grad_table) {
+MIPNERF_INLINE void scatter_tile(const HashLevel& level, const EncodeOptions& options,
+                                 const TilePlaces& places, ConstRows grad_features, int columns,
+                                 uint32_t first, uint32_t last, float* grad_table) {
     CornerTile corners;
     alignas(64) float a[kTile];
-    alignas(64) float given[kTile * F];
-    if (!attenuate_tile(options, level.resolution, scale, a, columns)) return;
-    corners_of_tile(level, position, a, columns, corners);
-    for (int f = 0; f < F; ++f) {
-#pragma omp simd
-        for (int i = 0; i < columns; ++i) given[i * F + f] = grad_features[f * kTile + i];
-    }
+    if (!attenuate_tile(options, level.resolution, places.scale, a, columns)) return;
+    corners_of_tile(level, places, a, columns, corners);
     const bool everything = first == 0 && last == 0xffffffffu;
     for (int i = 0; i < columns; ++i) {
         if (i + kPrefetchAhead < columns) prefetch_corners<F>(grad_table, corners, i + kPrefetchAhead);
         if (!(a[i] > 0.0f)) continue;
-        const Vector<F> gradient = load_vector<F>(given + i * F);
+        const Vector<F> gradient = load_vector<F>(grad_features[i]);
         for (int c = 0; c < 8; ++c) {
             const uint32_t index = corners.index[c][i];
             if (!everything && (index < first || index >= last)) continue;

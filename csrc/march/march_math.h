@@ -77,51 +77,68 @@ MIPNERF_HOST_DEVICE MarchRay<T> march_begin(const T* origin, const T* direction,
     return ray;
 }
 
+// What lies at the interval that begins at ray.t: a sample, nothing, or nothing up to the point where the ray
+// leaves a cell of the coarser mask.
+enum class MarchFound { kSample, kNothing, kNothingUntil };
+
+// Looks at the interval [t0, t1] that begins at ray.t < ray.end, and steps over it. The whole cell of the
+// coarser mask may be empty: then the middles of the samples stay before its far side until `leave` (by a
+// margin, so that rounding cannot pass over a sample).
+template <typename T>
+MIPNERF_HOST_DEVICE MarchFound march_look(MarchRay<T>& ray, const OccupancyMask& mask, const uint32_t* words,
+                                          T& t0, T& t1, T& leave) {
+    t0 = ray.t;
+    t1 = ray.t + march_step(ray, ray.t);
+    const T middle = T(0.5) * (t0 + t1);
+    T x[3];
+    bool inside = true;
+    for (int k = 0; k < 3; ++k) {
+        x[k] = ray.origin[k] + middle * ray.direction[k];
+        inside = inside && x[k] >= T(0) && x[k] < T(1);
+    }
+    ray.t = t1;
+    if (!inside) return MarchFound::kNothing;
+    const T skip = static_cast<T>(mask.skip_cells);
+    const int32_t at[3] = {static_cast<int32_t>(x[0] * skip), static_cast<int32_t>(x[1] * skip),
+                           static_cast<int32_t>(x[2] * skip)};
+    if (!occupancy_bit(words + mask.skip_words,
+                       (at[2] * mask.skip_cells + at[1]) * mask.skip_cells + at[0])) {
+        leave = ray.end;
+        for (int axis = 0; axis < 3; ++axis) {
+            const T d = ray.direction[axis];
+            if (d == T(0)) continue;
+            const T side = static_cast<T>(at[axis] + (d > T(0) ? 1 : 0)) / skip;
+            const T to_side = (side - ray.origin[axis]) / d;
+            leave = to_side < leave ? to_side : leave;
+        }
+        leave -= ray.min_step * T(0.01);
+        return MarchFound::kNothingUntil;
+    }
+    const T cells = static_cast<T>(mask.cells);
+    const int32_t index =
+        (static_cast<int32_t>(x[2] * cells) * mask.cells + static_cast<int32_t>(x[1] * cells)) * mask.cells +
+        static_cast<int32_t>(x[0] * cells);
+    return occupancy_bit(words + mask.words, index) ? MarchFound::kSample : MarchFound::kNothing;
+}
+
+// Whether the interval that begins at t lies before `leave`, which is never behind the ray's end.
+template <typename T>
+MIPNERF_HOST_DEVICE bool march_is_before(T t, T step, T leave) {
+    return t + T(0.5) * step < leave;
+}
+
 // Advances to the next sample: false at the end of the ray.
 template <typename T>
 MIPNERF_HOST_DEVICE bool march_next(MarchRay<T>& ray, const OccupancyMask& mask, const uint32_t* words, T& t0,
                                     T& t1) {
     while (ray.t < ray.end) {
-        t0 = ray.t;
-        t1 = ray.t + march_step(ray, ray.t);
-        const T middle = T(0.5) * (t0 + t1);
-        T x[3];
-        bool inside = true;
-        for (int k = 0; k < 3; ++k) {
-            x[k] = ray.origin[k] + middle * ray.direction[k];
-            inside = inside && x[k] >= T(0) && x[k] < T(1);
-        }
-        ray.t = t1;
-        if (!inside) continue;
-        const T skip = static_cast<T>(mask.skip_cells);
-        const int32_t i = static_cast<int32_t>(x[0] * skip), j = static_cast<int32_t>(x[1] * skip),
-                      k = static_cast<int32_t>(x[2] * skip);
-        if (!occupancy_bit(words + mask.skip_words, (k * mask.skip_cells + j) * mask.skip_cells + i)) {
-            // The whole cell of the coarser mask is empty: step on while the middles stay before its far side
-            // (by a margin, so that rounding cannot pass over a sample).
-            const int32_t at[3] = {i, j, k};
-            T leave = ray.end;
-            for (int axis = 0; axis < 3; ++axis) {
-                const T d = ray.direction[axis];
-                if (d == T(0)) continue;
-                const T side = static_cast<T>(at[axis] + (d > T(0) ? 1 : 0)) / skip;
-                const T to_side = (side - ray.origin[axis]) / d;
-                leave = to_side < leave ? to_side : leave;
-            }
-            leave -= ray.min_step * T(0.01);
-            while (ray.t < ray.end) {
-                const T step = march_step(ray, ray.t);
-                if (ray.t + T(0.5) * step >= leave) break;
-                ray.t += step;
-            }
-            continue;
-        }
-        const T cells = static_cast<T>(mask.cells);
-        const int32_t index =
-            (static_cast<int32_t>(x[2] * cells) * mask.cells + static_cast<int32_t>(x[1] * cells)) *
-                mask.cells +
-            static_cast<int32_t>(x[0] * cells);
-        if (occupancy_bit(words + mask.words, index)) return true;
+        T leave;
+        const MarchFound found = march_look(ray, mask, words, t0, t1, leave);
+        if (found == MarchFound::kSample) return true;
+        if (found == MarchFound::kNothing) continue;
+        for (T step = march_step(ray, ray.t); march_is_before(ray.t, step, leave);
+             step = march_step(ray, ray.t))
+            ray.t += step;
     }
     return false;
 }

@@ -30,8 +30,9 @@ struct VisitCells {
 
     template <int W>
     MIPNERF_INLINE void operator()(int64_t task, int64_t thread) const {
-        const TileRows rows(model.sizes);
-        const RowBuffer& tile = workspace.rooms[thread].tiles.at(0, rows.total);
+        FastRoom& room = workspace.rooms[thread];
+        room.shape(model.sizes);
+        room.grow(kTile, kTile);
         const int32_t R = model.march.resolution;
         const float cell_size = 1.0f / static_cast<float>(R);
         int32_t cells[kTile];
@@ -43,16 +44,17 @@ struct VisitCells {
             const int32_t cell =
                 list != nullptr ? list[draw.candidate] : static_cast<int32_t>(draw.candidate);
             const int32_t at[3] = {cell % R, cell / R % R, cell / (R * R)};
-            for (int k = 0; k < 3; ++k)
-                tile.row(rows.position + k)[count] = (static_cast<float>(at[k]) + draw.offset[k]) * cell_size;
-            tile.row(rows.scale)[count] = cell_scale;
+            float place[3];
+            for (int k = 0; k < 3; ++k) place[k] = (static_cast<float>(at[k]) + draw.offset[k]) * cell_size;
+            room.places.set(count, place, cell_scale);
             cells[count++] = cell;
         }
         if (count == 0) return;
-        density_tile<W, F>(model, rows, tile, count);
+        density_tile<W, F>(model, room.places.from(0), count, room.features.from(0), room.hidden.from(0),
+                           room.geometry.from(0));
         for (int n = 0; n < count; ++n) {
             float& density = densities[cells[n]];
-            density = std::max(density * decay, fast_density(tile.row(rows.geometry)[n]));
+            density = std::max(density * decay, fast_density(*room.geometry.at(n)));
         }
     }
 };

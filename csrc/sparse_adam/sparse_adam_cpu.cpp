@@ -15,6 +15,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kPerTask = 16384;
 constexpr int64_t kPerBlock = 16;  // one cache line: skipped as a whole where all its gradients are zero
+constexpr int64_t kAhead = 8;      // blocks that are on their way while one is worked on
 
 struct Update {
     AdamOptions options;
@@ -22,15 +23,18 @@ struct Update {
     float *values, *gradient, *moment1, *moment2;
 
     // `length` is a constant for all blocks but the last.
+    MIPNERF_INLINE bool is_touched(int64_t first, int64_t length) const {
+        const float* const g = gradient + first;
+        uint32_t any = 0;
+#pragma omp simd reduction(| : any)
+        for (int64_t i = 0; i < length; ++i) any |= float_bits(g[i]) << 1;  // -0 is zero too
+        return any != 0;
+    }
     MIPNERF_INLINE void block(int64_t first, int64_t length) const {
         float* const p = values + first;
         float* const g = gradient + first;
         float* const m = moment1 + first;
         float* const v = moment2 + first;
-        uint32_t any = 0;
-#pragma omp simd reduction(| : any)
-        for (int64_t i = 0; i < length; ++i) any |= float_bits(g[i]) << 1;  // -0 is zero too
-        if (any == 0) return;
         const AdamOptions local = options;
 #pragma omp simd
         for (int64_t i = 0; i < length; ++i) {
@@ -42,12 +46,22 @@ struct Update {
         }
     }
 
+    // The blocks that were touched are looked for some way ahead, and what belongs to them is asked for: they
+    // lie scattered, so that the processor does not guess them.
     template <int W>
     MIPNERF_INLINE void operator()(int64_t task, int64_t) const {
         const int64_t end = std::min(count, (task + 1) * kPerTask);
-        int64_t first = task * kPerTask;
-        for (; first + kPerBlock <= end; first += kPerBlock) block(first, kPerBlock);
-        if (first < end) block(first, end - first);
+        const int64_t begin = task * kPerTask, last = begin + (end - begin) / kPerBlock * kPerBlock;
+        int32_t touched[kPerTask / kPerBlock];
+        int64_t found = 0, done = 0;
+        for (int64_t first = begin; first < last; first += kPerBlock) {
+            if (!is_touched(first, kPerBlock)) continue;
+            for (const float* array : {values, moment1, moment2}) __builtin_prefetch(array + first, 1);
+            touched[found++] = static_cast<int32_t>(first - begin);
+            if (found - done > kAhead) block(begin + touched[done++], kPerBlock);
+        }
+        while (done < found) block(begin + touched[done++], kPerBlock);
+        if (last < end && is_touched(last, end - last)) block(last, end - last);
     }
 };
 

@@ -1,5 +1,5 @@
-// The operators tiny_mlp_forward and tiny_mlp_backward on the CPU: float32 in the tiles of the fused step
-// (tiny_mlp_tiles.h), float64, which is for checking, in plain loops over the same formulas.
+// The operators tiny_mlp_forward and tiny_mlp_backward on the CPU: float32 by the dense layers of the fused
+// step (tiny_mlp_rows.h), float64, which is for checking, in plain loops over the same formulas.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -34,95 +34,76 @@ struct Gradients {
     T *features, *harmonics, *weights;
 };
 
-// ---- float32: tiles
+// ---- float32: tiles of samples
 
-// Where a tile's rows lie.
-struct Rows {
-    int features, hidden, geometry, colour_inputs, colour_hidden[2], raw, rgb;
-    int grad_raw, grad_colour_hidden[2], grad_colour_inputs, grad_hidden, grad_features;
-    int total;
+constexpr int kTile = 128;
 
-    Rows(const FastSizes& sizes, bool backward) {
-        int next = 0;
-        const auto take = [&next](int rows) {
-            const int first = next;
-            next += rows;
-            return first;
-        };
-        const int second = sizes.colour_layers == 2 ? sizes.hidden : 0;
-        features = take(sizes.inputs), hidden = take(sizes.hidden);
-        // The colour network reads the geometry features where the density network leaves them.
-        geometry = colour_inputs = take(sizes.colour_inputs());
-        colour_hidden[0] = take(sizes.hidden), colour_hidden[1] = take(second);
-        raw = take(4), rgb = take(4);
-        if (backward) {
-            grad_raw = take(4), grad_colour_hidden[0] = take(sizes.hidden);
-            grad_colour_hidden[1] = take(second);
-            grad_colour_inputs = take(sizes.colour_inputs());
-            grad_hidden = take(sizes.hidden), grad_features = take(sizes.inputs);
-        }
-        total = next;
+// What a thread works in: rows of the samples of a tile.
+struct Room {
+    RowBuffer features, hidden, colour_inputs, colour_hidden[2], raw;
+    RowBuffer grad_raw, grad_colour_hidden[2], grad_colour_inputs, grad_hidden, grad_features;
+
+    explicit Room(const FastSizes& sizes) {
+        const int hidden_width = padded_outputs(sizes.hidden);
+        features.reshape(sizes.inputs, kTile);
+        for (RowBuffer* buffer : {&hidden, &colour_hidden[0], &colour_hidden[1], &grad_hidden,
+                                  &grad_colour_hidden[0], &grad_colour_hidden[1]})
+            buffer->reshape(hidden_width, kTile);
+        for (RowBuffer* buffer : {&colour_inputs, &grad_colour_inputs})
+            buffer->reshape(sizes.colour_inputs(), kTile);
+        for (RowBuffer* buffer : {&raw, &grad_raw}) buffer->reshape(4, kTile);
+        grad_features.reshape(padded_outputs(sizes.encoded), kTile);
     }
 };
 
 struct Tiles {
     const Inputs<float>& in;
     const PackedNetworks& networks;
-    const float* all_colour_inputs_t;  // colour_in transposed, the harmonics' rows too
-    Rows rows;
 
     // The tile that begins at sample `first`, through both networks.
     template <int W>
-    MIPNERF_INLINE void forward(int64_t first, int count, const RowBuffer& tile) const {
+    MIPNERF_INLINE void forward(int64_t first, int count, const Room& room) const {
         const FastSizes& sizes = in.sizes;
-        const int columns = padded_columns<W>(count);
-        for (int k = 0; k < sizes.inputs; ++k) {
-            float* row = tile.row(rows.features + k);
-            const bool given = k < in.encoded;
-            for (int n = 0; n < columns; ++n)
-                row[n] = given && n < count ? in.features[(first + n) * in.encoded + k] : 0.0f;
+        const int last = sizes.colour_layers - 1;
+        for (int n = 0; n < count; ++n) {
+            const float* const given = in.features + (first + n) * in.encoded;
+            std::copy(given, given + in.encoded, room.features.at(n));  // zero behind them from the start
+            const float* const harmonics = in.harmonics + in.rays[first + n] * kHarmonics;
+            std::copy(harmonics, harmonics + kHarmonics, room.colour_inputs.at(n) + kGeometryFeatures);
         }
-        for (int k = 0; k < kHarmonics; ++k) {
-            float* row = tile.row(rows.colour_inputs + kGeometryFeatures + k);
-            for (int n = 0; n < columns; ++n)
-                row[n] = n < count ? in.harmonics[in.rays[first + n] * kHarmonics + k] : 0.0f;
-        }
-        dense_tile<W, Epilogue::kRelu>(networks.density_in(), sizes.hidden, sizes.inputs,
-                                       tile.row(rows.features), tile.row(rows.hidden), columns);
-        dense_tile<W, Epilogue::kNone>(networks.density_out(), kGeometryFeatures, sizes.hidden,
-                                       tile.row(rows.hidden), tile.row(rows.geometry), columns);
-        dense_tile<W, Epilogue::kRelu>(networks.colour_in(), sizes.hidden, sizes.colour_inputs(),
-                                       tile.row(rows.colour_inputs), tile.row(rows.colour_hidden[0]),
-                                       columns);
-        if (sizes.colour_layers == 2)
-            dense_tile<W, Epilogue::kRelu>(networks.colour_hidden(), sizes.hidden, sizes.hidden,
-                                           tile.row(rows.colour_hidden[0]), tile.row(rows.colour_hidden[1]),
-                                           columns);
-        dense_tile<W, Epilogue::kNone>(networks.colour_out(), 3, sizes.hidden,
-                                       tile.row(rows.colour_hidden[sizes.colour_layers - 1]),
-                                       tile.row(rows.raw), columns);
+        dense_rows<W, Epilogue::kRelu>(networks.density_in(), room.features.from(0), room.hidden.from(0),
+                                       count);
+        // The colour network reads the geometry features where the density network leaves them.
+        dense_rows<W, Epilogue::kNone>(networks.density_out(), room.hidden.from(0),
+                                       room.colour_inputs.from(0), count);
+        dense_rows<W, Epilogue::kRelu>(networks.colour_in(), room.colour_inputs.from(0),
+                                       room.colour_hidden[0].from(0), count);
+        if (last == 1)
+            dense_rows<W, Epilogue::kRelu>(networks.colour_hidden(), room.colour_hidden[0].from(0),
+                                           room.colour_hidden[1].from(0), count);
+        three_outputs<W>(networks.colour_out(), room.colour_hidden[last].from(0), sizes.hidden,
+                         room.raw.from(0), count);
     }
 };
 
 struct ForwardTask {
     const Tiles& tiles;
-    std::deque<RowBuffer>& rooms;
+    std::deque<Room>& rooms;
     float* rgb;
     float* density;
 
     template <int W>
     MIPNERF_INLINE void operator()(int64_t task, int64_t thread) const {
-        const RowBuffer& tile = rooms[thread];
+        const Room& room = rooms[thread];
         const int64_t first = task * kTile;
         const int count = static_cast<int>(std::min<int64_t>(kTile, tiles.in.samples - first));
-        tiles.forward<W>(first, count, tile);
-        const float* geometry = tile.row(tiles.rows.geometry);
+        tiles.forward<W>(first, count, room);
+        const Rows geometry = room.colour_inputs.from(0), raw = room.raw.from(0);
 #pragma omp simd
-        for (int n = 0; n < count; ++n) density[first + n] = fast_density(geometry[n]);
+        for (int n = 0; n < count; ++n) density[first + n] = fast_density(geometry.data[n * geometry.stride]);
         for (int k = 0; k < 3; ++k) {
-            const float* raw = tile.row(tiles.rows.raw + k);
 #pragma omp simd
-            for (int n = 0; n < count; ++n) rgb[3 * (first + n) + k] = fast_colour(raw[n]);
+            for (int n = 0; n < count; ++n) rgb[3 * (first + n) + k] = fast_colour(raw.data[4 * n + k]);
         }
     }
 };
@@ -131,91 +112,78 @@ struct ForwardTask {
 // result does not depend on the number of threads.
 struct BackwardTask {
     const Tiles& tiles;
-    std::deque<RowBuffer>& rooms;
+    const GradientSums& layout;
+    std::deque<Room>& rooms;
     int64_t tiles_per_task;
     const float *grad_rgb, *grad_density;
-    const Gradients<float>& out;  // weights: one set a task
+    const Gradients<float>& out;  // weights: one set of sums a task
 
     template <int W>
     MIPNERF_INLINE void operator()(int64_t task, int64_t thread) const {
-        const RowBuffer& tile = rooms[thread];
-        float* weights = out.weights + task * tiles.in.sizes.weights();
+        float* sums = out.weights + task * layout.total;
         const int64_t begin = task * tiles_per_task * kTile;
         const int64_t end = std::min(tiles.in.samples, begin + tiles_per_task * kTile);
         for (int64_t first = begin; first < end; first += kTile)
-            one_tile<W>(first, static_cast<int>(std::min<int64_t>(kTile, end - first)), tile, weights);
+            one_tile<W>(first, static_cast<int>(std::min<int64_t>(kTile, end - first)), rooms[thread], sums);
     }
 
     template <int W>
-    MIPNERF_INLINE void one_tile(int64_t first, int count, const RowBuffer& tile, float* weights) const {
+    MIPNERF_INLINE void one_tile(int64_t first, int count, const Room& room, float* sums) const {
         const Inputs<float>& in = tiles.in;
-        const Rows& rows = tiles.rows;
         const FastSizes& sizes = in.sizes;
         const PackedNetworks& networks = tiles.networks;
-        const int H = sizes.hidden, last = sizes.colour_layers - 1, columns = padded_columns<W>(count);
-        tiles.forward<W>(first, count, tile);
-        for (int k = 0; k < 4; ++k) {
-            float* to = tile.row(rows.grad_raw + k);
-            const float* raw = tile.row(rows.raw + std::min(k, 2));
-            for (int n = 0; n < columns; ++n)
-                to[n] = k < 3 && n < count ? grad_rgb[3 * (first + n) + k] * fast_colour_derivative(raw[n])
-                                           : 0.0f;
-        }
-        dense_tile<W, Epilogue::kReluGradient>(networks.colour_out_t(), H, 3, tile.row(rows.grad_raw),
-                                               tile.row(rows.grad_colour_hidden[last]), columns,
-                                               tile.row(rows.colour_hidden[last]));
-        if (sizes.colour_layers == 2)
-            dense_tile<W, Epilogue::kReluGradient>(
-                networks.colour_hidden_t(), H, H, tile.row(rows.grad_colour_hidden[1]),
-                tile.row(rows.grad_colour_hidden[0]), columns, tile.row(rows.colour_hidden[0]));
-        float* const grad_inputs = tile.row(rows.grad_colour_inputs);
-        const int wanted = out.harmonics != nullptr ? sizes.colour_inputs() : kGeometryFeatures;
-        dense_tile<W, Epilogue::kNone>(tiles.all_colour_inputs_t, wanted, H,
-                                       tile.row(rows.grad_colour_hidden[0]), grad_inputs, columns);
-        if (out.harmonics != nullptr)
-            for (int n = 0; n < count; ++n)
-                for (int k = 0; k < kHarmonics; ++k)
-                    out.harmonics[(first + n) * kHarmonics + k] =
-                        grad_inputs[(kGeometryFeatures + k) * kTile + n];
-        const float* geometry = tile.row(rows.geometry);
+        const int H = sizes.hidden, last = sizes.colour_layers - 1;
+        tiles.forward<W>(first, count, room);
         for (int n = 0; n < count; ++n)
-            if (fast_density_is_free(geometry[n]))
-                grad_inputs[n] += grad_density[first + n] * fast_density(geometry[n]);
-        dense_tile<W, Epilogue::kReluGradient>(networks.density_out_t(), H, kGeometryFeatures, grad_inputs,
-                                               tile.row(rows.grad_hidden), columns, tile.row(rows.hidden));
-        if (out.features != nullptr) {
-            float* const grad_features = tile.row(rows.grad_features);
-            dense_tile<W, Epilogue::kNone>(networks.density_in_t(), sizes.encoded, H,
-                                           tile.row(rows.grad_hidden), grad_features, columns);
-            for (int n = 0; n < count; ++n)
-                for (int64_t k = 0; k < in.encoded; ++k)
-                    out.features[(first + n) * in.encoded + k] = grad_features[k * kTile + n];
+            for (int k = 0; k < 3; ++k)
+                room.grad_raw.at(n)[k] =
+                    grad_rgb[3 * (first + n) + k] * fast_colour_derivative(room.raw.at(n)[k]);
+        three_outputs_backward<W>(networks.colour_out(), room.grad_raw.from(0),
+                                  room.colour_hidden[last].from(0), H, room.grad_colour_hidden[last].from(0),
+                                  count, sums + layout.colour_out);
+        if (last == 1) {
+            weight_gradient<W>(room.grad_colour_hidden[1].from(0), H, room.colour_hidden[0].from(0), H, count,
+                               sums + layout.colour_hidden);
+            dense_rows<W, Epilogue::kReluGradient>(
+                networks.colour_hidden_t(), room.grad_colour_hidden[1].from(0),
+                room.grad_colour_hidden[0].from(0), count, kNoRows, room.colour_hidden[0].from(0));
         }
-        const auto add = [&](int dy, int x, int outputs, int kept, int depth, int64_t at) {
-            const TilePair pair{tile.row(dy), tile.row(x), columns};
-            weight_gradient<W>(&pair, 1, outputs, kept, depth, weights + at);
-        };
-        add(rows.grad_raw, rows.colour_hidden[last], 4, 3, H, sizes.colour_out_at());
-        if (sizes.colour_layers == 2)
-            add(rows.grad_colour_hidden[1], rows.colour_hidden[0], H, H, H, sizes.colour_hidden_at());
-        add(rows.grad_colour_hidden[0], rows.colour_inputs, H, H, sizes.colour_inputs(),
-            sizes.colour_in_at());
-        add(rows.grad_colour_inputs, rows.hidden, kGeometryFeatures, kGeometryFeatures, H,
-            sizes.density_out_at());
-        add(rows.grad_hidden, rows.features, H, H, sizes.inputs, 0);
+        weight_gradient<W>(room.grad_colour_hidden[0].from(0), H, room.colour_inputs.from(0),
+                           sizes.colour_inputs(), count, sums + layout.colour_in);
+        const int wanted = out.harmonics != nullptr ? sizes.colour_inputs() : kGeometryFeatures;
+        dense_rows<W, Epilogue::kNone>(networks.colour_in_t().of_first_outputs(wanted),
+                                       room.grad_colour_hidden[0].from(0), room.grad_colour_inputs.from(0),
+                                       count);
+        for (int n = 0; n < count; ++n) {
+            float* const gradient = room.grad_colour_inputs.at(n);
+            if (out.harmonics != nullptr)
+                std::copy(gradient + kGeometryFeatures, gradient + wanted,
+                          out.harmonics + (first + n) * kHarmonics);
+            const float raw = *room.colour_inputs.at(n);
+            if (fast_density_is_free(raw)) *gradient += grad_density[first + n] * fast_density(raw);
+        }
+        weight_gradient<W>(room.grad_colour_inputs.from(0), kGeometryFeatures, room.hidden.from(0), H, count,
+                           sums + layout.density_out);
+        dense_rows<W, Epilogue::kReluGradient>(networks.density_out_t(), room.grad_colour_inputs.from(0),
+                                               room.grad_hidden.from(0), count, kNoRows, room.hidden.from(0));
+        weight_gradient<W>(room.grad_hidden.from(0), H, room.features.from(0), sizes.inputs, count,
+                           sums + layout.density_in);
+        if (out.features == nullptr) return;
+        dense_rows<W, Epilogue::kNone>(networks.density_in_t(), room.grad_hidden.from(0),
+                                       room.grad_features.from(0), count);
+        for (int n = 0; n < count; ++n) {
+            const float* const gradient = room.grad_features.at(n);
+            std::copy(gradient, gradient + in.encoded, out.features + (first + n) * in.encoded);
+        }
     }
 };
 
 class TilePasses {
   public:
-    TilePasses(const Inputs<float>& in, bool backward)
-        : networks_(in.sizes, in.density_in, in.density_out, in.colour_in, in.colour_hidden, in.colour_out,
-                    dispatched_row_block()),
-          colour_inputs_t_(static_cast<size_t>(packed_rows(in.sizes.colour_inputs())) * in.sizes.hidden),
-          tiles_{in, networks_, colour_inputs_t_.data(), Rows(in.sizes, backward)} {
-        pack_weights(in.colour_in, in.sizes.colour_inputs(), in.sizes.hidden, 1, in.sizes.colour_inputs(),
-                     dispatched_row_block(), colour_inputs_t_.data());
-    }
+    explicit TilePasses(const Inputs<float>& in)
+        : networks_(in.sizes, in.density_in, in.density_out, in.colour_in, in.colour_hidden, in.colour_out),
+          layout_(in.sizes),
+          tiles_{in, networks_} {}
 
     void forward(float* rgb, float* density) {
         const int64_t count = (tiles_.in.samples + kTile - 1) / kTile;
@@ -224,38 +192,39 @@ class TilePasses {
     }
 
     void backward(const float* grad_rgb, const float* grad_density, Gradients<float> out) {
-        const int64_t weights = tiles_.in.sizes.weights();
         const int64_t count = (tiles_.in.samples + kTile - 1) / kTile;
         const int64_t per_task = std::max<int64_t>(4, (count + kMostTasks - 1) / kMostTasks);
         const int64_t tasks = (count + per_task - 1) / per_task;
-        std::vector<float> parts(static_cast<size_t>(tasks * weights), 0.0f);
-        float* const sums = out.weights;
+        std::vector<float> parts(static_cast<size_t>(tasks * layout_.total), 0.0f);
+        std::vector<float> sums(static_cast<size_t>(layout_.total), 0.0f);
+        float* const weights = out.weights;
         out.weights = parts.data();
         grow(tasks);
-        for_tasks(tasks, BackwardTask{tiles_, rooms_, per_task, grad_rgb, grad_density, out});
+        for_tasks(tasks, BackwardTask{tiles_, layout_, rooms_, per_task, grad_rgb, grad_density, out});
         for (int64_t task = 0; task < tasks; ++task)
-            for (int64_t i = 0; i < weights; ++i) sums[i] += parts[task * weights + i];
+            for (int64_t i = 0; i < layout_.total; ++i) sums[i] += parts[task * layout_.total + i];
+        layout_.unpack(sums.data(), weights);
     }
 
   private:
     static constexpr int64_t kMostTasks = 64;
     void grow(int64_t tasks) {
         while (static_cast<int64_t>(rooms_.size()) < task_threads(tasks))
-            rooms_.emplace_back(tiles_.rows.total);
+            rooms_.emplace_back(tiles_.in.sizes);
     }
 
     PackedNetworks networks_;
-    std::vector<float> colour_inputs_t_;
+    GradientSums layout_;
     Tiles tiles_;
-    std::deque<RowBuffer> rooms_;
+    std::deque<Room> rooms_;
 };
 
 void forward(const Inputs<float>& in, float* rgb, float* density) {
-    TilePasses(in, false).forward(rgb, density);
+    TilePasses(in).forward(rgb, density);
 }
 void backward(const Inputs<float>& in, const float* grad_rgb, const float* grad_density,
               const Gradients<float>& out) {
-    TilePasses(in, true).backward(grad_rgb, grad_density, out);
+    TilePasses(in).backward(grad_rgb, grad_density, out);
 }
 
 // ---- float64: one sample after the other

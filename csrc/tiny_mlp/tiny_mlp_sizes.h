@@ -10,7 +10,7 @@ namespace mipnerf {
 
 struct FastSizes {
     int encoded;        // levels x features
-    int inputs;         // of the density network: encoded + 4
+    int inputs;         // of the density network: encoded + 3, rounded up to a multiple of 4
     int hidden;         // a multiple of 8
     int colour_layers;  // hidden ones: 1 or 2
 
