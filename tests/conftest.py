@@ -6,9 +6,11 @@ import os
 import random
 from collections.abc import Iterator
 
-# Before torch and matplotlib are imported; what tests start in other processes inherits both.
-CORES = len(os.sched_getaffinity(0))
-os.environ.setdefault("OMP_NUM_THREADS", str(CORES))
+# Before torch and matplotlib are imported; what tests start in other processes inherits both. Workers of pytest-xdist
+# share the cores: threads of one that spin for the next piece of work would take them from the others.
+CORES = max(len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), 1)
+threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a worker's are its parent's
+os.environ["OMP_NUM_THREADS"] = str(min(int(threads or CORES), CORES))
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis  # noqa: E402

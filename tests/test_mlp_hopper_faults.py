@@ -10,10 +10,10 @@ import test_mlp_hopper
 from cuda_emulation.faults import broken_program
 from cuda_emulation.harness import EmulationError
 from test_mlp_hopper import (
+    PARTS_OF_RAYS,
     SEEDS,
     SMALL,
     Network,
-    Shape,
     check_composited,
     check_dgrad,
     check_forward,
@@ -172,7 +172,7 @@ def run_broken(monkeypatch, program, launch, fault, seed, check):
     monkeypatch.setattr(test_mlp_hopper, "FAULT", fault)
     try:
         if launch == "composited":
-            expect("wrong", check_composited, BROKEN_COMPOSITED, seed, [check])
+            expect("wrong", check_composited, PARTS_OF_RAYS, seed, [check])
         elif launch == "forward":
             expect("wrong numbers", check_forward, network, forward(network, seed=seed, checks=[check]))
         elif launch == "dgrad":
@@ -183,10 +183,6 @@ def run_broken(monkeypatch, program, launch, fault, seed, check):
             expect("wrong numbers", check_wgrad, network, kept, deltas, gradients)
     finally:
         monkeypatch.setattr(test_mlp_hopper, "FAULT", 0)
-
-
-# Tiles of one block in a row, each a part of a ray.
-BROKEN_COMPOSITED = Shape(features=12, depth=1, view_width=32, rays=3, samples_per_ray=150, multiprocessors=2)
 
 
 def expect(sentence, check, *arguments):

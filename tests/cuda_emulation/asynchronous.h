@@ -13,6 +13,7 @@ namespace mipnerf::emulation {
 
 int current_thread();  // rank in the cluster, -1 on the host
 int random_below(int n);
+bool is_outside_arrays(const void* address, std::size_t bytes);  // in the "memory" build; else false
 // The current thread waits until wake(); another one goes on.
 void park(const char* what, Site site);
 void wake(int rank);

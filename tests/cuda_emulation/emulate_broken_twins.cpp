@@ -188,6 +188,20 @@ __global__ void lost_update_kernel(const float* x, float* y) {
     if (thread_rank() == 0) y[blockIdx.x] = *count;
 }
 
+// Sums of two neighbours' numbers, of 16 bits each: each writes half a word that both read. Fault: no barrier
+// between, so that either finds its own half written and the other's perhaps.
+template <bool Fault>
+__global__ void halves_of_a_word_kernel(const float* x, float* y) {
+    std::uint16_t* row = shared_memory<std::uint16_t>();
+    const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + thread_rank();
+    row[thread_rank()] = to_bfloat16_bits(x[i]);
+    if (!Fault) block_sync();
+    std::uint32_t word;
+    memcpy(&word, row + (thread_rank() & ~1), sizeof word);
+    y[i] = from_bfloat16_bits(static_cast<std::uint16_t>(word)) +
+           from_bfloat16_bits(static_cast<std::uint16_t>(word >> 16));
+}
+
 int main(int argc, char** argv) {
     emulation::Program program(argc, argv);
     const float* x = program.input<float>("x");
@@ -219,5 +233,6 @@ int main(int argc, char** argv) {
     MIPNERF_TWIN(two_barriers);
     MIPNERF_TWIN(barrier_against_shuffle);
     MIPNERF_TWIN(lost_update);
+    MIPNERF_TWIN(halves_of_a_word);
     emulation::fail("no kernel '%s'", kernel.c_str());
 }

@@ -3,9 +3,10 @@
 // MIPNERF_EMULATION_OMIT=file:line in the environment leaves out the barriers of that place; with
 // MIPNERF_EMULATION_PLAIN_ATOMICS=1 atomic additions are plain ones.
 //
-// Compiled twice: with AddressSanitizer for the "memory" build, and with MIPNERF_EMULATION_RACES (and no
-// sanitizer: the programs are compiled with -fsanitize=thread but linked against races.cpp instead of its
-// runtime) for the "races" build.
+// Compiled twice, without a sanitizer: with MIPNERF_EMULATION_ADDRESSES for the "memory" build, whose
+// programs are compiled and linked with AddressSanitizer, and with MIPNERF_EMULATION_RACES for the "races"
+// build, whose programs are compiled with -fsanitize=thread but linked against races.cpp instead of its
+// runtime.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -24,11 +25,11 @@
 #include "races.h"
 #include "tensor_core.h"
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MIPNERF_EMULATION_ADDRESSES)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #elif !defined(MIPNERF_EMULATION_RACES)
-#error "the emulation is compiled with -fsanitize=address, or with MIPNERF_EMULATION_RACES"
+#error "the emulation is compiled with MIPNERF_EMULATION_ADDRESSES or with MIPNERF_EMULATION_RACES"
 #endif
 #if !defined(__x86_64__) && !defined(MIPNERF_EMULATION_UCONTEXT)
 #define MIPNERF_EMULATION_UCONTEXT
@@ -93,7 +94,7 @@ mipnerf_emulation_switch:
 namespace {
 
 void switch_fiber(Fiber& from, Fiber& to) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MIPNERF_EMULATION_ADDRESSES)
     __sanitizer_start_switch_fiber(&from.fake_stack, to.stack_bottom, to.stack_bytes);
 #endif
 #if !defined(MIPNERF_EMULATION_UCONTEXT)
@@ -101,7 +102,7 @@ void switch_fiber(Fiber& from, Fiber& to) {
 #else
     swapcontext(&from.context, &to.context);
 #endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MIPNERF_EMULATION_ADDRESSES)
     __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif
 }
@@ -385,7 +386,7 @@ void release_warp_if_complete(int rank) {
 }
 
 void thread_entry() {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MIPNERF_EMULATION_ADDRESSES)
     {
         const void* bottom;
         std::size_t bytes;
@@ -461,9 +462,9 @@ unsigned char* guarded(std::size_t bytes, std::size_t misalignment) {
     unsigned char* start = memory + kGuardBytes + misalignment;
     mappings.push_back({start, memory, total});
     memset(start, 0xff, bytes);
-#if defined(__SANITIZE_ADDRESS__)
-    ASAN_POISON_MEMORY_REGION(memory, kGuardBytes + misalignment);
-    ASAN_POISON_MEMORY_REGION(start + bytes, static_cast<std::size_t>(memory + total - (start + bytes)));
+#if defined(MIPNERF_EMULATION_ADDRESSES)
+    __asan_poison_memory_region(memory, kGuardBytes + misalignment);
+    __asan_poison_memory_region(start + bytes, static_cast<std::size_t>(memory + total - (start + bytes)));
 #endif
     return start;
 }
@@ -623,6 +624,14 @@ void* allocate(const char* name, std::size_t bytes, std::size_t misalignment) {
     unsigned char* start = guarded(bytes, misalignment);
     races::name_array(name, start, bytes);
     return start;
+}
+
+bool is_outside_arrays([[maybe_unused]] const void* address, [[maybe_unused]] std::size_t bytes) {
+#if defined(MIPNERF_EMULATION_ADDRESSES)
+    return __asan_region_is_poisoned(const_cast<void*>(address), bytes) != nullptr;
+#else
+    return false;
+#endif
 }
 
 void make_read_only(const void* address) {

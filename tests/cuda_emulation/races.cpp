@@ -1,13 +1,17 @@
 // A race detector for the emulation: the runtime behind code compiled with -fsanitize=thread, in place of
 // ThreadSanitizer's own.
 //
-// Every byte of device memory has a cell with the accesses since the last one that orders all others. Order
-// comes from barriers alone, so the verdict does not depend on which thread happened to run first:
+// Every four bytes of device memory have a cell with the accesses since the last one that orders all others;
+// each access says which of the bytes it is to, so the verdict is that of every byte by itself. Order comes
+// from barriers alone, so the verdict does not depend on which thread happened to run first:
 //   * threads of one block: a block barrier orders everything before it and everything after (an epoch
 //   counter);
 //   * lanes of one warp: warp_sync joins the vector clocks of its lanes;
 //   * blocks of one launch: nothing orders them; launches follow each other;
 //   * in launches of clusters: the vector clocks of hopper_emulation.cpp, which know its barriers as well.
+//
+// What whole blocks read, every thread of them the same, is most of what there is to check: the lanes of a
+// warp that did the same at the same clock are one entry of a cell.
 #include "races.h"
 
 #include <sys/mman.h>
@@ -27,29 +31,47 @@ namespace {
 
 constexpr std::size_t kArenaBytes = std::size_t{256} << 20;
 
-enum class Kind : std::uint8_t {
-    read = 1,
-    read_only_load = 2,
-    write = 4,
-    atomic = 8
-};  // bits, to be kept in sets
-using Kinds = std::uint8_t;
-constexpr Kinds kReads = 1 | 2, kWrites = 4 | 8;
+constexpr unsigned kCellBytes = 4;
 
+enum class Kind : std::uint8_t { read, read_only_load, write, atomic };
+// Sets of kinds: four bits for each kind, one for each byte of a cell that it happened to.
+using Kinds = std::uint16_t;
+using Bytes = std::uint8_t;  // of a cell, a bit for each
+
+constexpr Kinds kinds(Kind kind, unsigned bytes) {
+    return static_cast<Kinds>(bytes << 4 * static_cast<unsigned>(kind));
+}
+constexpr Kinds kinds(Kind kind, Kind other, unsigned bytes) {
+    return static_cast<Kinds>(kinds(kind, bytes) | kinds(other, bytes));
+}
+constexpr Kinds reads(unsigned bytes) {
+    return kinds(Kind::read, Kind::read_only_load, bytes);
+}
+constexpr Kinds writes(unsigned bytes) {
+    return kinds(Kind::write, Kind::atomic, bytes);
+}
+// The bytes of a set, whatever happened to them.
+constexpr Bytes bytes_of(Kinds set) {
+    return static_cast<Bytes>((set | set >> 4 | set >> 8 | set >> 12) & 15u);
+}
+
+// Of those lanes of a warp that did the same from the same place in the program at the same time.
 struct Access {
     std::uint32_t clock;
     std::uint32_t place;  // program counter; the programs are not position-independent
-    std::uint16_t thread;
+    std::uint32_t lanes;
+    std::uint16_t warp;
     Kind kind;
+    Bytes bytes;
 };
 
-// What happened to one byte in one launch. All zero means: nothing yet.
+// What happened to four bytes in one launch. All zero means: nothing yet.
 struct Cell {
     std::uint32_t launch, block,
         epoch;  // serial numbers; what belongs to an older one is forgotten at the next access
     Kinds by_other_blocks, by_this_block;
     std::uint16_t count, capacity;  // accesses of this epoch, the first one in place
-    bool copying;                   // an asynchronous copy may write it at any time
+    Bytes copying;                  // those that an asynchronous copy may write at any time
     Access first;
     Access* more;
 };
@@ -75,17 +97,15 @@ bool running = false;
 std::uint32_t launch = 0, block = 0, epoch = 0;
 ThreadClock clocks[1024];
 
-Kinds bit(Kind kind) {
-    return static_cast<Kinds>(kind);
-}
 bool is_write(Kind kind) {
-    return (bit(kind) & kWrites) != 0;
+    return kind == Kind::write || kind == Kind::atomic;
 }
 
-// The kinds that may not meet `kind` without a barrier between.
-Kinds conflicts(Kind kind) {
-    if (kind == Kind::write) return kReads | kWrites;
-    return kind == Kind::atomic ? kReads | bit(Kind::write) : kWrites;
+// What may not meet `kind` without a barrier between.
+Kinds conflicts(Kind kind, unsigned bytes) {
+    if (kind == Kind::write) return static_cast<Kinds>(reads(bytes) | writes(bytes));
+    return kind == Kind::atomic ? static_cast<Kinds>(reads(bytes) | kinds(Kind::write, bytes))
+                                : writes(bytes);
 }
 
 const char* verb(Kind kind) {
@@ -123,9 +143,9 @@ std::string describe(const unsigned char* address) {
     return "an address outside every array and outside shared memory";
 }
 
-bool is_ordered(const Access& earlier, int thread) {
-    if (asynchronous::active()) return asynchronous::is_ordered(earlier.thread, earlier.clock);
-    return earlier.thread / 32 == thread / 32 && clocks[thread].lane[earlier.thread % 32] >= earlier.clock;
+bool is_ordered(int earlier, std::uint32_t clock, int thread) {
+    if (asynchronous::active()) return asynchronous::is_ordered(earlier, clock);
+    return earlier / 32 == thread / 32 && clocks[thread].lane[earlier % 32] >= clock;
 }
 
 Access& access_at(Cell& cell, int i) {
@@ -140,8 +160,14 @@ void append(Cell& cell, const Access& access) {
     access_at(cell, cell.count++) = access;
 }
 
+// The last access takes the place of access `i`.
+void drop(Cell& cell, int i) {
+    access_at(cell, i) = access_at(cell, cell.count - 1);
+    --cell.count;
+}
+
 void bring_up_to_date(Cell& cell) {
-    if (cell.block != block) cell.copying = false;
+    if (cell.block != block) cell.copying = 0;
     if (cell.launch != launch) {
         cell.by_other_blocks = cell.by_this_block = 0;
     } else if (cell.block != block) {
@@ -155,69 +181,128 @@ void bring_up_to_date(Cell& cell) {
     cell.epoch = epoch;
 }
 
-void check_byte(const unsigned char* address, Kind kind, std::uint32_t place, bool is_brought) {
-    Cell& cell = cells[address - arena];
+// What does an access, and to what.
+struct Doing {
+    Kind kind;
+    std::uint32_t place, clock;
+    int thread;
+    bool is_shared, is_brought, is_to_an_input;
+};
+
+// The first of some bytes of a cell, for a message.
+const unsigned char* first_of(const unsigned char* cell, unsigned bytes) {
+    return cell + __builtin_ctz(bytes);
+}
+
+// An earlier one that `doing` may not meet: fails unless what this thread did is all there is, or is ordered.
+void require_order(const Access& earlier, const Doing& doing, const unsigned char* start, unsigned bytes) {
+    std::uint32_t lanes = earlier.lanes;
+    if (earlier.warp == doing.thread / 32) lanes &= ~(1u << doing.thread % 32);
+    for (; lanes != 0; lanes &= lanes - 1) {
+        const int other = earlier.warp * 32 + __builtin_ctz(lanes);
+        if (is_ordered(other, earlier.clock, doing.thread)) continue;
+        fail("race: %s %s, which thread %d %s with no barrier between\n  place: 0x%x\n  place: 0x%x",
+             verb(doing.kind), describe(first_of(start, earlier.bytes & bytes)).c_str(), other,
+             verb(earlier.kind), doing.place, earlier.place);
+    }
+}
+
+// start: of the cell; bytes: of it, at least one.
+void check_cell(const unsigned char* start, unsigned bytes, const Doing& doing) {
+    Cell& cell = cells[static_cast<std::size_t>(start - arena) / kCellBytes];
     bring_up_to_date(cell);
-    const int thread = current_thread();
-    const bool shared = is_shared(address);
-    const Kinds others = shared ? 0 : cell.by_other_blocks;
+    const Kind kind = doing.kind;
+    const Kinds others = doing.is_shared ? Kinds{0} : cell.by_other_blocks;
 
-    if (cell.copying)
+    if (const unsigned copying = cell.copying & bytes)
         fail("%s %s, which an asynchronous copy may still be writing\n  place: 0x%x", verb(kind),
-             describe(address).c_str(), place);
-    if (shared && kind == Kind::read_only_load)
+             describe(first_of(start, copying)).c_str(), doing.place);
+    if (doing.is_shared && kind == Kind::read_only_load)
         fail("load_pack reads global memory, not %s (load_pack_shared does)\n  place: 0x%x",
-             describe(address).c_str(), place);
-    if (shared && !is_write(kind) && !is_brought && !(cell.by_this_block & kWrites))
-        fail("reads %s, which this block has not written\n  place: 0x%x", describe(address).c_str(), place);
-    if (is_write(kind) && is_read_only(address))
-        fail("writes to an input: %s\n  place: 0x%x", describe(address).c_str(), place);
-    if (others & conflicts(kind))
+             describe(first_of(start, bytes)).c_str(), doing.place);
+    if (doing.is_shared && !is_write(kind) && !doing.is_brought)
+        if (const unsigned unwritten = bytes & ~unsigned{bytes_of(cell.by_this_block & writes(bytes))})
+            fail("reads %s, which this block has not written\n  place: 0x%x",
+                 describe(first_of(start, unwritten)).c_str(), doing.place);
+    if (doing.is_to_an_input)
+        fail("writes to an input: %s\n  place: 0x%x", describe(first_of(start, bytes)).c_str(), doing.place);
+    if (const unsigned met = bytes_of(others & conflicts(kind, bytes)))
         fail("race between blocks: %s %s, which another block of the launch %s\n  place: 0x%x", verb(kind),
-             describe(address).c_str(), (others & kWrites) ? "writes" : "reads", place);
+             describe(first_of(start, met)).c_str(), (others & writes(met)) ? "writes" : "reads",
+             doing.place);
 
-    const std::uint32_t clock =
-        asynchronous::active() ? asynchronous::clock_of_current() : clocks[thread].lane[thread % 32];
-    Access* mine = nullptr;
+    const std::uint16_t warp = static_cast<std::uint16_t>(doing.thread / 32);
+    const std::uint32_t lane = 1u << doing.thread % 32;
+    const unsigned forbidden = conflicts(kind, 1);
+    Access* same = nullptr;
     for (int i = 0; i < cell.count; ++i) {
         Access& earlier = access_at(cell, i);
-        if (earlier.thread == thread) {
-            if (earlier.kind == kind) mine = &earlier;
-        } else if ((bit(earlier.kind) & conflicts(kind)) && !is_ordered(earlier, thread)) {
-            fail("race: %s %s, which thread %d %s with no barrier between\n  place: 0x%x\n  place: 0x%x",
-                 verb(kind), describe(address).c_str(), earlier.thread, verb(earlier.kind), place,
-                 earlier.place);
-        }
+        if ((earlier.bytes & bytes) && (forbidden & kinds(earlier.kind, 1)))
+            require_order(earlier, doing, start, bytes);
+        if (earlier.warp != warp || earlier.kind != kind || earlier.bytes != bytes) continue;
+        if (earlier.clock == doing.clock && earlier.place == doing.place)
+            same = &earlier;
+        else
+            earlier.lanes &= ~lane;  // what it does now is later
     }
-    cell.by_this_block |= bit(kind);
-    if (const Kinds all = others | cell.by_this_block; (all & bit(Kind::read_only_load)) && (all & kWrites))
+    cell.by_this_block |= kinds(kind, bytes);
+    const Kinds all = others | cell.by_this_block;
+    if (const unsigned loaded =
+            bytes & (all >> 4 * static_cast<unsigned>(Kind::read_only_load)) & bytes_of(all & writes(bytes)))
         fail(
             "%s is loaded through the read-only path (load_pack, ldg128) and written in the same launch\n  "
             "place: 0x%x",
-            describe(address).c_str(), place);
+            describe(first_of(start, loaded)).c_str(), doing.place);
 
     if (kind == Kind::write) {  // everything before is ordered before this one
-        cell.count = 0;
-        mine = nullptr;
+        for (int i = cell.count - 1; i >= 0; --i) {
+            Access& earlier = access_at(cell, i);
+            earlier.bytes &= static_cast<Bytes>(~bytes);
+            if (earlier.bytes == 0) drop(cell, i);
+        }
+        same = nullptr;
     }
-    if (mine)
-        mine->clock = clock;
-    else
-        append(cell, Access{clock, place, static_cast<std::uint16_t>(thread), kind});
+    if (same) {
+        same->lanes |= lane;
+        return;
+    }
+    for (int i = cell.count - 1; i >= 0; --i)
+        if (access_at(cell, i).lanes == 0) drop(cell, i);
+    append(cell, Access{doing.clock, doing.place, lane, warp, kind, static_cast<Bytes>(bytes)});
 }
 
 inline void check_at(const void* pointer, std::size_t bytes, Kind kind, std::uint32_t place) {
     const auto* address = static_cast<const unsigned char*>(pointer);
     if (!running || address < arena || address >= arena + arena_used) return;
-    // Whether an asynchronous operation wrote there.
-    bool is_brought = false;
-    if (asynchronous::active() && is_shared(address))
-        is_brought = asynchronous::note_access(
+    const int thread = current_thread();
+    const bool is_asynchronous = asynchronous::active(), shared = is_shared(address);
+    Doing doing{kind,
+                place,
+                is_asynchronous ? asynchronous::clock_of_current() : clocks[thread].lane[thread % 32],
+                thread,
+                shared,
+                false,
+                is_write(kind) && !shared && is_read_only(address)};
+    if (is_asynchronous && shared)  // whether an asynchronous operation wrote there
+        doing.is_brought = asynchronous::note_access(
             pointer, bytes, is_write(kind) ? asynchronous::Access::write : asynchronous::Access::read);
-    for (std::size_t i = 0; i < bytes; ++i) check_byte(address + i, kind, place, is_brought);
+    std::size_t offset = static_cast<std::size_t>(address - arena) % kCellBytes;
+    for (const unsigned char* start = address - offset; start < address + bytes; start += kCellBytes) {
+        const std::size_t left = static_cast<std::size_t>(address + bytes - start);
+        const unsigned end = left < kCellBytes ? static_cast<unsigned>(left) : kCellBytes;
+        check_cell(start, (1u << end) - (1u << offset), doing);
+        offset = 0;
+    }
 }
 inline void check(const void* pointer, std::size_t bytes, Kind kind, const void* place) {
     check_at(pointer, bytes, kind, static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(place)));
+}
+
+// Of whole cells, as all asynchronous copies are.
+void set_copying(const void* to, std::size_t bytes, bool is_under_way) {
+    const auto start = static_cast<std::size_t>(static_cast<const unsigned char*>(to) - arena);
+    for (std::size_t i = start / kCellBytes; i < (start + bytes) / kCellBytes; ++i)
+        cells[i].copying = is_under_way ? 15 : 0;
 }
 
 }  // namespace
@@ -228,7 +313,8 @@ unsigned char* reserve(std::size_t bytes) {
     if (!arena) {
         const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
         void* memory = mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE, flags, -1, 0);
-        void* shadow = mmap(nullptr, kArenaBytes * sizeof(Cell), PROT_READ | PROT_WRITE, flags, -1, 0);
+        void* shadow =
+            mmap(nullptr, kArenaBytes / kCellBytes * sizeof(Cell), PROT_READ | PROT_WRITE, flags, -1, 0);
         if (memory == MAP_FAILED || shadow == MAP_FAILED) fail("no memory for the race detector");
         arena = static_cast<unsigned char*>(memory);
         cells = static_cast<Cell*>(shadow);
@@ -287,8 +373,7 @@ void warp_barrier(int warp, unsigned lanes) {
 
 void begin_copy(const void* to, std::size_t bytes, std::uint32_t place) {
     check_at(to, bytes, Kind::write, place);
-    for (std::size_t i = 0; i < bytes; ++i)
-        cells[static_cast<const unsigned char*>(to) + i - arena].copying = true;
+    set_copying(to, bytes, true);
 }
 
 void begin_copy_from(const void* from, std::size_t bytes, std::uint32_t place) {
@@ -296,8 +381,7 @@ void begin_copy_from(const void* from, std::size_t bytes, std::uint32_t place) {
 }
 
 void finish_copy(const void* to, std::size_t bytes, std::uint32_t place) {
-    for (std::size_t i = 0; i < bytes; ++i)
-        cells[static_cast<const unsigned char*>(to) + i - arena].copying = false;
+    set_copying(to, bytes, false);
     check_at(to, bytes, Kind::write, place);
 }
 

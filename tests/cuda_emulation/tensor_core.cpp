@@ -6,14 +6,15 @@
 #include <utility>
 #include <vector>
 
+#include "asynchronous.h"
 #include "races.h"
 
 namespace mipnerf::emulation {
 
 namespace {
 
-// Every product of the tests comes through here: without a check for each access.
-#define MIPNERF_UNCHECKED __attribute__((optimize("O3"), no_sanitize("address", "undefined", "thread")))
+// Every product of the tests comes through here.
+#define MIPNERF_FAST __attribute__((optimize("O3")))
 
 const std::vector<float>& half_values() {
     static const std::vector<float> values = [] {
@@ -26,18 +27,18 @@ const std::vector<float>& half_values() {
 }
 const float* const half_value = half_values().data();
 
-MIPNERF_UNCHECKED float wide(std::uint16_t bits, Bfloat16) {
+MIPNERF_FAST float wide(std::uint16_t bits, Bfloat16) {
     float x;
     const std::uint32_t word = static_cast<std::uint32_t>(bits) << 16;
     memcpy(&x, &word, sizeof x);
     return x;
 }
-MIPNERF_UNCHECKED float wide(std::uint16_t bits, Half) {
+MIPNERF_FAST float wide(std::uint16_t bits, Half) {
     return half_value[bits];
 }
 
 template <typename T>
-MIPNERF_UNCHECKED void perform_mma(void* const lanes[32]) {
+MIPNERF_FAST void perform_mma(void* const lanes[32]) {
     float a[16][16], b[16][8];
     for (int i = 0; i < 32; ++i) {
         const MmaLane& lane = *static_cast<const MmaLane*>(lanes[i]);
@@ -70,14 +71,14 @@ MIPNERF_UNCHECKED void perform_mma(void* const lanes[32]) {
 
 }  // namespace
 
-MIPNERF_UNCHECKED void perform_mma_bfloat16(void* const lanes[32]) {
+MIPNERF_FAST void perform_mma_bfloat16(void* const lanes[32]) {
     perform_mma<Bfloat16>(lanes);
 }
-MIPNERF_UNCHECKED void perform_mma_half(void* const lanes[32]) {
+MIPNERF_FAST void perform_mma_half(void* const lanes[32]) {
     perform_mma<Half>(lanes);
 }
 
-MIPNERF_UNCHECKED void perform_mma_tf32(void* const lanes[32]) {
+MIPNERF_FAST void perform_mma_tf32(void* const lanes[32]) {
     double a[16][8], b[8][8];
     for (int i = 0; i < 32; ++i) {
         const Tf32Lane& lane = *static_cast<const Tf32Lane*>(lanes[i]);
@@ -96,13 +97,13 @@ MIPNERF_UNCHECKED void perform_mma_tf32(void* const lanes[32]) {
     }
 }
 
-MIPNERF_UNCHECKED void require_tf32(float operand) {
+MIPNERF_FAST void require_tf32(float operand) {
     std::uint32_t bits;
     memcpy(&bits, &operand, sizeof bits);
     if ((bits & 0x1fffu) != 0) fail("mma_m16n8k8_tf32: the operand %.9g was not rounded to TF32", operand);
 }
 
-MIPNERF_UNCHECKED void perform_ldmatrix(void* const lanes[32]) {
+MIPNERF_FAST void perform_ldmatrix(void* const lanes[32]) {
     for (int i = 0; i < 32; ++i)
         for (int j = 0; j < 4; ++j) {
             const std::uint16_t* row = static_cast<const MatrixLane*>(lanes[8 * j + i / 4])->row.value;
@@ -110,7 +111,7 @@ MIPNERF_UNCHECKED void perform_ldmatrix(void* const lanes[32]) {
                 row[i % 4 * 2] | static_cast<unsigned>(row[i % 4 * 2 + 1]) << 16;
         }
 }
-MIPNERF_UNCHECKED void perform_ldmatrix_transposed(void* const lanes[32]) {
+MIPNERF_FAST void perform_ldmatrix_transposed(void* const lanes[32]) {
     for (int i = 0; i < 32; ++i)
         for (int j = 0; j < 4; ++j) {
             const auto* low = static_cast<const MatrixLane*>(lanes[8 * j + i % 4 * 2]);
@@ -157,9 +158,11 @@ void issue_copy(void* shared, const void* global, std::size_t bytes, bool valid)
         static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(__builtin_return_address(0)));
     if (valid) {
         races::begin_copy_from(global, bytes, place);
-        unsigned char there[16];
-        memcpy(there, global, bytes);  // for AddressSanitizer to say where the copy was asked for
+        if (is_outside_arrays(global, bytes))
+            fail("AddressSanitizer: an asynchronous copy reads outside of its array\n  place: 0x%x", place);
     }
+    if (is_outside_arrays(shared, bytes))
+        fail("AddressSanitizer: an asynchronous copy writes outside of shared memory\n  place: 0x%x", place);
     races::begin_copy(shared, bytes, place);
     memset(shared, 0xff, bytes);
     copies().open.push_back({shared, valid ? global : nullptr, bytes, place});
@@ -184,6 +187,7 @@ void wait_for_copies(int groups_left) {
 }
 
 bool has_copies_in_flight() {
+    if (copies_of_threads.size() <= static_cast<std::size_t>(current_thread())) return false;
     const Copies& mine = copies();
     bool any = !mine.open.empty();
     for (const std::vector<Copy>& group : mine.groups) any = any || !group.empty();
@@ -191,7 +195,9 @@ bool has_copies_in_flight() {
 }
 
 void forget_copies() {
-    copies() = {};
+    if (copies_of_threads.size() <= static_cast<std::size_t>(current_thread())) return;
+    copies().open.clear();
+    copies().groups.clear();
 }
 
 }  // namespace mipnerf::emulation
