@@ -198,22 +198,24 @@ def _cpu_rows(table: _Table, results: Path) -> str:
 def _speed_rows(table: _Table, found: dict[str, Any]) -> str:
     """The targets of speed on one processor, and its facts."""
     processor = found["run"]["device"]
-    rate = found["training"][0]["samples_per_second"]
-    table.row(
-        f"{processor}: whole training step, one thread",
-        "at least 0.5 M samples/s",
-        f"{rate / 1e6:.2f} M",
-        rate >= WANTED_RATE,
-    )
-    if len(found["training"]) > 1:
-        many = found["training"][-1]
-        rate, threads = many["samples_per_second"], many["threads"]
-        table.row(
-            f"the same, {threads} threads (which may share a core: not the measure)",
-            "-",
-            f"{rate / 1e6:.2f} M, {rate / threads / 1e6:.2f} M a thread",
-            None,
-        )
+    for training in found["training"]:
+        # Results of before there were two parts are of the four scales.
+        title = PARTS["cpu"][training.get("part", "multi")].title
+        rate, threads = training["samples_per_second"], training["threads"]
+        if threads == 1:
+            table.row(
+                f"{processor}: whole training step, one thread, {title}",
+                "at least 0.5 M samples/s",
+                f"{rate / 1e6:.2f} M",
+                rate >= WANTED_RATE,
+            )
+        else:
+            table.row(
+                f"the same, {threads} threads (which may share a core: not the measure)",
+                "-",
+                f"{rate / 1e6:.2f} M, {rate / threads / 1e6:.2f} M a thread",
+                None,
+            )
     for view in found["views"]:
         threads = f"{view['threads']} thread{'s' if view['threads'] > 1 else ''}"
         seconds = view["median_seconds"]
