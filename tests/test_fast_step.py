@@ -186,7 +186,9 @@ def test_rays_marched_side_by_side_find_the_samples_of_each_alone(count: int) ->
     composite, _ = _composed(rays, fields, torch.float64)
     torch.testing.assert_close(rgb.double(), composite.rgb, rtol=0, atol=1e-5)
     # An opacity near zero is 1 minus a rounded number near 1; the distance divides by it.
-    torch.testing.assert_close((acc * distance).double(), composite.acc * composite.distance, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        (acc * distance).double(), composite.acc * composite.distance, rtol=0, atol=1e-5
+    )
 
 
 def test_the_result_does_not_depend_on_threads() -> None:
