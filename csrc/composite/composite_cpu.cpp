@@ -83,15 +83,10 @@ void with_dtype(const Tensor& t_vals, const Run& run) {
         run(static_cast<float*>(nullptr));
 }
 
-Storage storage_of(const Tensor& samples) {
-    if (samples.scalar_type() == ScalarType::BFloat16) return Storage::kBfloat16;
-    return samples.scalar_type() == ScalarType::Half ? Storage::kHalf : Storage::kSame;
-}
-
 template <typename T>
 CompositeInputs<T> inputs_of(const CompositeCall& call) {
     return {call.sizes.samples,
-            storage_of(call.inputs.rgb),
+            storage_of(call.inputs.rgb.scalar_type()),
             call.inputs.rgb.const_data_ptr(),
             call.inputs.density.const_data_ptr(),
             data<T>(call.inputs.t_vals),

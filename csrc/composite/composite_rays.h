@@ -9,40 +9,19 @@
 #include <type_traits>
 #include <vector>
 
+#include "../common/storage.h"
 #include "composite_math.h"
-
-#ifndef MIPNERF_INLINE
-#define MIPNERF_INLINE inline __attribute__((always_inline))
-#endif
 
 namespace mipnerf {
 
-// How rgb and density, and their gradients, lie in memory: as the numbers that the loops compute with, or in
-// 16 bits. Known at run time alone: a copy of the loops for each would double the time that they take to
-// compile.
-enum class Storage { kSame, kBfloat16, kHalf };
+// Rows of rgb and density, and of their gradients, lie in memory as they are computed with or in 16 bits.
 
-MIPNERF_INLINE int64_t bytes_of(Storage storage, size_t same) {
-    return storage == Storage::kSame ? static_cast<int64_t>(same) : 2;
-}
-
-// Numbers first..first + count - 1 as they lie in memory; 16-bit ones are widened into `room`.
+// Numbers first..first + count - 1: where they lie, or widened into `room`.
 template <typename T>
 MIPNERF_INLINE const T* wide_row(const void* from, Storage storage, int64_t first, int64_t count, T* room) {
-    if constexpr (std::is_same_v<T, float>) {
-        const uint16_t* const bits = static_cast<const uint16_t*>(from) + first;
-        if (storage == Storage::kBfloat16) {
-#pragma omp simd
-            for (int64_t i = 0; i < count; ++i) room[i] = from_bfloat16_bits(bits[i]);
-            return room;
-        }
-        if (storage == Storage::kHalf) {
-#pragma omp simd
-            for (int64_t i = 0; i < count; ++i) room[i] = from_half_bits(bits[i]);
-            return room;
-        }
-    }
-    return static_cast<const T*>(from) + first;
+    if (storage == Storage::kSame) return static_cast<const T*>(from) + first;
+    load_numbers(static_cast<const uint16_t*>(from) + first, storage, room, count);
+    return room;
 }
 
 // Where a row is to be written: its place in memory, or `room`, from where store_row() narrows it.
@@ -53,16 +32,7 @@ MIPNERF_INLINE T* row_to_write(void* to, Storage storage, int64_t first, T* room
 
 template <typename T>
 MIPNERF_INLINE void store_row(const T* room, void* to, Storage storage, int64_t first, int64_t count) {
-    if constexpr (std::is_same_v<T, float>) {
-        uint16_t* const bits = static_cast<uint16_t*>(to) + first;
-        if (storage == Storage::kBfloat16) {
-#pragma omp simd
-            for (int64_t i = 0; i < count; ++i) bits[i] = to_bfloat16_bits(room[i]);
-        } else if (storage == Storage::kHalf) {
-#pragma omp simd
-            for (int64_t i = 0; i < count; ++i) bits[i] = to_half_bits(room[i]);
-        }
-    }
+    if (storage != Storage::kSame) store_numbers(static_cast<uint16_t*>(to) + first, storage, room, count);
 }
 
 constexpr int64_t kSumBlock = 64;

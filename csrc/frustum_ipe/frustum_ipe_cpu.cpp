@@ -16,6 +16,7 @@
 #include "../common/checks.h"
 #include "../common/for_rays.h"
 #include "../common/fresh_pages.h"
+#include "../common/storage.h"
 #include "frustum_ipe_arguments.h"
 #include "frustum_ipe_math.h"
 
@@ -26,56 +27,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kSampleBlock = 64;
-
-// How features lie in memory: as the numbers that the loops compute with, or in 16 bits. Known at run time
-// alone, like the shape of the frusta: a copy of the loops for each would multiply the time that they take to
-// compile.
-enum class Storage { kSame, kBfloat16, kHalf };
-
-int64_t bytes_of(Storage storage, size_t same) {
-    return storage == Storage::kSame ? static_cast<int64_t>(same) : 2;
-}
-
-// Features from..from + count - 1 of a row into memory.
-template <typename T>
-MIPNERF_INLINE void store_features(void* to, Storage storage, const T* from, int count) {
-    if (storage == Storage::kSame) {
-        T* const same = static_cast<T*>(to);
-#pragma omp simd
-        for (int j = 0; j < count; ++j) same[j] = from[j];
-        return;
-    }
-    if constexpr (std::is_same_v<T, float>) {
-        uint16_t* const bits = static_cast<uint16_t*>(to);
-        if (storage == Storage::kBfloat16) {
-#pragma omp simd
-            for (int j = 0; j < count; ++j) bits[j] = to_bfloat16_bits(from[j]);
-        } else {
-#pragma omp simd
-            for (int j = 0; j < count; ++j) bits[j] = to_half_bits(from[j]);
-        }
-    }
-}
-
-template <typename T>
-MIPNERF_INLINE void load_features(const void* from, Storage storage, T* to, int count) {
-    if (storage == Storage::kSame) {
-        const T* const same = static_cast<const T*>(from);
-#pragma omp simd
-        for (int j = 0; j < count; ++j) to[j] = same[j];
-        return;
-    }
-    if constexpr (std::is_same_v<T, float>) {
-        const uint16_t* const bits = static_cast<const uint16_t*>(from);
-        if (storage == Storage::kBfloat16) {
-#pragma omp simd
-            for (int j = 0; j < count; ++j) to[j] = from_bfloat16_bits(bits[j]);
-        } else {
-#pragma omp simd
-            for (int j = 0; j < count; ++j) to[j] = from_half_bits(bits[j]);
-        }
-    }
-}
 
 template <typename T>
 struct Rays {
@@ -195,14 +146,14 @@ struct Forward {
             encode_sample<T, kIntegrated, kMaxDegrees>(block, i, scales, row, row + kHalf);
         if (stream) {
             alignas(64) char packed[2 * kHalf * sizeof(T)];
-            store_features(packed, storage, row, 2 * kHalf);
+            store_numbers(packed, storage, row, 2 * kHalf);
             const int64_t bytes = 2 * kHalf * bytes_of(storage, sizeof(T));
             for (int64_t at = 0; at < bytes; at += 16) stream_16_bytes(out + at, packed + at);
             return;
         }
         const int half = 3 * rays.degrees;
-        store_features(out, storage, row, half);
-        store_features(out + half * bytes_of(storage, sizeof(T)), storage, row + kHalf, half);
+        store_numbers(out, storage, row, half);
+        store_numbers(out + half * bytes_of(storage, sizeof(T)), storage, row + kHalf, half);
     }
 
     MIPNERF_INLINE void operator()(int64_t begin, int64_t end) const {
@@ -325,9 +276,9 @@ struct Backward {
     MIPNERF_INLINE void read_sample(const EncodedBlock<T>& block, int i, const Scales<T>& scales,
                                     const char* grad_out, T* grad_row, GradientBlock<T>& gradients) const {
         const int half = 3 * rays.degrees;
-        load_features(grad_out, storage, grad_row, half);
-        load_features(grad_out + half * bytes_of(storage, sizeof(T)), storage, grad_row + 3 * kMaxDegrees,
-                      half);
+        load_numbers(grad_out, storage, grad_row, half);
+        load_numbers(grad_out + half * bytes_of(storage, sizeof(T)), storage, grad_row + 3 * kMaxDegrees,
+                     half);
         CoordinateGradient<T> grad[3];
         if (rays.degrees <= kMaxDegrees / 2)
             encode_sample_gradient<T, kIntegrated, kMaxDegrees / 2>(block, i, scales, grad_row, grad);
@@ -387,11 +338,6 @@ Rays<T> rays_of(const FrustumIpeSizes& sizes, bool cylinder, int64_t min_deg, co
             static_cast<const T*>(origins.const_data_ptr()),
             static_cast<const T*>(directions.const_data_ptr()),
             static_cast<const T*>(radii.const_data_ptr())};
-}
-
-Storage storage_of(ScalarType features) {
-    if (features == ScalarType::BFloat16) return Storage::kBfloat16;
-    return features == ScalarType::Half ? Storage::kHalf : Storage::kSame;
 }
 
 // Calls run(T, integrated) with a null pointer to the dtype of the inputs, and with whether the variance is

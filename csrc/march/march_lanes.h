@@ -57,7 +57,8 @@ struct MarchLanes {
 
     MIPNERF_INLINE Ints going() const { return t < end; }
 
-    // march_look of every lane that has not ended; nothing is before `leave` where there is nothing to leave.
+    // march_look of every lane that has not ended; where there is nothing to leave, `leave` is where the lane
+    // is.
     MIPNERF_INLINE void look(const uint32_t* masks) {
         const Ints is_going = going();
         const Floats to = t + step(), middle = 0.5f * (t + to);
@@ -78,12 +79,12 @@ struct MarchLanes {
             const Floats to_face = (__builtin_convertvector(face, Floats) / skip - origin[k]) / direction[k];
             until = (direction[k] != 0.0f) & (to_face < until) ? to_face : until;
         }
-        leave = inside & ~may_be ? until - min_step * 0.01f : Floats{} - 1.0f;
         has_sample = inside & may_be;
         if (any(has_sample)) has_sample &= bits(masks, words, cells, x, at);
         t0 = t;
         t1 = to;
         t = is_going ? to : t;
+        leave = inside & ~may_be ? until - min_step * 0.01f : t;
     }
 
     // One step on where the interval lies before `leave`; whether any did.
