@@ -154,6 +154,19 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "Tensor(a!) grad_tables, Tensor(b!) grad_density_in, Tensor(c!) grad_density_out, "
         "Tensor(d!) grad_colour_in, Tensor(e!)? grad_colour_hidden, Tensor(f!) grad_colour_out, "
         "Tensor(g!)? table_sums) -> Tensor");
+    // fast_train_step, and sparse_adam of the tables with the gradients it found, which are never whole.
+    m.def(
+        "fast_train_update(Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far, Tensor? "
+        "phase, "
+        "Tensor background, Tensor target, float loss_beta, Tensor(a!) tables, Tensor density_in, "
+        "Tensor density_out, Tensor colour_in, Tensor? colour_hidden, Tensor colour_out, Tensor masks, "
+        "int[] resolutions, int table_size, int attenuation, float cutoff, bool scale_input, float "
+        "scale_low, "
+        "float scale_high, int occupancy_resolution, float box_half, float step_scale, float min_step, "
+        "float max_step, bool tf32, "
+        "Tensor(b!) grad_density_in, Tensor(c!) grad_density_out, Tensor(d!) grad_colour_in, "
+        "Tensor(e!)? grad_colour_hidden, Tensor(f!) grad_colour_out, Tensor(g!) moment1, Tensor(h!) moment2, "
+        "float learning_rate, float beta1, float beta2, float eps, int step) -> Tensor");
     // Rays to rgb [B, 3], distance [B], acc [B].
     m.def(
         "fast_render(Tensor origins, Tensor directions, Tensor radii, Tensor near, Tensor far, Tensor? "

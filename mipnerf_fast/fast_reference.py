@@ -14,7 +14,15 @@ from torch import Tensor
 from . import reference
 from .cameras import pixel_rays
 from .counter_rng import FAST_RAYS, OCCUPANCY, counter_uint32
-from .ops.fast_step import FastFields, FastGradients, MarchRays, PixelSource, StepStatistics
+from .ops.fast_step import (
+    FastFields,
+    FastGradients,
+    MarchRays,
+    NetworkGradients,
+    PixelSource,
+    StepStatistics,
+    TableMoments,
+)
 from .ops.finite import check_finite, is_checking, reports_non_finite
 
 # The fused step marches a ray by so many samples before it looks whether anything is left to see.
@@ -109,6 +117,27 @@ def fast_train_step(
     squared = float(((found.rgb.detach() - target) ** 2).mean())
     marched, counted = _marched_samples(samples.ray_starts, found.weights.detach())
     return StepStatistics(float(loss.detach()), squared, marched, counted, is_finite)
+
+
+def fast_train_update(
+    rays: MarchRays,
+    target: Tensor,
+    loss_beta: float,
+    fields: FastFields,
+    gradients: NetworkGradients,
+    moments: TableMoments,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+) -> StepStatistics:
+    """`fast_train_step`, and `sparse_adam` of the tables with the gradient it found: see `ops.fast_train_update`."""
+    of_tables = torch.zeros_like(fields.tables)
+    found = fast_train_step(rays, target, loss_beta, fields, FastGradients(of_tables, *gradients))
+    if found.is_finite:
+        sparse_adam(fields.tables, of_tables, *moments, learning_rate, beta1, beta2, eps, step)
+    return found
 
 
 @reports_non_finite("fast_render", "rgb", "distance", "acc", rows="pixels")

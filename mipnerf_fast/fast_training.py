@@ -18,7 +18,7 @@ from .fast_captured import READ_EVERY, AdamSettings, CapturedStep
 from .fast_model import FastModel
 from .fast_skips import Gradients, check_batch, composed_gradients, find_non_finite, rays_at
 from .ops.fast_captured import GROUP_RAYS, kernels_for
-from .ops.fast_step import FastGradients, MarchRays, PixelSource, StepStatistics
+from .ops.fast_step import MarchRays, NetworkGradients, PixelSource, StepStatistics, TableMoments
 from .schedules import log_lerp, warm_up
 from .trainer_base import DivergedError, StepResult, TrainerBase
 
@@ -42,11 +42,11 @@ DEVIATION_PER_PIXEL = 0.5 / math.sqrt(3.0)
 class FastTrainer(TrainerBase):
     """Trains a `FastModel` on a dataset; nothing but its checkpoint decides how it goes on, bit by bit.
 
-    A step draws pixels by counter-based random numbers, runs `ops.fast_train_step` (on the backend "reference" the
-    same by autograd: `fast_reference`) and Adam on the entries that were touched, and every UPDATE_EVERY steps renews
-    the occupancy grid. The number of rays follows the number of samples that a ray takes, so that a step
-    has `config.batch_size` samples. A step whose loss or gradient is not finite changes nothing and is counted in
-    `model.skipped_steps`; config.max_skips_in_row or config.max_skips of them end the run.
+    A step draws pixels by counter-based random numbers, runs `ops.fast_train_update` (on the backend "reference" the
+    same by autograd: `fast_reference`), which moves the entries that were touched, and Adam of the networks, and every
+    UPDATE_EVERY steps renews the occupancy grid. The number of rays follows the number of samples that a ray takes, so
+    that a step has `config.batch_size` samples. A step whose loss or gradient is not finite changes nothing and is
+    counted in `model.skipped_steps`; config.max_skips_in_row or config.max_skips of them end the run.
 
     On a GPU a step is one CUDA graph (`CapturedStep`), unless config.capture is false: tables are read in float16, and
     what a step found is read back every READ_EVERY steps. There, unless config.deterministic is set, the gradients of
@@ -64,6 +64,9 @@ class FastTrainer(TrainerBase):
     where config.model.mlp_dtype is "tf32" and the device has no products in TF32, and where its networks are wider than
     the device's kernels take.
     """
+
+    # Parameters that without a GPU have no gradient outside of the step that moves them.
+    _moved_within_a_step: tuple[str, ...] = ("tables",)
 
     def __init__(
         self,
@@ -106,7 +109,11 @@ class FastTrainer(TrainerBase):
         if checkpoint is not None:
             self.model.load_state_dict(checkpoint.weights())
         self._parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        self._gradients = {name: torch.zeros_like(tensor) for name, tensor in self._parameters.items()}
+        self._gradients = {
+            name: torch.zeros_like(tensor)
+            for name, tensor in self._parameters.items()
+            if on_gpu or name not in self._moved_within_a_step
+        }
         self._moments = {
             moment: {
                 name: torch.zeros_like(tensor)
@@ -179,12 +186,10 @@ class FastTrainer(TrainerBase):
         model = self.model
         samples_per_ray, count = model.samples_per_ray.item(), self._ray_count()
         rays, target = self._draw(self.step, count)
-        found = self._add_gradients(rays, target)
+        found = self._learn(rays, target, rate)
         self.step += 1
         model.samples_per_ray.fill_(0.8 * samples_per_ray + 0.2 * max(0.5, found.samples / count))
-        if found.is_finite:
-            self._update(rate)
-        else:
+        if not found.is_finite:
             model.skipped_steps += 1
         self._note(self.step, rate, found, count)
 
@@ -297,29 +302,31 @@ class FastTrainer(TrainerBase):
             self.model.fields(),
         )
 
-    def _add_gradients(self, rays: MarchRays, target: Tensor) -> StepStatistics:
-        """Add the gradients of a batch to `_gradients`, unless one of them is not finite."""
-        buffers = FastGradients(
-            *(self._gradients.get(name) for name in FastGradients._fields)  # type: ignore[arg-type]
+    def _learn(self, rays: MarchRays, target: Tensor, rate: float) -> StepStatistics:
+        """Move the parameters by the gradients of a batch, unless one of them is not finite."""
+        found: StepStatistics = self._engine.fast_train_update(
+            rays,
+            target,
+            self.config.loss_beta,
+            self.model.fields(),
+            NetworkGradients(*(self._gradients.get(name) for name in NetworkGradients._fields)),  # type: ignore[arg-type]
+            TableMoments(*(self._moments[moment]["tables"] for moment in TableMoments._fields)),
+            *self._adam("tables", rate),
         )
-        found: StepStatistics = self._engine.fast_train_step(
-            rays, target, self.config.loss_beta, self.model.fields(), buffers
-        )
+        if found.is_finite:
+            self._update(rate)
         return found
 
+    def _adam(self, name: str, rate: float) -> tuple[float, float, float, float, int]:
+        """The numbers of `ops.sparse_adam` for a parameter in the step that is being done."""
+        of_parameter = rate if name.endswith("tables") else rate * self.settings.network_lr_ratio
+        return of_parameter, BETA1, BETA2, self.config.adam_eps, self.step + 1
+
     def _update(self, rate: float) -> None:
-        for name, values in self._parameters.items():
-            self._engine.sparse_adam(
-                values,
-                self._gradients[name],
-                self._moments["exp_avg"][name],
-                self._moments["exp_avg_sq"][name],
-                rate if name.endswith("tables") else rate * self.settings.network_lr_ratio,
-                BETA1,
-                BETA2,
-                self.config.adam_eps,
-                self.step,
-            )
+        """Adam with the gradients there are, which become zero."""
+        for name, gradient in self._gradients.items():
+            moments = (self._moments[moment][name] for moment in MOMENTS)
+            self._engine.sparse_adam(self._parameters[name], gradient, *moments, *self._adam(name, rate))
 
 
 def pixel_source(dataset: Dataset, scale_ratio: float) -> PixelSource:

@@ -27,6 +27,8 @@ class ProposalTrainer(FastTrainer):
     gradients that are not finite, Adam on the entries that were touched, is `FastTrainer`'s.
     """
 
+    _moved_within_a_step = ()
+
     def _build_model(self, config: FastConfig) -> FastModel:
         return ProposalModel(config)
 
@@ -44,7 +46,14 @@ class ProposalTrainer(FastTrainer):
     def _renew_occupancy(self) -> None:
         """There is no grid to renew."""
 
+    def _learn(self, rays: MarchRays, target: Tensor, rate: float) -> StepStatistics:
+        found = self._add_gradients(rays, target)
+        if found.is_finite:
+            self._update(rate)
+        return found
+
     def _add_gradients(self, rays: MarchRays, target: Tensor) -> StepStatistics:
+        """Add the gradients of a batch to `_gradients`, unless one of them is not finite."""
         found, grads = self._differentiate(self.step, rays, target, torch.arange(target.shape[0]))
         if found.is_finite:
             for name, grad in grads.items():

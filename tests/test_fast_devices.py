@@ -25,7 +25,15 @@ from mipnerf_fast.determinism import deterministic
 from mipnerf_fast.fast_captured import READ_EVERY
 from mipnerf_fast.fast_model import FastModel
 from mipnerf_fast.fast_training import FastTrainer
-from mipnerf_fast.ops.fast_step import FastFields, FastGradients, MarchRays, PixelSource, StepStatistics
+from mipnerf_fast.ops.fast_step import (
+    FastFields,
+    FastGradients,
+    MarchRays,
+    NetworkGradients,
+    PixelSource,
+    StepStatistics,
+    TableMoments,
+)
 
 FLOOR = 16 * 2.0**-23
 
@@ -45,13 +53,15 @@ def placed(fields: FastFields, device: torch.device) -> FastFields:
     return FastFields(*(value.to(device) if isinstance(value, Tensor) else value for value in fields))  # type: ignore[arg-type]
 
 
-def stepped(rays: MarchRays, target: Tensor, fields: FastFields) -> tuple[StepStatistics, FastGradients]:
+def stepped(
+    rays: MarchRays, target: Tensor, fields: FastFields, loss_beta: float = 0.1
+) -> tuple[StepStatistics, FastGradients]:
     """One training step, and the gradients that it adds to zeros."""
     values = (getattr(fields, name) for name in FastGradients._fields)
     gradients = FastGradients(
         *(None if v is None else torch.zeros_like(v, dtype=torch.float32) for v in values)  # type: ignore[arg-type]
     )
-    return ops.fast_train_step(rays, target, 0.1, fields, gradients), gradients
+    return ops.fast_train_step(rays, target, loss_beta, fields, gradients), gradients
 
 
 def test_hash_encode(device: torch.device) -> None:
@@ -291,6 +301,29 @@ def test_adam(device: torch.device) -> None:
     for found, truth in zip((placed[0], placed[2], placed[3]), wanted, strict=True):
         torch.testing.assert_close(found.cpu().double(), truth, rtol=1e-6, atol=1e-7)
     assert not placed[1].any()
+
+
+@pytest.mark.parametrize("count", [0, 300])
+def test_a_step_that_moves_the_tables(device: torch.device, count: int) -> None:
+    """It is the step, then Adam with its gradient: the bits say so."""
+    model, rays = _model(SMALL).to(device), moved(_rays(count), device)
+    fields, target = model.fields(), torch.rand(count, 3, device=device)
+    with deterministic():
+        wanted_statistics, wanted_gradients = stepped(rays, target, fields)
+        wanted = [fields.tables.clone(), *torch.rand(2, *fields.tables.shape, device=device)]
+        moments = TableMoments(*(moment.clone() for moment in wanted[1:]))
+        ops.sparse_adam(wanted[0], wanted_gradients.tables, *wanted[1:], 1e-2, 0.9, 0.99, 1e-15, 3)
+        zeros = (value if value is None else torch.zeros_like(value) for value in wanted_gradients[1:])
+        gradients = NetworkGradients(*zeros)  # type: ignore[arg-type]
+        before = fields.tables.clone()
+        found = ops.fast_train_update(
+            rays, target, 0.1, fields, gradients, moments, 1e-2, 0.9, 0.99, 1e-15, 3
+        )
+    assert found == wanted_statistics
+    assert all(map(torch.equal, (fields.tables, *moments), wanted))
+    assert torch.equal(fields.tables, before) == (count == 0)
+    for mine, other in zip(gradients, wanted_gradients[1:], strict=True):
+        assert mine is other is None or torch.equal(mine, other)
 
 
 def test_occupancy(device: torch.device) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_fast_devices import stepped
 from test_fast_training import _config, _spheres
 from test_proposal import TINY as PROPOSAL
 from tiny_runs import write_scene
@@ -265,14 +266,15 @@ def test_the_parts_of_a_batch_have_the_gradients_of_the_step(scene: Dataset) -> 
     """What is explained is the step: composed part by part it gives the fused step's gradients."""
     trainer = FastTrainer(_config(100, batch_size=2048), scene)
     rays, target = trainer._draw(0, 300)
-    found = trainer._add_gradients(rays, target)
-    sums = {name: torch.zeros_like(gradient) for name, gradient in trainer._gradients.items()}
+    found, of_step = stepped(rays, target, trainer.model.fields(), trainer.config.loss_beta)
+    gradients = {name: value for name, value in of_step._asdict().items() if value is not None}
+    sums = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
     for part in (slice(0, 128), slice(128, 300)):
         drawn = MarchRays(*(None if field is None else field[part] for field in rays))  # type: ignore[arg-type]
         for name, gradient in trainer._composed_gradients(0, drawn, target[part], part, 300).items():
             sums[name] += gradient
     assert found.is_finite
-    for name, gradient in trainer._gradients.items():
+    for name, gradient in gradients.items():
         # Sums of so many terms of similar size, in two orders.
         bound = math.sqrt(found.samples) * 2.0**-23 * 16
         assert (sums[name] - gradient).norm() <= bound * gradient.norm()

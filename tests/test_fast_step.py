@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,7 +18,15 @@ from mipnerf_fast import fast_reference, ops, reference
 from mipnerf_fast.config import FastConfig
 from mipnerf_fast.counter_rng import FAST_RAYS, OCCUPANCY, counter_uint32
 from mipnerf_fast.fast_model import FastModel
-from mipnerf_fast.ops.fast_step import FastFields, FastGradients, MarchRays, PixelSource
+from mipnerf_fast.ops.fast_step import (
+    FastFields,
+    FastGradients,
+    MarchRays,
+    NetworkGradients,
+    PixelSource,
+    StepStatistics,
+    TableMoments,
+)
 
 SMALL = FastConfig(
     levels=3,
@@ -210,6 +219,75 @@ def test_the_result_does_not_depend_on_threads() -> None:
         assert statistics == found[0][0]
         for a, b in zip(gradients, found[0][1], strict=True):
             assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tables_are_moved_within_the_step_as_behind_it(variant: str) -> None:
+    """`fast_train_update` beside `fast_train_step` and `sparse_adam`, bit by bit. With one thread a level is one part,
+    with seven it is several."""
+    model, rays = _model(VARIANTS[variant]), _rays(300)
+    fields, target = model.fields(), torch.rand(300, 3)
+
+    def run(together: bool) -> list[StepStatistics | Tensor | None]:
+        tables = fields.tables.clone()
+        moments = TableMoments(torch.zeros_like(tables), torch.zeros_like(tables))
+        found: list[StepStatistics | Tensor | None] = []
+        for step in (1, 2, 3):
+            gradients, adam = _zeros(fields), (1e-2, 0.9, 0.99, 1e-15, step)
+            of_networks = NetworkGradients(*gradients[1:])
+            here = fields._replace(tables=tables)
+            if together:
+                found.append(ops.fast_train_update(rays, target, 0.1, here, of_networks, moments, *adam))
+            else:
+                found.append(ops.fast_train_step(rays, target, 0.1, here, gradients))
+                ops.sparse_adam(tables, gradients.tables, *moments, *adam)
+            found += of_networks
+        return [*found, tables, *moments]
+
+    wanted, threads = run(False), torch.get_num_threads()
+    first, last = wanted[0], wanted[12]
+    assert isinstance(first, StepStatistics) and isinstance(last, StepStatistics) and last.loss < first.loss
+    try:
+        for count in (1, 7):
+            torch.set_num_threads(count)
+            for mine, other in zip(run(True), wanted, strict=True):
+                same = torch.equal(mine, other) if isinstance(mine, Tensor) else mine == other  # type: ignore[arg-type]
+                assert same
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("operators", [ops, fast_reference], ids=["fused", "reference"])
+def test_a_step_that_is_not_finite_moves_nothing(operators: ModuleType) -> None:
+    model, rays = _model(SMALL), _rays()
+    fields = model.fields()
+    fields.density_in[0, 0] = math.nan
+    moments = TableMoments(*torch.rand(2, *fields.tables.shape))
+    before = [value.clone() for value in (fields.tables, *moments)]
+    gradients = NetworkGradients(*_zeros(fields)[1:])
+    found = operators.fast_train_update(
+        rays, torch.rand(70, 3), 0.1, fields, gradients, moments, 1e-2, 0.9, 0.99, 1e-15, 1
+    )
+    assert not found.is_finite
+    assert all(map(torch.equal, (fields.tables, *moments), before))
+    assert not any(g is not None and g.any() for g in gradients)
+
+
+def test_wrong_moments_are_named() -> None:
+    model = _model(SMALL)
+    fields, good = model.fields(), torch.zeros_like(model.tables)
+    gradients = NetworkGradients(*_zeros(fields)[1:])
+    for moments, step, message in (
+        (TableMoments(good[1:], good), 1, "moment1 must be"),
+        (TableMoments(good, good.double()), 1, "moment2 must be"),
+        (TableMoments(good, good), 0, "step must be 1 or more"),
+    ):
+        before = fields.tables.clone()
+        with pytest.raises(RuntimeError, match=message):
+            ops.fast_train_update(
+                _rays(), torch.rand(70, 3), 0.1, fields, gradients, moments, 1e-2, 0.9, 0.99, 1e-15, step
+            )
+        assert torch.equal(fields.tables, before)
 
 
 def test_a_gradient_that_is_not_finite_adds_nothing() -> None:

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "../common/checks.h"
@@ -60,7 +61,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> draw_
     float *o = out(origins), *d = out(directions), *r = out(radii), *n = out(to_near), *f = out(to_far),
           *u = out(phase), *b = out(to_background), *c = out(target);
     const auto pixels_of = [&](uint32_t image) { return height[image] * width[image]; };
-    torch::stable::parallel_for(0, count, 1024, [&](int64_t begin, int64_t end) {
+    // Pixels lie all over the images: some rows' are asked for together before they are read.
+    constexpr int64_t kRows = 64;
+    const auto draw_rows = [&](int64_t begin, int64_t end) {
+        const uint8_t* at[kRows];
         for (int64_t row = begin; row < end; ++row) {
             const PixelDraw draw = draw_pixel(static_cast<uint64_t>(seed), static_cast<uint64_t>(step),
                                               static_cast<uint32_t>(row), shares, ends, sorted,
@@ -72,9 +76,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> draw_
             u[row] = draw.phase;
             for (int k = 0; k < 3; ++k)
                 b[3 * row + k] = random_background ? draw.background[k] : static_cast<float>(background);
-            pixel_colour(colours + channels * (first[draw.image] + draw.pixel), static_cast<int>(channels),
-                         b + 3 * row, c + 3 * row);
+            at[row - begin] = colours + channels * (first[draw.image] + draw.pixel);
+            __builtin_prefetch(at[row - begin]);
         }
+        for (int64_t row = begin; row < end; ++row)
+            pixel_colour(at[row - begin], static_cast<int>(channels), b + 3 * row, c + 3 * row);
+    };
+    torch::stable::parallel_for(0, count, 1024, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row += kRows) draw_rows(row, std::min(end, row + kRows));
     });
     return {origins, directions, radii, to_near, to_far, phase, to_background, target};
 }

@@ -88,6 +88,8 @@ struct GroupResult {
 struct FastWorkspace {
     std::deque<FastRoom> rooms;
     std::deque<GroupResult> groups;
+    // A thread's, of a part of one level's table: zeros between two uses.
+    std::deque<std::vector<float>> table_gradients;
 };
 
 // Lends a workspace for one call; concurrent calls get different ones.

@@ -155,25 +155,40 @@ MIPNERF_INLINE void encode_tile(const HashGrid& grid, const EncodeOptions& optio
     }
 }
 
-// Adds a tile's gradients of one level (the F features that begin at a row) to the entries with
-// first <= index < last.
+// Where the gradients of entries go: of those with first <= index < last, or of `all`. `data` begins with
+// that of the entry `origin`.
+template <int F>
+struct TableGradient {
+    float* data;
+    uint32_t origin, first, last;
+    bool all;
+
+    MIPNERF_INLINE bool has(uint32_t index) const { return all || (index >= first && index < last); }
+    MIPNERF_INLINE float* at(uint32_t index) const {
+        return data + static_cast<int64_t>(F) * (index - origin);
+    }
+};
+
+// Adds a tile's gradients of one level, the F features that begin at a row.
 template <int F>
 MIPNERF_INLINE void scatter_tile(const HashLevel& level, const EncodeOptions& options,
                                  const TilePlaces& places, ConstRows grad_features, int columns,
-                                 uint32_t first, uint32_t last, float* grad_table) {
+                                 const TableGradient<F>& to) {
     CornerTile corners;
     alignas(64) float a[kTile];
     if (!attenuate_tile(options, level.resolution, places.scale, a, columns)) return;
     corners_of_tile(level, places, a, columns, corners);
-    const bool everything = first == 0 && last == 0xffffffffu;
     for (int i = 0; i < columns; ++i) {
-        if (i + kPrefetchAhead < columns) prefetch_corners<F>(grad_table, corners, i + kPrefetchAhead);
+        if (const int ahead = i + kPrefetchAhead; ahead < columns) {
+            MIPNERF_UNROLL for (int c = 0; c < 8; ++c) if (to.has(corners.index[c][ahead]))
+                __builtin_prefetch(to.at(corners.index[c][ahead]), 1);
+        }
         if (!(a[i] > 0.0f)) continue;
         const Vector<F> gradient = load_vector<F>(grad_features[i]);
         for (int c = 0; c < 8; ++c) {
             const uint32_t index = corners.index[c][i];
-            if (!everything && (index < first || index >= last)) continue;
-            float* entry = grad_table + static_cast<int64_t>(F) * index;
+            if (!to.has(index)) continue;
+            float* const entry = to.at(index);
             store_vector<F>(entry, load_vector<F>(entry) + splat<F>(corners.weight[c][i]) * gradient);
         }
     }

@@ -59,12 +59,19 @@ struct VisitCells {
     }
 };
 
+// Bytes that are 0 or 1 to the bits of words, the first to the lowest.
 void set_bits(const std::vector<uint8_t>& bytes, uint32_t* words) {
     const int64_t count = static_cast<int64_t>(bytes.size());
     for (int64_t first = 0; first < count; first += 32) {
         uint32_t word = 0;
         const int64_t last = std::min(count, first + 32);
-        for (int64_t i = first; i < last; ++i) word |= static_cast<uint32_t>(bytes[i] != 0) << (i - first);
+        for (int64_t i = first; i < last; i += 8) {
+            uint64_t eight = 0;
+            for (int64_t k = 0; k < std::min<int64_t>(8, last - i); ++k)
+                eight |= static_cast<uint64_t>(bytes[i + k]) << (8 * k);
+            // Byte k times 2^(56 - 7k) is bit 56 + k; no other product of the two sums is above bit 55.
+            word |= static_cast<uint32_t>(eight * 0x0102040810204080u >> 56) << (i - first);
+        }
         words[first / 32] = word;
     }
 }
@@ -84,14 +91,25 @@ void dilate_axis(std::vector<uint8_t>& bytes, int64_t step, int64_t length) {
     bytes.swap(out);
 }
 
+// One byte for every factor^3 cells: whether one of them has one. Rows are joined first, many bytes at a
+// time.
 std::vector<uint8_t> pooled(const std::vector<uint8_t>& bytes, int32_t n, int32_t factor) {
-    const int32_t half = n / factor;
-    std::vector<uint8_t> out(static_cast<size_t>(half) * half * half, 0);
-    for (int32_t z = 0; z < half * factor; ++z)
-        for (int32_t y = 0; y < half * factor; ++y) {
-            const uint8_t* from = bytes.data() + (static_cast<int64_t>(z) * n + y) * n;
-            uint8_t* to = out.data() + (static_cast<int64_t>(z / factor) * half + y / factor) * half;
-            for (int32_t x = 0; x < half * factor; ++x) to[x / factor] |= from[x];
+    const int32_t side = n / factor;
+    std::vector<uint8_t> out(static_cast<size_t>(side) * side * side, 0), row(n);
+    for (int32_t z = 0; z < side; ++z)
+        for (int32_t y = 0; y < side; ++y) {
+            std::fill(row.begin(), row.end(), 0);
+            for (int32_t k = 0; k < factor * factor; ++k) {
+                const int64_t at =
+                    static_cast<int64_t>(z * factor + k / factor) * n + y * factor + k % factor;
+                const uint8_t* const from = bytes.data() + at * n;
+                uint8_t* const to = row.data();
+#pragma omp simd
+                for (int32_t x = 0; x < n; ++x) to[x] |= from[x];
+            }
+            uint8_t* const to = out.data() + (static_cast<int64_t>(z) * side + y) * side;
+            for (int32_t x = 0; x < side; ++x)
+                for (int32_t k = 0; k < factor; ++k) to[x] |= row[x * factor + k];
         }
     return out;
 }
@@ -107,6 +125,7 @@ MaskSummary build_masks(const float* densities, int32_t resolution, float max_th
     const float high = 4.0f * max_threshold;
     for (int64_t first = 0; first < count; first += resolution) {  // pairwise enough: a row at a time
         float row = 0.0f;
+#pragma omp simd reduction(+ : row)
         for (int64_t i = first; i < first + resolution; ++i) row += std::min(densities[i], high);
         sum += row;
     }
@@ -184,8 +203,12 @@ Tensor occupancy_update_cpu(Tensor densities, double cell_scale, int64_t seed, i
     uint32_t* const words = reinterpret_cast<uint32_t*>(mutable_tensor_data<int32_t>(masks));
     const int64_t count = static_cast<int64_t>(resolution) * resolution * resolution;
     std::vector<int32_t> occupied;
-    for (int32_t i = 0; i < count; ++i)
-        if (occupancy_bit(words + model.occupancy.mask[0].words, i)) occupied.push_back(i);
+    const uint32_t* const occupancy = words + model.occupancy.mask[0].words;
+    for (int64_t first = 0; first < count; first += 32) {
+        if (occupancy[first / 32] == 0) continue;
+        for (int64_t i = first; i < std::min(count, first + 32); ++i)
+            if (occupancy_bit(occupancy, i)) occupied.push_back(static_cast<int32_t>(i));
+    }
 
     const WorkspaceLease lease;
     const int64_t visits = (count + stride - 1) / stride;

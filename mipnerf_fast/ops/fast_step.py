@@ -58,6 +58,23 @@ class FastGradients(NamedTuple):
     colour_out: Tensor
 
 
+class NetworkGradients(NamedTuple):
+    """Buffers like the networks' weights, to which `fast_train_update` adds."""
+
+    density_in: Tensor
+    density_out: Tensor
+    colour_in: Tensor
+    colour_hidden: Tensor | None
+    colour_out: Tensor
+
+
+class TableMoments(NamedTuple):
+    """Adam's moments of the tables, of their shape."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
 class MarchRays(NamedTuple):
     """Rays as they are marched: origins, directions [B, 3], radii, near, far, phase [B, 1], background [B, 3]."""
 
@@ -118,9 +135,61 @@ def fast_train_step(
     flat = flat_fields("fast_train_step", fields)
     is_fixed = fields.tables.is_cuda and torch.are_deterministic_algorithms_enabled()
     sums = table_sums(fields.tables) if is_fixed else None
-    values = native_operators().fast_train_step(*rays, target, loss_beta, *flat, *gradients, sums).tolist()
+    found = native_operators().fast_train_step(*rays, target, loss_beta, *flat, *gradients, sums)
+    return _statistics("fast_train_step", rays, target, fields, found)
+
+
+def fast_train_update(
+    rays: MarchRays,
+    target: Tensor,
+    loss_beta: float,
+    fields: FastFields,
+    gradients: NetworkGradients,
+    moments: TableMoments,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+) -> StepStatistics:
+    """`fast_train_step`, and `sparse_adam` of the tables with the gradient that it found.
+
+    On the CPU the tables are moved part by part, each right after its gradient has been summed, while that is in the
+    cache; the numbers are those of the two operators. On a GPU it is the two operators.
+
+    Args:
+        rays, target, loss_beta: as of `fast_train_step`.
+        fields: the model; its tables, float32, are changed in place.
+        gradients: where to add those of the networks.
+        moments: of the tables, changed in place.
+        learning_rate, beta1, beta2, eps, step: as of `sparse_adam`.
+
+    Returns:
+        What the step found; where that is not finite nothing has changed.
+
+    Errors: as of `fast_train_step` and `sparse_adam`.
+    """
+    if fields.tables.is_cuda:
+        of_tables = torch.zeros_like(fields.tables)
+        found = fast_train_step(rays, target, loss_beta, fields, FastGradients(of_tables, *gradients))
+        if found.is_finite:
+            sparse_adam(fields.tables, of_tables, *moments, learning_rate, beta1, beta2, eps, step)
+        return found
+    flat = flat_fields("fast_train_update", fields)
+    adam = (learning_rate, beta1, beta2, eps, step)
+    values = native_operators().fast_train_update(
+        *rays, target, loss_beta, *flat, *gradients, *moments, *adam
+    )
+    return _statistics("fast_train_update", rays, target, fields, values)
+
+
+def _statistics(
+    operator: str, rays: MarchRays, target: Tensor, fields: FastFields, found: Tensor
+) -> StepStatistics:
+    """What a step returned; raises NonFiniteError under the finite check."""
+    values = found.tolist()
     if values[4] != 1.0 and is_checking():
-        raise_non_finite("fast_train_step", rays, target, fields, values[0])
+        raise_non_finite(operator, rays, target, fields, values[0])
     return StepStatistics(values[0], values[1], int(values[2]), int(values[3]), values[4] == 1.0)
 
 
