@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+
 #include "../common/checks.h"
 #include "sparse_adam_blocks.h"
 
@@ -18,8 +20,9 @@ inline AdamOptions checked_adam_options(const Checker& check, double learning_ra
 inline float* checked_array_like(const Checker& check, const char* name, const torch::stable::Tensor& tensor,
                                  const char* like_name, const torch::stable::Tensor& like) {
     check.dtype(name, tensor, {torch::headeronly::ScalarType::Float});
-    check.that(sizes_text(tensor.sizes()) == sizes_text(like.sizes()), name, sizes_text(like.sizes()),
-               sizes_text(tensor.sizes()));
+    const auto sizes = tensor.sizes(), wanted = like.sizes();
+    if (!std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end()))
+        check.that(false, name, sizes_text(wanted), sizes_text(sizes));
     check.that(tensor.is_contiguous(), name, "contiguous", "a view with other strides");
     check.same_device(name, tensor, like_name, like);
     return static_cast<float*>(tensor.mutable_data_ptr());
