@@ -47,7 +47,9 @@ CXX_FLAGS = [
     "-ffp-contract=off",
     TARGET_VERSION,
 ]
-NVCC_FLAGS = ["-O3", "-Xcompiler=-Wall,-fvisibility=hidden", "-DUSE_CUDA", TARGET_VERSION]
+# What torch's interface has for CUDA is declared only with this, to either compiler.
+CUDA_MACRO = "-DUSE_CUDA"
+NVCC_FLAGS = ["-O3", "-Xcompiler=-Wall,-fvisibility=hidden", CUDA_MACRO, TARGET_VERSION]
 DEFAULT_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]
 # Operations that need a newer GPU than the oldest in that list: csrc/<operation>/ and its lowest capability.
 LOWEST_CAPABILITY = {"mlp": (8, 0)}
@@ -361,6 +363,7 @@ def make_plan(torch_version: str, torch_cuda: str | None, compiler: str) -> tupl
         ), None
     architectures, why = choose_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), nvcc)
     compilers["nvcc"], flags["nvcc"] = f"nvcc {nvcc.release}", NVCC_FLAGS
+    flags["cxx"].append(CUDA_MACRO)
     # A source without any architecture left cannot be compiled: its operation then has no CUDA kernel.
     sources = cxx_sources + [source for source in cuda_sources if gencode_flags(architectures, source)]
     if find_cublaslt(nvcc) is None:

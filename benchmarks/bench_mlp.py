@@ -1,6 +1,7 @@
 """The network beside PyTorch's own: eager, bf16 autocast, torch.compile, and every engine of MipMLP that runs here.
 
 python benchmarks/bench_mlp.py [--device cpu|cuda] [--threads 1 2] [--runs 20]
+python benchmarks/bench_mlp.py --device cpu --large --threads 2 --runs 3 --allocators "page faults removed" --out FOLDER
 
 Rows of the same case compute the same function of the same weights. Every row's error may be twice that of PyTorch's
 layers in the precision of its products: float32, or bf16 autocast. `tcnn` is another architecture, with its own weights
@@ -33,6 +34,8 @@ SMALL = MlpShape(72, 27, 3, 64, 1, 64, 4)
 MODES = ("inference", "forward", "forward + backward")
 # On a GPU torch.compile has its row at 2^19 samples: 4096 rays.
 AUTOTUNED = 19
+# On a CPU 2^17 samples are the fewest of a step on a GPU, and seconds a call.
+LARGE_ON_CPU = 17
 
 
 def relative_error(outputs: Outputs, truth: Outputs) -> float:
@@ -212,6 +215,7 @@ def case(
         product_flops=product_rate(device),
         unchecked={"tcnn": "another architecture: fp16, no biases, no skips, at most 128 wide"},
         not_run=not_run,
+        large=device.type == "cpu" and samples >= 1 << LARGE_ON_CPU,
     )
 
 
@@ -246,7 +250,7 @@ def why_not(shape: MlpShape, device: torch.device, backend: str, dtype: str) -> 
 
 
 def cases(device: torch.device) -> Sequence[Case]:
-    """2^14 to 2^20 samples on a GPU, 2^8 to 2^14 on a CPU."""
+    """2^14 to 2^20 samples on a GPU, 2^8 to 2^14 on a CPU, and 2^17 where large cases are asked for."""
     sizes: list[tuple[MlpShape, str, int, tuple[str, ...], bool]]
     if device.type == "cuda":
         # max-autotune takes minutes for each size: at the paper's 4096 rays alone, after all others.
@@ -261,6 +265,7 @@ def cases(device: torch.device) -> Sequence[Case]:
             (PAPER, "8 x 256", 10, ends, False),
             (PAPER, "8 x 256", 12, MODES, True),
             (PAPER, "8 x 256", 14, ends, False),
+            (PAPER, "8 x 256", LARGE_ON_CPU, ends, False),
             (SMALL, "3 x 64", 8, ends, False),
             (SMALL, "3 x 64", 10, ends, False),
             (SMALL, "3 x 64", 12, MODES, False),

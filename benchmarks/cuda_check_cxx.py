@@ -91,7 +91,7 @@ def compile_cxx(source: Path, setup: ModuleType, nvcc: Any, fetched: Path) -> Cx
     # As in setup.py the toolkit's headers go before those beside cublasLt.h.
     folders = [Path(nvcc.home) / "include", folder, include, include / "torch" / "csrc" / "api" / "include"]
     with tempfile.TemporaryDirectory() as scratch:
-        command = [*compiler, *setup.CXX_FLAGS, "-std=c++20", "-DUSE_CUDA", "-fPIC", f"-I{CSRC}"]
+        command = [*compiler, *setup.CXX_FLAGS, "-std=c++20", setup.CUDA_MACRO, "-fPIC", f"-I{CSRC}"]
         command += [f"-isystem{path}" for path in folders]
         command += ["-c", str(source), "-o", str(Path(scratch, "object.o"))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

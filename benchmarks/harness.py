@@ -67,6 +67,7 @@ class Case:
         product_flops: multiply-adds times two a second of a large matrix product on this device, or 0.
         unchecked: variants that compute another function, and what it is: timed, without an error.
         not_run: variants that cannot run here, and why: a row that says so.
+        large: takes seconds a call, and is measured only where --large asks for it.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Case:
     product_flops: float = 0.0
     unchecked: dict[str, str] = field(default_factory=dict)
     not_run: dict[str, str] = field(default_factory=dict)
+    large: bool = False
 
 
 @dataclass
@@ -473,6 +475,7 @@ def main(
         "--allocators", nargs="+", default=[AS_IT_COMES, PAGES_KEPT], choices=[AS_IT_COMES, PAGES_KEPT]
     )
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--large", action="store_true", help="the cases of seconds a call, and no others")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -480,9 +483,10 @@ def main(
         parser.error("--device cuda: this torch sees no GPU")
     if not _native.available():
         parser.error(_native.why_missing())
-    chosen = [case for case in cases(device) if arguments.only in case.name]
+    chosen = [case for case in cases(device) if case.large == arguments.large and arguments.only in case.name]
     if not chosen:
-        parser.error(f"--only {arguments.only!r}: no case has that in its name")
+        kind = "large case" if arguments.large else "case"
+        parser.error(f"--only {arguments.only!r}: no {kind} has that in its name")
 
     settings = [("GPU", 0)]
     if device.type == "cpu":

@@ -41,6 +41,14 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
     m.def(
         "gemm_cublaslt(Tensor a, Tensor b, Tensor(a!) out, bool transpose_a, bool transpose_b, float beta, "
         "int epilogue, Tensor(b!)? vector, Tensor(c!)? mask, Tensor(d!) workspace) -> bool");
+    // The folded network forward on the CPU: features [S, F] to raw rgb [S, 3], raw density [S, 1], and the
+    // outputs of the layers with a ReLU from the one numbered first_kept on. Weights and biases are those of
+    // the trunk, density, the colour branch's layer over the trunk (ray_biases [B, C] stand for its bias,
+    // which is not read), view layers and colour.
+    m.def(
+        "mlp_tiles_forward(Tensor features, Tensor? ray_biases, Tensor[] weights, Tensor[] biases, int "
+        "depth, "
+        "int skip_layer, int first_kept) -> Tensor[]");
     // ---- the fused network: csrc/mlp. Its sizes are numbers: width, depth, skip_layer of the trunk,
     // view_width and view_depth of the view branch (0 without). Parameters of the folded network, each weight
     // and bias at a multiple of 4, to the kernels' order.

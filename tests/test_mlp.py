@@ -33,7 +33,6 @@ from mipnerf_fast.ops import (
     MlpShape,
     choose_mlp,
     mlp_backends,
-    mlp_few_samples,
     mlp_fused_network,
 )
 from mipnerf_fast.ops.mlp_fused_network import Kernels
@@ -62,12 +61,6 @@ def assert_close(engine: Engine, shape: MlpShape, rays: int, samples: int) -> No
         together = name in ("rgb", "density", "all outputs", "all gradients")
         bound = 2 * (allowed[name] if together else worst) + floor
         assert error <= bound, f"{name}: {error:.2e}, allowed {bound:.2e}"
-
-
-@pytest.fixture(autouse=True)
-def folds_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches as small as these would take torch's own layers: tests/test_mlp_folded.py has them."""
-    monkeypatch.setattr(mlp_few_samples, "_FEW", 0)
 
 
 @by_engine
@@ -289,27 +282,16 @@ def test_on_ampere_and_ada_cublaslt_goes_first(monkeypatch: pytest.MonkeyPatch) 
         assert choose_mlp(SMALL, torch.device("cuda"), torch.float32).engine == engine
 
 
-def test_info_names_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And says why that one, why no other, below how many samples torch's layers serve, and for which network."""
-    monkeypatch.setattr(mlp_few_samples, "_FEW", 1 << 17)
+def test_info_names_the_engine() -> None:
+    """And says why that one, why no other, and for which network."""
     entry = next(e for e in ops.implementations("cpu") if e.operation == "mlp")
     assert entry.used == "native"
     assert entry.why == (
-        "folded, not fused, not cublaslt: they run on a GPU; float32 operands; fewer than 512 samples take torch's own "
-        "layers; of the paper's 8 x 256 network"
+        "folded, not fused, not cublaslt: they run on a GPU; float32 operands; of the paper's 8 x 256 network"
     )
     with use_backend("reference"):
         entry = next(e for e in ops.implementations("cpu") if e.operation == "mlp")
     assert entry == ("mlp", "reference", "the backend is set to reference")
-
-
-def test_fewer_samples_than_info_says_take_torchs_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlp_few_samples, "_FEW", 1 << 17)
-    for width in (64, 100, 256):
-        few, weight = mlp_few_samples.few_of(width), torch.empty(width, 1)
-        assert mlp_few_samples.are_few(torch.empty(1, few - 1, 1), [weight])
-        assert not mlp_few_samples.are_few(torch.empty(1, few, 1), [weight])
-        assert (few - 1) * width < 1 << 17 <= few * width
 
 
 def test_info_has_a_line_of_every_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from mlp_engines import SHAPES, Engine, evaluate, exact, inputs, plain, relative
 from benchmarks.readme import mlp_compiled, mlp_evidence
 from benchmarks.readme_gpu import kernel_reports
 from mipnerf_fast.ops import MLP_BACKENDS, MipMLP
-from mipnerf_fast.ops.mlp_few_samples import few_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,10 +42,7 @@ def test_on_a_cpu(engine: str) -> None:
         return
     mlp = Engine(name, DTYPES[name], "cpu").build(SHAPE)
     assert mlp.implementation.engine == name
-    # As many as take the folded network, not torch's own layers.
-    rays, samples = 64, 64
-    assert rays * samples >= few_of(SHAPE.net_width)
-    given = inputs(SHAPE, rays, samples)
+    given = inputs(SHAPE, 64, 64)
     want = exact(mlp, *given)
     dtype = torch.float32 if mlp.implementation.dtype == torch.float32 else torch.bfloat16
     found, allowed = (

@@ -21,12 +21,14 @@ from mlp_engines import (
     relative_errors,
 )
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.living_storages import PeakMemory
-from mipnerf_fast.ops import MipMLP, MlpShape, gemm, mlp, mlp_few_samples, mlp_folded_passes
+from mipnerf_fast.ops import MipMLP, MlpShape, gemm, mlp, mlp_folded_network
 from mipnerf_fast.ops.gemm import CublasLt, CublasLtTwin, TorchGemm
 from mipnerf_fast.ops.mlp_autograd import Architecture
 from mipnerf_fast.ops.mlp_folded import CUBLASLT, TORCH, TWIN, folded_mlp
+from mipnerf_fast.ops.mlp_folded_passes import forward_pass
 
 DOUBLE = torch.float64
 
@@ -40,18 +42,18 @@ def run_folded(
 
 
 @pytest.fixture
-def folds_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few samples too go through the folded network."""
-    monkeypatch.setattr(mlp_few_samples, "_FEW", 0)
+def by_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward pass in torch's products, as without the library."""
+    monkeypatch.setattr(mlp_folded_network, "_HAS_TILES", False)
 
 
 @pytest.fixture
 def use_gemm(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts other products, or other sizes of chunks, under the folded network."""
-    monkeypatch.setattr(mlp_folded_passes, "_gemms", {})
+    monkeypatch.setattr(mlp_folded_network, "_gemms", {})
 
     def use(products: int, engine: Any) -> Any:
-        mlp_folded_passes._gemms[products, engine.dtype, torch.device("cpu")] = engine
+        mlp_folded_network._gemms[products, engine.dtype, torch.device("cpu")] = engine
         return engine
 
     return use
@@ -98,13 +100,9 @@ GEMMS += [f"{name}-{dtype}" for name in REFUSED for dtype in ("bfloat16", "float
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), NO_VIEW_LAYER], ids=[*SHAPES, "no view layer"])
-@pytest.mark.parametrize("chunk_rows", [1, 40, 1 << 20, 0])
-def test_the_algebra_is_exact(
-    shape: MlpShape, chunk_rows: int, use_gemm: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In float64 it is the reference to a few hundred roundings, outputs and every gradient, in chunks of any size, and
-    as it is for few samples (0)."""
-    monkeypatch.setattr(mlp_few_samples, "_FEW", 0 if chunk_rows else 1 << 30)
+@pytest.mark.parametrize("chunk_rows", [1, 40, 1 << 20])
+def test_the_algebra_is_exact(shape: MlpShape, chunk_rows: int, use_gemm: Any) -> None:
+    """In float64 it is the reference to a few hundred roundings, outputs and every gradient, in chunks of any size."""
     use_gemm(TORCH, TorchGemm(DOUBLE)).chunk_rows = chunk_rows
     mlp = Engine("reference", "auto", "cpu").build(shape).double()
     features, viewdirs_enc = inputs(shape, 5, 9)
@@ -143,7 +141,7 @@ class Counting(TorchGemm):
         return super().grad_weight(delta, x, total)
 
 
-@pytest.mark.usefixtures("folds_always")
+@pytest.mark.usefixtures("by_layers")
 def test_products_of_the_papers_network(use_gemm: Any) -> None:
     """541,312 and 492,160 multiply-adds a sample forward and down, as counted by hand (performance 1.2); the first
     layer's 96 x 256 are done again; a gradient to the features costs its 2 x 96 x 256 only where they ask for one."""
@@ -160,39 +158,72 @@ def test_products_of_the_papers_network(use_gemm: Any) -> None:
         }
 
 
-@pytest.mark.parametrize(
-    ("training", "rays", "share"),
-    [
-        (False, 512, 0.5),
-        (False, 16, 0.5),
-        (False, 4, 0.75),
-        (True, 512, 0.7),
-        (True, 64, 0.7),
-        (True, 32, 0.75),
-        (True, 4, 1.0),
-    ],
-)
-def test_memory(training: bool, rays: int, share: float) -> None:
-    """Of the reference's peak: half for inference from 1024 samples on, three quarters for training from 2048 on, where
-    its own activations are what counts, never more for the few samples that take torch's layers."""
-    shape = MlpShape()
+PAPER, PRESET = MlpShape(), MlpShape(72, 27, 3, 64, 1, 64, 4)
+
+
+def peak(mlp: MipMLP, features: Tensor, viewdirs_enc: Tensor | None, training: bool) -> int:
+    with PeakMemory() as memory, torch.set_grad_enabled(training):
+        rgb, density = mlp(features, viewdirs_enc)
+        if training:
+            (rgb.sum() + density.sum()).backward()
+        del rgb, density
+    return memory.peak
+
+
+@pytest.mark.parametrize("rays", [4, 8, 16, 32, 64, 256])
+@pytest.mark.parametrize("shape", [PAPER, PRESET], ids=["8 x 256", "3 x 64"])
+@pytest.mark.parametrize(("training", "share"), [(False, 0.5), (True, 0.75)])
+def test_memory(training: bool, share: float, shape: MlpShape, rays: int) -> None:
+    """Of the reference's peak, from 256 samples on: half for inference, three quarters for training, where the
+    activations are what counts, and for few samples the gradients."""
     features, viewdirs_enc = inputs(shape, rays, 64)
-    peaks = {}
-    for backend in ("reference", "folded"):
-        mlp = Engine(backend, "auto", "cpu").build(shape)
-        with PeakMemory() as memory, torch.set_grad_enabled(training):
-            rgb, density = mlp(features, viewdirs_enc)
-            if training:
-                (rgb.sum() + density.sum()).backward()
-            del rgb, density
-        peaks[backend] = memory.peak
-    # The reference cannot do with less than the largest layer's input and output.
-    assert peaks["reference"] >= 4 * rays * 64 * (352 + 256)
+    peaks = {
+        backend: peak(Engine(backend, "auto", "cpu").build(shape), features, viewdirs_enc, training)
+        for backend in ("reference", "folded")
+    }
+    # The reference cannot do with less than a layer's input and output.
+    assert peaks["reference"] >= 4 * rays * 64 * 2 * shape.net_width
     assert peaks["folded"] <= share * peaks["reference"], peaks
 
 
+def test_a_graph_that_is_kept_goes_back_again() -> None:
+    """What the first way back would have freed is there for the second; without, autograd says that it is gone."""
+    mlp, given = Engine("folded", "fp32", "cpu").build(PRESET), inputs(PRESET, 2, 8)
+    parameters = list(mlp.parameters())
+    rgb, density = mlp(*given)
+    loss = rgb.square().sum() + density.square().sum()
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    second = torch.autograd.grad(loss, parameters)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, parameters)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed(use_reentrant: bool) -> None:
+    """Done again in the backward pass it has the same gradients."""
+    mlp, (features, viewdirs_enc) = Engine("folded", "fp32", "cpu").build(PRESET), inputs(PRESET, 2, 8)
+    leaves = [features.requires_grad_(), *mlp.parameters()]
+
+    def gradients(rgb: Tensor, density: Tensor) -> tuple[Tensor, ...]:
+        for leaf in leaves:
+            leaf.grad = None
+        (rgb.square().sum() + density.square().sum()).backward()
+        return tuple(leaf.grad.clone() for leaf in leaves if leaf.grad is not None)
+
+    want = gradients(*mlp(features, viewdirs_enc))
+    got = gradients(*checkpoint(mlp, features, viewdirs_enc, use_reentrant=use_reentrant))
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+# ------------------------------------------------------------------------------------------------ tile by tile
+
+
 def test_few_samples() -> None:
-    """The same numbers with and without a graph, and compiled; no further from float64 than the reference."""
+    """The same numbers with and without a graph, compiled and under autocast; no further from float64 than twice the
+    reference."""
     shape = SHAPES["heads read the skip"]
     mlp, given = Engine("folded", "fp32", "cpu").build(shape), inputs(shape, 4, 16)
     outputs = mlp(*given)
@@ -201,8 +232,7 @@ def test_few_samples() -> None:
     compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for a, b, c in zip(outputs, mlp(*given), compiled(*given), strict=True):
-            assert torch.equal(a, b)
-            torch.testing.assert_close(a, c)
+            assert torch.equal(a, b) and torch.equal(a, c)
     want, bound = exact(mlp, *given), relative_errors(plain(mlp, *given, torch.float32), exact(mlp, *given))
     found = relative_errors(evaluate(mlp, *given), want)
     for quantity in ("all outputs", "all gradients"):
@@ -210,6 +240,66 @@ def test_few_samples() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         for a, b in zip(outputs, mlp(*given), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "shape", [*SHAPES.values(), NO_VIEW_LAYER, PRESET], ids=[*SHAPES, "no view layer", "3 x 64"]
+)
+@pytest.mark.parametrize(("rays", "samples"), [(1, 1), (3, 5), (7, 17), (2, 128)])
+def test_tiles_are_the_products(
+    shape: MlpShape, rays: int, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward pass in the library and that in torch's products: the same outputs, and what is kept of every layer.
+
+    No width here is a multiple of a tile's outputs, and no number of samples one of its samples.
+    """
+    mlp, (features, viewdirs_enc) = Engine("folded", "fp32", "cpu").build(shape), inputs(shape, rays, samples)
+    parameters = [p.detach() for linear in mlp.linears for p in (linear.weight, linear.bias)]
+    options = (shape.net_depth, shape.net_depth_condition, shape.skip_layer, TORCH, torch.float32)
+    assert mlp_folded_network._HAS_TILES
+    with monkeypatch.context() as patch:
+        patch.setattr(mlp_folded_network, "_HAS_TILES", False)
+        want = forward_pass(features, viewdirs_enc, parameters, options, True)
+    got = forward_pass(features, viewdirs_enc, parameters, options, True)
+    assert len(got[2]) == len(want[2])
+    for a, b in zip([*got[:2], *got[2]], [*want[:2], *want[2]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_a_nan_passes_every_relu() -> None:
+    """And makes its own sample NaN, no other."""
+    mlp, (features, viewdirs_enc) = Engine("folded", "fp32", "cpu").build(PRESET), inputs(PRESET, 2, 30)
+    clean = mlp(features, viewdirs_enc)
+    features[1, 7, 3] = float("nan")
+    for got, want in zip(mlp(features, viewdirs_enc), clean, strict=True):
+        assert got[1, 7].isnan().all() and got.isnan().any(-1).sum() == 1
+        assert torch.equal(got.nan_to_num(0) * ~got.isnan(), want * ~got.isnan())
+
+
+def test_the_tiles_operator_refuses_what_does_not_fit() -> None:
+    features, rows = torch.rand(6, 8), torch.rand(2, 4)
+    weights = [torch.rand(size) for size in ((16, 8), (1, 16), (4, 16), (3, 4))]
+    biases = [torch.rand(weight.shape[0]) for weight in weights]
+    arguments = [features, rows, weights, biases, 1, 4, 4]
+    tiles: Any = torch.ops.mipnerf_fast.mlp_tiles_forward
+    assert [x.shape for x in tiles(*arguments)] == [(6, 3), (6, 1)]
+    for number, value, message in (
+        (0, features.double(), "features must be float32, got float64"),
+        (0, features[0], r"features must be of shape \[S, F\]"),
+        (1, rows[:, :3], r"ray_biases must be of shape \[2, 4\]"),
+        (1, torch.rand(4, 4), "ray_biases must be of rays with as many samples each, got 4"),
+        (2, weights[:2], "weights must be of the trunk's layers, density and colour, got 2"),
+        (2, [*weights[:3], torch.rand(3, 5)], r"weights must be of shape \[3, 4\]"),
+        (2, [weights[0], torch.rand(2, 16), *weights[2:]], "weights must be one row for density, got 2"),
+        (2, [*weights[:3], torch.rand(4, 4)], "weights must be three rows for colour, got 4"),
+        (2, [weights[0].double(), *weights[1:]], "weights must be float32 as features, got float64"),
+        (3, biases[:3], "biases must be as many as weights, got 3"),
+        (3, [biases[0][:5], *biases[1:]], r"biases must be of shape \[16\]"),
+        (5, 0, "skip_layer must be 1 or more, got 0"),
+    ):
+        changed = [*arguments[:number], value, *arguments[number + 1 :]]
+        with pytest.raises(RuntimeError, match=f"mlp_tiles_forward: {message}"):
+            tiles(*changed)
 
 
 # ------------------------------------------------------------------------------------------------ the products
@@ -473,7 +563,6 @@ def test_opcheck(shape: str, products: int, dtype: torch.dtype) -> None:
     del density
 
 
-@pytest.mark.usefixtures("folds_always")
 def test_the_raw_operator_differentiates() -> None:
     """Called directly it has the gradients of the public function."""
     sizes = SHAPES["64 wide"]

@@ -15,7 +15,7 @@ from tiny_scenes import dataset
 from torch import Tensor
 
 from mipnerf_fast import MipNerfConfig, TrainConfig
-from mipnerf_fast.ops import mlp_folded_passes
+from mipnerf_fast.ops import mlp_folded_network
 from mipnerf_fast.ops.gemm import CublasLtTwin
 from mipnerf_fast.rendering import render_image
 from mipnerf_fast.trainer import Trainer
@@ -91,6 +91,6 @@ def test_wrong_arithmetic_does_not(reference_psnr: float, monkeypatch: pytest.Mo
             return super().grad_input(delta, weight, out, beta=beta, mask=mask)
 
     twin = next(engine for engine in ENGINES if engine.backend == "emulated")
-    key = (mlp_folded_passes.TWIN, torch.bfloat16, torch.device("cpu"))
-    monkeypatch.setitem(mlp_folded_passes._gemms, key, Shifted(torch.bfloat16))
+    key = (mlp_folded_network.TWIN, torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setitem(mlp_folded_network._gemms, key, Shifted(torch.bfloat16))
     assert abs(psnr_after_training(twin) - reference_psnr) > 0.1

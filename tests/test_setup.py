@@ -166,6 +166,15 @@ def test_cublaslt_of_the_toolkit_or_beside_torch(
         assert setup_py.find_cublaslt(compiler) == (str(home / "include"), str(home / folder), name)
 
 
+def test_both_compilers_are_told_of_cuda(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C++ over torch's CUDA interface, and the headers compiled for it, need it as the kernels do."""
+    monkeypatch.setattr(setup_py, "find_nvcc", lambda: nvcc(setup_py))
+    plan, _ = setup_py.make_plan("2.13.0+cu130", "13.0", "c++")
+    assert all("-DUSE_CUDA" in plan.flags[compiler] for compiler in ("cxx", "nvcc"))
+    plan, _ = setup_py.make_plan("2.13.0+cpu", None, "c++")
+    assert "-DUSE_CUDA" not in plan.flags["cxx"]
+
+
 def test_the_build_header_is_rewritten_only_when_the_plan_changed(
     setup_py: ModuleType, tmp_path: Path
 ) -> None:

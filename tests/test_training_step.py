@@ -24,7 +24,7 @@ from mipnerf_fast.checkpoint import checkpoint_path, load_checkpoint
 from mipnerf_fast.data import Dataset, RayBatches
 from mipnerf_fast.determinism import deterministic
 from mipnerf_fast.flat_parameters import FlatParameters
-from mipnerf_fast.ops import mlp_few_samples
+from mipnerf_fast.ops import mlp_folded_network
 from mipnerf_fast.ops.finite import reports_non_finite
 from mipnerf_fast.readback import Readback
 from mipnerf_fast.trainer import Trainer
@@ -142,8 +142,8 @@ def test_the_step_launches_little_beside_its_operators(
 
     The operations are the same there but for the optimiser's, so they are counted on the CPU alone.
     """
-    # As on a GPU, where no batch is so small that torch's autograd goes back through the network's layers.
-    monkeypatch.setattr(mlp_few_samples, "_FEW", 0)
+    # As on a GPU, layer by layer.
+    monkeypatch.setattr(mlp_folded_network, "_HAS_TILES", False)
     config = tiny(model=dataclasses.replace(TINY.model, net_depth=depth))
     work = Trainer(config, dataset).work
     with Launches() as first:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlp_engines import SHAPES, Engine, inputs
 from torch import Tensor
 
 from mipnerf_fast import _native, use_backend, verification
@@ -26,11 +27,12 @@ CASES = tuple(c for c in (*verification._CASES, *verification.FAST_CASES) if c.s
 COMPUTE = """
 import sys, torch
 from mipnerf_fast import _native, use_backend, verification
-from test_vector_units import CASES, arrays_of
+from test_vector_units import CASES, arrays_of, network_outputs
 found = {"unit": _native.vector_unit()}
 with use_backend("native"):
     for number, case in enumerate(CASES):
         found[number] = verification._evaluate(case, arrays_of(case), torch.float32, None, "cpu")
+found["network"] = network_outputs("folded")
 torch.save(found, sys.argv[1])
 """
 
@@ -38,6 +40,15 @@ torch.save(found, sys.argv[1])
 def arrays_of(case: verification._Case) -> dict[str, Tensor]:
     """The arrays that `verify` gives the case."""
     return (case.make or verification._rays)(torch.Generator().manual_seed(0))
+
+
+def network_outputs(backend: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of the exact network, with a tile that is not full and layers of no whole number of blocks; [S, 4]."""
+    shape = SHAPES["heads read the skip"]
+    mlp = Engine(backend, "fp32", "cpu").build(shape).to(dtype)
+    with torch.no_grad():
+        outputs = mlp(*(x if x is None else x.to(dtype) for x in inputs(shape, 3, 35)))
+    return torch.cat(outputs, -1).flatten(0, 1)
 
 
 def _computed(unit: str, folder: Path) -> dict[object, object]:
@@ -100,3 +111,15 @@ def test_the_copies_are_different_code(computed: dict[str, dict[object, object]]
             assert isinstance(a, dict) and isinstance(b, dict)
             differs = differs or any(not torch.equal(a[name], b[name]) for name in a)
         assert differs, f"{one} and {other} computed the same bits"
+
+
+def test_the_exact_network_in_every_copy(computed: dict[str, dict[object, object]]) -> None:
+    """The same bound on the norm."""
+    truth = network_outputs("reference", torch.float64)
+    bound = (
+        2 * (network_outputs("reference") - truth).norm() + 8 * torch.finfo(torch.float32).eps * truth.norm()
+    )
+    for unit, found in computed.items():
+        results = found["network"]
+        assert isinstance(results, Tensor)
+        assert (results - truth).norm() <= bound, unit

@@ -20,10 +20,10 @@ _MASK_ROW_BITS = 128
 # What a cuBLASLt product may use beside its operands, bytes; NVIDIA's advice for Hopper, more than enough elsewhere.
 _WORKSPACE_BYTES = 32 << 20
 
-# From so many outputs of a layer on the CPU does its rows in parts, so that what does not outlast them takes less
-# memory: halves, and in training, where what is kept is three quarters already, eighths, but no fewer outputs at a time
-# than these: a smaller product is not worth two threads (8 parts of 512 x 64 took 1.4 times as long as one).
-_HALVES_FROM = 1 << 18
+# Above so many outputs of a layer the CPU does its rows in parts, so that what does not outlast them takes less memory,
+# and stays in the cache: eighths, but no fewer outputs at a time than these: a smaller product is not worth two threads
+# (8 parts of 512 x 64 took 1.4 times as long as one). Rows that go down together free what was kept of them instead.
+_TOGETHER = 1 << 18
 _FEWEST_OUTPUTS = 1 << 17
 
 # Looking it up takes as long as a small product.
@@ -56,7 +56,7 @@ class Gemm(Protocol):
     align: int
     bit_masks: bool
 
-    def rows_at_a_time(self, rows: int, width: int, training: bool) -> int:
+    def rows_at_a_time(self, rows: int, width: int) -> int:
         """Of so many rows, how many are worth doing together through all layers, of so many outputs each."""
         ...
 
@@ -128,11 +128,11 @@ class TorchGemm:
         # 2^12 rows of 256 floats are 4 MB, about a core's second-level cache: of 2^9 to 2^14 the fastest or near it.
         self.chunk_rows = 1 << 12
 
-    def rows_at_a_time(self, rows: int, width: int, training: bool) -> int:
+    def rows_at_a_time(self, rows: int, width: int) -> int:
         """See `Gemm.rows_at_a_time`."""
-        if rows * width < _HALVES_FROM:
+        if rows * width <= _TOGETHER:
             return self.chunk_rows
-        return min(self.chunk_rows, max(_FEWEST_OUTPUTS // width, rows // (8 if training else 2)))
+        return min(self.chunk_rows, max(_FEWEST_OUTPUTS // width, rows // 8))
 
     def new_mask(self, out: Tensor) -> Tensor:
         """`out` itself."""
@@ -195,11 +195,12 @@ class TorchGemm:
 
     def grad_weight(self, delta: Tensor, x: Tensor, total: Tensor | None = None) -> Tensor:
         """See `Gemm.grad_weight`."""
+        # With few samples a call that does nothing counts too.
+        wide = self._sums == self.dtype
         if total is None:
-            return torch.mm(delta.t(), x).to(self._sums)
-        if self._sums == self.dtype:
-            return total.addmm_(delta.t(), x)
-        return total.add_(torch.mm(delta.t(), x))
+            product = torch.mm(delta.t(), x)
+            return product if wide else product.to(self._sums)
+        return total.addmm_(delta.t(), x) if wide else total.add_(torch.mm(delta.t(), x))
 
     def grad_layer(
         self, delta: Tensor, x: Tensor, totals: tuple[Tensor, Tensor] | None = None
@@ -213,7 +214,8 @@ class TorchGemm:
     def sums(self, delta: Tensor, dim: int) -> Tensor:
         """See `Gemm.sums`."""
         # Asked for the wider dtype torch would copy the deltas to it first. It adds in it anyway, and rounds the sum.
-        return torch.sum(delta, dim).to(self._sums)
+        sums = torch.sum(delta, dim)
+        return sums if self._sums == self.dtype else sums.to(self._sums)
 
 
 class CublasLtTwin:
@@ -230,7 +232,7 @@ class CublasLtTwin:
         self.dtype = dtype
         self.chunk_rows = chunk_rows
 
-    def rows_at_a_time(self, rows: int, width: int, training: bool) -> int:
+    def rows_at_a_time(self, rows: int, width: int) -> int:
         """See `Gemm.rows_at_a_time`."""
         return self.chunk_rows
 
@@ -326,7 +328,7 @@ class CublasLt:
         self.dtype = dtype
         self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
-    def rows_at_a_time(self, rows: int, width: int, training: bool) -> int:
+    def rows_at_a_time(self, rows: int, width: int) -> int:
         """See `Gemm.rows_at_a_time`: enough that a product fills any GPU, and few enough that the deltas stay small."""
         return 1 << 18
 

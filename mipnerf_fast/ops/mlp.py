@@ -131,7 +131,7 @@ class MipMLP(KeepsWeights):
         """Raw rgb [B, N, 3] and raw density [B, N, 1] from features [B, N, F] and encoded directions [B, V].
 
         Errors: ValueError for a shape, dtype or device that does not fit, naming the argument; RuntimeError where the
-        backend cannot serve, and for a second derivative (but the reference's, and of few samples on a CPU).
+        backend cannot serve, and for a second derivative (but the reference's).
         """
         self._check(features, viewdirs_enc)
         choice = self.implementation

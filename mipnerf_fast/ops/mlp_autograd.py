@@ -53,11 +53,14 @@ class MlpFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rgb: Tensor | None, grad_density: Tensor | None) -> tuple[Tensor | None, ...]:
         features, viewdirs_enc, parameters, stash = saved_inputs(ctx)
+        # Nobody else holds the stash then, and the pass frees it on its way; not where the graph is to be kept.
+        ctx.maybe_clear_saved_tensors()
         to_features, to_viewdirs = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
-        inputs = (grad_rgb, grad_density, features, viewdirs_enc, parameters, stash, ctx.options, to_features)
         second = torch.is_grad_enabled()
         with torch.no_grad():
-            of_features, of_viewdirs, *of_parameters = ctx.passes.backward(*inputs)
+            of_features, of_viewdirs, *of_parameters = ctx.passes.backward(
+                grad_rgb, grad_density, features, viewdirs_enc, parameters, stash, ctx.options, to_features
+            )
         wanted = [
             *wanted_of_inputs(of_features, of_viewdirs, features, viewdirs_enc, to_features, to_viewdirs)
         ]
@@ -117,7 +120,7 @@ def save_inputs(
     ctx.options, ctx.num_parameters = options, len(parameters)
 
 
-def saved_inputs(ctx: Any) -> tuple[Tensor, Tensor | None, Sequence[Tensor], Sequence[Tensor]]:
+def saved_inputs(ctx: Any) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
     """features, viewdirs_enc, the parameters, the stash."""
     features, viewdirs_enc, *rest = ctx.saved_tensors
     return features, viewdirs_enc, rest[: ctx.num_parameters], rest[ctx.num_parameters :]

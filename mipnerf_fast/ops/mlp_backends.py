@@ -9,7 +9,6 @@ import torch
 from .. import _native
 from ..backend import current_backend
 from .gemm import has_cublaslt
-from .mlp_few_samples import few_of
 from .mlp_fused import why_not_fused
 from .mlp_fused_network import Sizes
 
@@ -120,7 +119,7 @@ def _fastest(
             reasons.append(f"not in {_name(wanted)}: {_why_not_cpu_dtype(wanted)}")
     why = _why_not_folded(shape, device, dtype, operands)
     if not why:
-        reasons += [f"{_name(operands)} operands", _few_samples(shape)]
+        reasons.append(f"{_name(operands)} operands")
         return MlpChoice("folded", operands, "; ".join(reasons))
     if native:
         raise RuntimeError(f"mlp: the backend is set to native, but {why}")
@@ -133,10 +132,6 @@ def why_not(
     """Why "folded", "emulated", "cublaslt" or "fused" cannot serve a network; empty where it can."""
     why: str = _WHY_NOT[engine](shape, device, dtype, operands)
     return why
-
-
-def _few_samples(shape: MlpShape) -> str:
-    return f"fewer than {few_of(shape.net_width)} samples take torch's own layers"
 
 
 # Constants to torch.compile, which cannot ask for a GPU's capability.

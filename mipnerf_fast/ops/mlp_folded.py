@@ -22,8 +22,9 @@ from .mlp_autograd import (
     saved_inputs,
     wanted_of_inputs,
 )
-from .mlp_few_samples import are_few, few_samples_mlp
-from .mlp_folded_passes import CUBLASLT, TORCH, TWIN, backward_pass, forward_pass, new_stash
+from .mlp_folded_backward import backward_pass
+from .mlp_folded_network import CUBLASLT, TORCH, TWIN, new_stash
+from .mlp_folded_passes import forward_pass
 
 __all__ = ["CUBLASLT", "TORCH", "TWIN", "folded_mlp"]
 
@@ -58,12 +59,10 @@ def folded_mlp(
         raw rgb [B, N, 3] and raw density [B, N, 1], of the parameters' dtype. Differentiable once in everything; the
         gradient to the features costs its products only where they require one.
 
-    Errors: RuntimeError for a second derivative. Few samples with TORCH take `mlp_few_samples`, which has it.
+    Errors: RuntimeError for a second derivative.
 
     Source: `performance` 1.2; the bottleneck is Barron et al. 2021, section 4 (the official code, models.py).
     """
-    if products == TORCH and are_few(features, parameters):
-        return few_samples_mlp(features, viewdirs_enc, parameters, architecture, dtype)
     inputs = (features, viewdirs_enc, *parameters)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     options = (*architecture, products, dtype)
@@ -105,7 +104,7 @@ def _define() -> None:
         *options: Any,
     ) -> list[Tensor]:
         *options_, to_features = options
-        inputs = (grad_rgb, grad_density, features, viewdirs_enc, parameters, stash)
+        inputs = (grad_rgb, grad_density, features, viewdirs_enc, parameters, list(stash))
         return backward_pass(*inputs, tuple(options_), to_features)
 
     def fake_forward(

@@ -1,0 +1,296 @@
+// The operator mlp_tiles_forward: the folded network on the CPU, tile by tile. A tile of samples goes through
+// all layers while it is in the cache, where torch calls a product for every layer, waits for its threads and
+// writes what it gives. Nothing but two tiles a thread is held beside what is asked for, and the weights are
+// read as they lie in memory.
+//
+// A vector holds W samples of one column; two of them, one behind the other for every column, are a panel
+// [columns, 2 W], and some panels a tile. A weight is broadcast.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <vector>
+
+#include "../common/checks.h"
+#include "../common/vector_tasks.h"
+
+namespace mipnerf {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Two vectors of each: 12 of 16 registers are sums.
+constexpr int kOutputsAtATime = 6;
+
+template <int W>
+constexpr int kPanel = 2 * W;
+
+// Samples, whole panels: enough that reading all weights for every tile is little beside multiplying by them.
+inline int tile_samples() {
+    return vector_unit() == VectorUnit::kAvx512 ? 64 : 48;
+}
+
+struct Layer {
+    const float *weights, *bias;  // [outputs, inputs]; a number for every output, or null
+    int outputs, inputs;
+};
+
+// Columns of a tile's panels.
+template <int W>
+struct Columns {
+    float* data;
+    int count;
+
+    MIPNERF_INLINE float* panel(int number) const { return data + int64_t{number} * count * kPanel<W>; }
+};
+
+template <int W, int R>
+MIPNERF_INLINE void add_products(Vector<W> (&sum)[R][2], const float* weights, int stride, const float* x,
+                                 int count) {
+    for (int k = 0; k < count; ++k) {
+        const Vector<W> a = load_vector<W>(x + k * kPanel<W>), b = load_vector<W>(x + k * kPanel<W> + W);
+        MIPNERF_UNROLL for (int r = 0; r < R; ++r) {
+            const Vector<W> weight = splat<W>(weights[r * stride + k]);
+            sum[r][0] = fused<W>(weight, a, sum[r][0]);
+            sum[r][1] = fused<W>(weight, b, sum[r][1]);
+        }
+    }
+}
+
+// y[o] = bias[o] + sum_k weights[o, k] x[k], then the ReLU, for the outputs from `first` on, R at a time, and
+// fewer at last. The columns of `more` are inputs behind those of x; without a bias y holds it.
+template <int W, int R, bool kRelu>
+MIPNERF_INLINE void outputs_from(int first, const Layer& layer, Columns<W> x, Columns<W> more, Columns<W> y,
+                                 int panels) {
+    for (; first + R <= layer.outputs; first += R) {
+        const float* const weights = layer.weights + int64_t{first} * layer.inputs;
+        for (int p = 0; p < panels; ++p) {
+            float* const to = y.panel(p) + first * kPanel<W>;
+            Vector<W> sum[R][2];
+            MIPNERF_UNROLL for (int r = 0; r < R; ++r) MIPNERF_UNROLL for (int v = 0; v < 2; ++v) sum[r][v] =
+                layer.bias == nullptr ? load_vector<W>(to + r * kPanel<W> + v * W)
+                                      : splat<W>(layer.bias[first + r]);
+            add_products<W, R>(sum, weights, layer.inputs, x.panel(p), x.count);
+            if (more.count > 0)
+                add_products<W, R>(sum, weights + x.count, layer.inputs, more.panel(p), more.count);
+            const Vector<W> zero = splat<W>(0.0f);
+            MIPNERF_UNROLL for (int r = 0; r < R; ++r) MIPNERF_UNROLL for (int v = 0; v < 2; ++v) {
+                Vector<W> value = sum[r][v];
+                // Compared so that a NaN passes: swallowed here, it would leave the loss finite.
+                if constexpr (kRelu) value = value < zero ? zero : value;
+                store_vector<W>(to + r * kPanel<W> + v * W, value);
+            }
+        }
+    }
+    if constexpr (R > 1)
+        if (first < layer.outputs)
+            outputs_from<W, (R > 4 ? 4 : R / 2), kRelu>(first, layer, x, more, y, panels);
+}
+
+// to[i, j] = from[j, i] of 4 x 4 numbers.
+MIPNERF_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    Vector<4> row[4];
+    MIPNERF_UNROLL for (int i = 0; i < 4; ++i) row[i] = load_vector<4>(from + i * from_stride);
+    MIPNERF_UNROLL for (int i = 0; i < 4; ++i)
+        store_vector<4>(to + i * to_stride, Vector<4>{row[0][i], row[1][i], row[2][i], row[3][i]});
+}
+
+// The rows of `count` samples from the one numbered `first` on, [S, columns], into a tile's panels.
+template <int W>
+MIPNERF_INLINE void rows_to_panels(const float* rows, int64_t first, int count, Columns<W> to) {
+    const int whole = to.count / 4 * 4;
+    for (int s = 0; s < count; s += 4) {
+        float* const panel = to.panel(s / kPanel<W>) + s % kPanel<W>;
+        const float* const row = rows + (first + s) * to.count;
+        const int rest = std::min(4, count - s);
+        if (rest == 4)
+            for (int k = 0; k < whole; k += 4) transpose(row + k, to.count, panel + k * kPanel<W>, kPanel<W>);
+        for (int i = 0; i < rest; ++i)
+            for (int k = rest == 4 ? whole : 0; k < to.count; ++k)
+                panel[k * kPanel<W> + i] = row[int64_t{i} * to.count + k];
+    }
+}
+
+// And back.
+template <int W>
+MIPNERF_INLINE void panels_to_rows(Columns<W> from, float* rows, int64_t first, int count) {
+    const int whole = from.count / 4 * 4;
+    for (int s = 0; s < count; s += 4) {
+        const float* const panel = from.panel(s / kPanel<W>) + s % kPanel<W>;
+        float* const row = rows + (first + s) * from.count;
+        const int rest = std::min(4, count - s);
+        if (rest == 4)
+            for (int k = 0; k < whole; k += 4)
+                transpose(panel + k * kPanel<W>, kPanel<W>, row + k, from.count);
+        for (int i = 0; i < rest; ++i)
+            for (int k = rest == 4 ? whole : 0; k < from.count; ++k)
+                row[int64_t{i} * from.count + k] = panel[k * kPanel<W> + i];
+    }
+}
+
+// The row of a sample's ray into its place in the panels.
+template <int W>
+MIPNERF_INLINE void ray_rows_to_panels(const float* rows, int64_t first, int count, int64_t samples_per_ray,
+                                       Columns<W> to) {
+    for (int s = 0; s < count; ++s) {
+        float* const panel = to.panel(s / kPanel<W>) + s % kPanel<W>;
+        const float* const row = rows + (first + s) / samples_per_ray * to.count;
+        for (int k = 0; k < to.count; ++k) panel[k * kPanel<W>] = row[k];
+    }
+}
+
+// Layers in the operator's order: the trunk, density, what of the colour branch reads the trunk, view layers
+// and colour.
+struct Network {
+    int64_t samples, samples_per_ray;
+    int64_t skip_layer;
+    int tile, features, depth, widest;
+    const float *encoded,
+        *ray_biases;  // [S, features]; [rays, outputs] of the colour branch's first, or null
+    std::vector<Layer> layers;
+    std::vector<float*> outputs;  // of every layer, [S, outputs], or null: nobody wants them
+
+    // Whether the trunk's layer of this number reads the features beside its input; the heads are `depth`.
+    bool reads_features(int layer) const { return layer > 1 && (layer - 1) % skip_layer == 0; }
+    // What a thread works in, floats: a tile's features, what a layer reads and what it writes.
+    int64_t room() const { return int64_t{features + 2 * widest} * tile; }
+};
+
+struct Tiles {
+    const Network& network;
+    float* rooms;  // one a thread
+
+    template <int W>
+    MIPNERF_INLINE void operator()(int64_t task, int64_t thread) const {
+        const int64_t first = task * network.tile;
+        const int count = static_cast<int>(std::min<int64_t>(network.tile, network.samples - first));
+        const int panels = (count + kPanel<W> - 1) / kPanel<W>, depth = network.depth;
+        float* const room = rooms + thread * network.room();
+        const Columns<W> encoded{room, network.features};
+        float* from = room + int64_t{network.features} * network.tile;
+        float* to = from + int64_t{network.widest} * network.tile;
+        // Behind the last sample the lanes hold anything: none reads another's.
+        rows_to_panels<W>(network.encoded, first, count, encoded);
+        Columns<W> x = encoded;
+        for (int number = 0; number < static_cast<int>(network.layers.size()); ++number) {
+            const Layer& layer = network.layers[number];
+            const bool density = number == depth, reads_trunk = number <= depth + 1;
+            const bool last = number + 1 == static_cast<int>(network.layers.size());
+            const Columns<W> y{to, layer.outputs};
+            const Columns<W> none{nullptr, 0};
+            const Columns<W> more =
+                reads_trunk && network.reads_features(std::min(number, depth)) ? encoded : none;
+            if (layer.bias == nullptr)
+                ray_rows_to_panels<W>(network.ray_biases, first, count, network.samples_per_ray, y);
+            if (density || last)
+                outputs_from<W, kOutputsAtATime, false>(0, layer, x, more, y, panels);
+            else
+                outputs_from<W, kOutputsAtATime, true>(0, layer, x, more, y, panels);
+            if (network.outputs[number] != nullptr)
+                panels_to_rows<W>(y, network.outputs[number], first, count);
+            if (density) continue;  // the next layer reads what this one did
+            x = y;
+            std::swap(from, to);
+        }
+    }
+};
+
+// Rgb, density, and the outputs of the layers with a ReLU from the one numbered `first_kept` on.
+std::vector<Tensor> mlp_tiles_forward_cpu(Tensor features, std::optional<Tensor> ray_biases,
+                                          std::vector<Tensor> weights, std::vector<Tensor> biases,
+                                          int64_t depth, int64_t skip_layer, int64_t first_kept) {
+    const Checker check{"mlp_tiles_forward"};
+    check.dims("features", features, 2, "[S, F]");
+    check.dtype("features", features, {ScalarType::Float});
+    check.that(skip_layer > 0, "skip_layer", "1 or more", skip_layer);
+    const int64_t count = static_cast<int64_t>(weights.size());
+    check.that(depth > 0 && count >= depth + 2, "weights", "of the trunk's layers, density and colour",
+               count);
+    check.that(biases.size() == weights.size(), "biases", "as many as weights", biases.size());
+    std::vector<Tensor> copies;  // of what is not contiguous, while it is needed
+    const auto data = [&copies, &check, &features](const char* name, const Tensor& tensor) {
+        check.same_dtype(name, tensor, "features", features);
+        check.same_device(name, tensor, "features", features);
+        if (tensor.is_contiguous()) return static_cast<const float*>(tensor.const_data_ptr());
+        copies.push_back(torch::stable::contiguous(tensor));
+        return static_cast<const float*>(copies.back().const_data_ptr());
+    };
+    Network network{features.size(0),
+                    1,
+                    skip_layer,
+                    tile_samples(),
+                    static_cast<int>(features.size(1)),
+                    static_cast<int>(depth),
+                    1,
+                    data("features", features),
+                    nullptr,
+                    {},
+                    {}};
+    std::vector<Tensor> kept;
+    int64_t inputs = network.features, of_trunk = 0;
+    Tensor rgb = features, density = features;
+    for (int64_t number = 0; number < count; ++number) {
+        const bool of_rays = number == depth + 1 && ray_biases.has_value();
+        if (number <= depth + 1) {
+            inputs = number == 0 ? network.features : of_trunk;
+            if (network.reads_features(static_cast<int>(std::min(number, depth)))) inputs += network.features;
+        }
+        const Tensor& weight = weights[number];
+        check.dims("weights", weight, 2, "[outputs, inputs]");
+        const int64_t outputs = weight.size(0);
+        check.shape("weights", weight, {outputs, inputs}, "of a layer");
+        const bool last = number + 1 == count;
+        check.that(number != depth || outputs == 1, "weights", "one row for density", outputs);
+        check.that(!last || outputs == 3, "weights", "three rows for colour", outputs);
+        const float* bias = nullptr;
+        if (of_rays) {
+            const Tensor& rows = *ray_biases;
+            check.dims("ray_biases", rows, 2, "[B, C]");
+            const int64_t rays = rows.size(0);
+            check.shape("ray_biases", rows, {rays, outputs}, "[B, C]");
+            check.that(rays > 0 ? network.samples % rays == 0 : network.samples == 0, "ray_biases",
+                       "of rays with as many samples each", rays);
+            network.samples_per_ray = std::max<int64_t>(1, network.samples / std::max<int64_t>(1, rays));
+            network.ray_biases = data("ray_biases", rows);
+        } else {
+            check.shape("biases", biases[number], {outputs}, "of a layer");
+            bias = data("biases", biases[number]);
+        }
+        network.layers.push_back(
+            {data("weights", weight), bias, static_cast<int>(outputs), static_cast<int>(inputs)});
+        network.widest = std::max(network.widest, static_cast<int>(outputs));
+        float* wanted = nullptr;
+        if (number == depth || last || number >= first_kept) {
+            Tensor made = torch::stable::new_empty(features, {network.samples, outputs});
+            wanted = static_cast<float*>(made.mutable_data_ptr());
+            (number == depth ? density : last ? rgb : kept.emplace_back(made)) = made;
+        }
+        network.outputs.push_back(wanted);
+        if (number < depth) of_trunk = outputs;
+        inputs = outputs;
+    }
+    const int64_t tiles = (network.samples + network.tile - 1) / network.tile;
+    if (tiles > 0) {
+        const size_t bytes = static_cast<size_t>(task_threads(tiles) * network.room()) * sizeof(float);
+        const std::unique_ptr<float, decltype(&std::free)> rooms(
+            static_cast<float*>(std::aligned_alloc(64, bytes)), &std::free);
+        if (rooms == nullptr) throw std::bad_alloc();
+        for_tasks(tiles, Tiles{network, rooms.get()});
+    }
+    std::vector<Tensor> results{rgb, density};
+    results.insert(results.end(), kept.begin(), kept.end());
+    return results;
+}
+
+}  // namespace
+}  // namespace mipnerf
+
+STABLE_TORCH_LIBRARY_IMPL(mipnerf_fast, CPU, m) {
+    m.impl("mlp_tiles_forward", TORCH_BOX(&mipnerf::mlp_tiles_forward_cpu));
+}

@@ -1,0 +1,289 @@
+"""The backward pass of the folded network over the products of `gemm`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .mlp_autograd import loss_scale
+from .mlp_folded_network import Activations, Network, apply_layer, operand, row_chunks
+
+
+def backward_pass(
+    grad_rgb: Tensor | None,
+    grad_density: Tensor | None,
+    features: Tensor,
+    viewdirs_enc: Tensor | None,
+    parameters: Sequence[Tensor],
+    stash: list[Tensor],
+    options: tuple[Any, ...],
+    to_features: bool,
+) -> list[Tensor]:
+    """Gradients of features (empty unless wanted), viewdirs_enc (empty without) and the parameters.
+
+    Records no gradient of its own. Empties `stash`: what nobody else holds of it is freed on the way down, where the
+    rows are few enough to go together, and gradients take its place.
+    """
+    if torch.is_autocast_enabled(features.device.type):
+        inputs = (grad_rgb, grad_density, features, viewdirs_enc, parameters, stash, options, to_features)
+        with torch.autocast(features.device.type, enabled=False):
+            return backward_pass(*inputs)
+    rays, samples, num_features = features.shape
+    if rays * samples == 0:
+        of_features = features.new_zeros(rays if to_features else 0, samples, num_features)
+        of_viewdirs = parameters[0].new_zeros(0 if viewdirs_enc is None else viewdirs_enc.shape)
+        return [of_features, of_viewdirs, *map(torch.zeros_like, parameters)]
+    network = Network(features, viewdirs_enc, parameters, options)
+    scale = loss_scale([g for g in (grad_rgb, grad_density) if g is not None], network.gemm.dtype)
+    of_features = parameters[0].new_zeros(rays * samples if to_features else 0, num_features)
+    gradients = _Gradients(network)
+    _descend(network, (grad_rgb, grad_density), features, stash, scale, gradients, of_features)
+    grads, of_viewdirs = gradients.by_parameter(viewdirs_enc)
+    if scale is not None:
+        for grad in (*grads, of_features, of_viewdirs):
+            grad.div_(scale)
+    shape = (rays if to_features else 0, samples, num_features)
+    return [of_features.view(shape), of_viewdirs, *grads]
+
+
+class _Gradients:
+    """Of the folded network's layers, summed over the chunks of rows."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.views: list[Any] = [None] * network.plan.view_depth
+        # Of the trunk's layers, and of the matrix over the trunk. Where the features are beside the activations there
+        # are two of a matrix, columns of one whole.
+        self.trunk: list[Any] = [None] * (network.depth + 1)
+        self.wholes: dict[int, Tensor] = {}
+        self.of_rays: list[Tensor] = []
+
+    def add(
+        self,
+        number: int,
+        delta: Tensor,
+        x: Tensor,
+        encoded: Tensor,
+        weights: tuple[Tensor, Tensor | None],
+        to_features: Tensor | None,
+    ) -> None:
+        """Some rows' part of a trunk layer's, or of the matrix over it, and of the features' where it reads them."""
+        gemm, total = self.network.gemm, self.trunk[number]
+        weight, beside = weights
+        if to_features is not None and (number == 0 or beside is not None):
+            gemm.grad_input(delta, weight if beside is None else beside, to_features, beta=1.0)
+        if beside is None:
+            self.trunk[number] = gemm.grad_layer(delta, x, total)
+            return
+        if total is None:
+            columns = [x.shape[1], encoded.shape[1]]
+            whole = self.network.weights[0].new_zeros(delta.shape[1], sum(columns))
+            of_weight, of_beside = whole.split(columns, 1)
+            total = of_weight, whole.new_zeros(delta.shape[1]), of_beside
+            self.wholes[number], self.trunk[number] = whole, total
+        gemm.grad_layer(delta, x, total[:2])
+        gemm.grad_weight(delta, encoded, total[2])
+
+    def by_parameter(self, viewdirs_enc: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """Those of the parameters, the bottleneck unfolded, and that of viewdirs_enc (empty without)."""
+        network = self.network
+        rows = network.plan.colour_rows
+        layered = [(self.wholes.get(number, total[0]), total[1]) for number, total in enumerate(self.trunk)]
+        grad_top, sums = layered.pop()
+        layered.append((grad_top[rows : rows + 1].clone(), sums[rows : rows + 1].clone()))
+        grad_colour = grad_top[:rows], sums[:rows]
+        if viewdirs_enc is None:
+            layered.append(grad_colour)
+            of_viewdirs = sums.new_empty(0)
+        else:
+            of_ray_biases = self.of_rays[0] if len(self.of_rays) == 1 else torch.cat(self.of_rays)
+            layered += _unfolded(network, grad_colour, of_ray_biases, viewdirs_enc.to(sums.dtype))
+            of_viewdirs = torch.mm(of_ray_biases, network.from_views)
+        layered += self.views[:-1]
+        if self.views:
+            weight, bias = self.views[-1]
+            layered.append((weight, bias) if network.rgb_rows == 3 else (weight[:3], bias[:3]))
+        return [grad for layer in layered for grad in layer], of_viewdirs
+
+
+def _descend(
+    network: Network,
+    grads: tuple[Tensor | None, Tensor | None],
+    features: Tensor,
+    stash: list[Tensor],
+    scale: Tensor | None,
+    gradients: _Gradients,
+    of_features: Tensor,
+) -> None:
+    """Down through the layers, once for every chunk of rows; adds to `of_features`, if it has rows."""
+    rays, samples, num_features = features.shape
+    gemm, flat = network.gemm, features.reshape(rays * samples, num_features)
+    chunks, most = row_chunks(rays, samples, gemm.rows_at_a_time(rays * samples, network.width))
+    alone = len(chunks) == 1
+    top = stash.pop()
+    activations = Activations(network, rays * samples, most, stash)
+    stash.clear()
+    deltas = _Deltas(network, top.shape[0], None if alone else most)
+    for part, rows in chunks:
+        encoded = operand(flat if alone else flat[rows], gemm.dtype)
+        kept = activations.take_all() if alone else activations.part(rows)
+        to_features = of_features[rows] if of_features.shape[0] else None
+        delta = _down_the_colour_branch(network, grads, part, kept, scale, top, deltas, gradients)
+        if network.has_views:
+            of_rays = delta[:, : network.plan.colour_rows].view(-1, samples, network.plan.colour_rows)
+            gradients.of_rays.append(gemm.sums(of_rays, 1))
+            del of_rays
+        weights = network.split(network.depth, top)
+        if alone:
+            del top
+        for number in range(network.depth, int(network.does_first_again), -1):
+            x, mask = kept.pop()
+            gradients.add(number, delta, x, encoded, weights, to_features)
+            delta = gemm.grad_input(delta, weights[0], deltas.of_trunk(number, delta.shape[0]), mask=mask)
+            weights = network.trunk[number - 1]
+            del x, mask
+        if not network.does_first_again:
+            gradients.add(0, delta, encoded, encoded, weights, to_features)
+            continue
+        # In halves: most gradients are there already, and whole the rows would take more than was kept of them.
+        size = -(-delta.shape[0] // 2) if alone else most
+        for start in range(0, delta.shape[0], size):
+            half = slice(start, start + size)
+            to_half = None if to_features is None else to_features[half]
+            _down_the_lowest_two(network, delta[half], encoded[half], deltas, gradients, to_half)
+
+
+def _down_the_lowest_two(
+    network: Network,
+    delta: Tensor,
+    encoded: Tensor,
+    deltas: _Deltas,
+    gradients: _Gradients,
+    to_features: Tensor | None,
+) -> None:
+    """With what the first layer gave done again."""
+    first, second = network.trunk[:2]
+    x = deltas.first_again(encoded)
+    gradients.add(1, delta, x, encoded, second, to_features)
+    delta = network.gemm.grad_input(delta, second[0], deltas.of_trunk(1, delta.shape[0]), mask=x)
+    gradients.add(0, delta, encoded, encoded, first, to_features)
+
+
+class _Deltas:
+    """Room for what comes down, for chunks of at most so many rows.
+
+    None: there is one chunk alone, whose products make their outputs themselves, so that each is freed once it is used.
+    """
+
+    def __init__(self, network: Network, top_rows: int, most: int | None) -> None:
+        self.network, self.most = network, most
+        shapes, width = network.plan, network.width
+        self.trunk: list[Any] = [None, None]
+        self.views = self.trunk
+        self.first: Tensor | None = None
+        self.top: Tensor | None = None
+        if most is None:
+            return
+        self.trunk = [self._new(most, width) for _ in range(2)]
+        if shapes.view_depth > 1:
+            self.views = [self._new(most, shapes.widths[-1]) for _ in range(2)]
+        if network.does_first_again:
+            self.first = self._new(most, width)
+        # Done with when its room is needed for a delta of the trunk.
+        self.top = self.trunk[(network.depth - 1) % 2] if top_rows <= width else self._new(most, top_rows)
+
+    def of_trunk(self, number: int, rows: int) -> Tensor | None:
+        """Of what the trunk's layer of this number reads."""
+        return None if self.most is None else self.trunk[number % 2][:rows]
+
+    def of_view_layer(self, number: int, rows: int) -> Tensor | None:
+        """Of what the view layer of this number, not the lowest, reads."""
+        return None if self.most is None else self.views[number % 2][:rows]
+
+    def of_top(self, rows: int, columns: int) -> Tensor:
+        """Of the trunk's output, a column for every row of the matrix over it."""
+        return self._new(rows, columns) if self.top is None else self.top[:rows, :columns]
+
+    def first_again(self, encoded: Tensor) -> Tensor:
+        """What the first layer gave."""
+        network, out = self.network, self.first
+        bias = network.biases[0].to(network.gemm.dtype)
+        out = out if out is None else out[: encoded.shape[0]]
+        return apply_layer(network.gemm, encoded, encoded, network.trunk[0], out, bias, True)
+
+    def _new(self, rows: int, columns: int) -> Tensor:
+        return self.network.weights[0].new_empty(rows, columns, dtype=self.network.gemm.dtype)
+
+
+def _down_the_colour_branch(
+    network: Network,
+    grads: tuple[Tensor | None, Tensor | None],
+    part: slice,
+    kept: list[tuple[Tensor, Any]],
+    scale: Tensor | None,
+    top: Tensor,
+    deltas: _Deltas,
+    gradients: _Gradients,
+) -> Tensor:
+    """What comes down on the trunk's output for these rays, each written into its columns.
+
+    The colour branch's, density's, and zeros for the rows of `top` that are none. Takes the view layers out of `kept`.
+    """
+    gemm, shapes, count = network.gemm, network.plan, kept[-1][0].shape[0]
+    grad_rgb, grad_density = grads
+    rows, columns = shapes.colour_rows, top.shape[0]
+    of_top = deltas.of_top(count, columns)
+    of_colour, of_density = of_top[:, :rows], of_top[:, rows : rows + 1]
+    if shapes.view_depth:
+        delta = _delta(grad_rgb, part, scale, network.rgb_rows, of_top)
+    else:
+        _write_delta(of_colour, grad_rgb, part, scale)
+    for number in range(shapes.view_depth - 1, -1, -1):
+        x, mask = kept.pop()
+        gradients.views[number] = gemm.grad_layer(delta, x, gradients.views[number])
+        out = deltas.of_view_layer(number, count) if number else of_colour
+        delta = gemm.grad_input(delta, network.views[number], out, mask=mask)
+    _write_delta(of_density, grad_density, part, scale)
+    if columns > rows + 1:
+        of_top[:, rows + 1 :].zero_()
+    return of_top
+
+
+def _unfolded(
+    network: Network,
+    grad_colour: tuple[Tensor, Tensor],
+    grad_ray_biases: Tensor,
+    viewdirs_enc: Tensor,
+) -> list[tuple[Tensor, Tensor]]:
+    """The gradients of the two layers that were folded into one, from those of the one."""
+    of_views = torch.mm(grad_ray_biases.t(), viewdirs_enc)
+    depth, from_bottleneck = network.depth, network.from_bottleneck
+    grad_fold, sums = grad_colour
+    of_bottleneck = torch.mm(grad_fold, network.weights[depth + 1].t()).addr_(sums, network.biases[depth + 1])
+    grad_bottleneck = torch.mm(from_bottleneck.t(), grad_fold), torch.mv(from_bottleneck.t(), sums)
+    return [grad_bottleneck, (torch.cat([of_bottleneck, of_views], 1), sums)]
+
+
+def _delta(grad: Tensor | None, rays: slice, scale: Tensor | None, columns: int, like: Tensor) -> Tensor:
+    """The gradient of an output for these rays as an operand [R, columns], zeros beside it; None is zero.
+
+    With as many rows as `like`, and of its dtype.
+    """
+    if grad is None:
+        return like.new_zeros(like.shape[0], columns)
+    rows = grad[rays].flatten(0, 1)
+    rows = (rows if scale is None else rows * scale).to(like.dtype)
+    missing = columns - rows.shape[1]
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+
+
+def _write_delta(out: Tensor, grad: Tensor | None, rays: slice, scale: Tensor | None) -> None:
+    """The same into the columns of an operand."""
+    if grad is None:
+        out.zero_()
+    else:
+        rows = grad[rays].flatten(0, 1)
+        out.copy_(rows if scale is None else rows * scale)
