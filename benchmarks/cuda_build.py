@@ -33,8 +33,8 @@ ours = ops.frustum_ipe(t, origins, directions, radii)
 exact = reference.frustum_ipe(*(x.double() for x in (t, origins, directions, radii)))
 # Features are at most 1 and a wrong one is off by about that; float32 rounding stays below 1e-6.
 assert (ours - exact).abs().max() < 1e-5, "the CPU path of this library is wrong"
-# The exact network has one path for each: ops/mlp_folded.py serves the CPU.
-CPU_ONLY = {"mipnerf_fast::mlp_tiles_forward"}
+# The exact network has one path for each: ops/mlp_folded.py serves the CPU. On a GPU tables are moved by sparse_adam.
+CPU_ONLY = {"mipnerf_fast::mlp_tiles_forward", "mipnerf_fast::fast_train_update"}
 CUDA_ONLY = {
     "mipnerf_fast::" + name
     for name in (
@@ -58,10 +58,8 @@ for name in operators:
     for device in ("CPU", "CUDA"):
         if device == "CPU" and (name in CUDA_ONLY or name.endswith("_captured")):
             continue
-        if device == "CUDA" and name in CPU_ONLY:
-            continue
         found = has_kernel(name, device)
-        assert found, f"{name} has no {device} kernel"
+        assert found == (device == "CPU" or name not in CPU_ONLY), f"{name} on {device}: a kernel, or none, too much"
 on_cpu = sum(name not in CUDA_ONLY and not name.endswith("_captured") for name in operators)
 print(f"{len(operators)} operators, {len(operators) - len(CPU_ONLY)} with a CUDA kernel, {on_cpu} with a CPU kernel")
 print(json.dumps({key: info[key] for key in ("torch", "cuda", "architectures", "compilers")}))

@@ -164,7 +164,7 @@ def touch_operators(device: torch.device) -> None:
 
 
 def touch_fast_kernels(device: torch.device) -> None:
-    """The fast model's: steps as trained in every precision, queries, and rendering."""
+    """The fast model's: steps as trained in every precision, queries, rendering, steps by themselves."""
     import torch
 
     from benchmarks.bench_train import random_images
@@ -172,6 +172,7 @@ def touch_fast_kernels(device: torch.device) -> None:
     from mipnerf_fast.config import FastConfig
     from mipnerf_fast.determinism import deterministic
     from mipnerf_fast.fast_training import UPDATE_EVERY, FastTrainer
+    from mipnerf_fast.ops.fast_step import FastGradients, NetworkGradients, TableMoments
 
     images = random_images(3, 20)
     base = preset("fast")
@@ -190,8 +191,15 @@ def touch_fast_kernels(device: torch.device) -> None:
                     loss = trainer.train_step().loss
             print(f"fast model, {dtype}, deterministic {is_deterministic}: loss {loss:.4f}")
         trainer.model.eval().query(torch.rand(70, 3, device=device), torch.rand(70, 3, device=device), 0.01)
-        rays = ops.draw_rays(trainer.source, 0, 1, 70, True, 1.0)[0]
-        ops.fast_render(rays, trainer.model.fields())
+        (rays, target), fields = ops.draw_rays(trainer.source, 0, 1, 70, True, 1.0), trainer.model.fields()
+        ops.fast_render(rays, fields)
+        buffers = (getattr(fields, name) for name in FastGradients._fields)
+        gradients = FastGradients(*(None if like is None else torch.zeros_like(like) for like in buffers))  # type: ignore[arg-type]
+        ops.fast_train_step(rays, target, 0.1, fields, gradients)
+        moments = TableMoments(torch.zeros_like(fields.tables), torch.zeros_like(fields.tables))
+        ops.fast_train_update(
+            rays, target, 0.1, fields, NetworkGradients(*gradients[1:]), moments, 1e-2, 0.9, 0.99, 1e-15, 1
+        )
 
 
 def train_multiscale(
