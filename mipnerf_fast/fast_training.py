@@ -112,7 +112,7 @@ class FastTrainer(TrainerBase):
         self._gradients = {
             name: torch.zeros_like(tensor)
             for name, tensor in self._parameters.items()
-            if on_gpu or name not in self._moved_within_a_step
+            if name not in self._moved_within_a_step
         }
         self._moments = {
             moment: {
@@ -132,6 +132,9 @@ class FastTrainer(TrainerBase):
 
     def _captured_step(self) -> CapturedStep:
         config = self.config
+        self._gradients |= {
+            name: torch.zeros_like(self._parameters[name]) for name in self._moved_within_a_step
+        }
         return CapturedStep(
             config,
             self.model,

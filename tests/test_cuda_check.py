@@ -317,6 +317,7 @@ def host_setup(folder: Path, code: int) -> tuple[SimpleNamespace, SimpleNamespac
     )
     compiler.chmod(0o755)
     setup = SimpleNamespace(
+        CUDA_MACRO="-DUSE_CUDA",
         find_compiler=lambda: str(compiler),
         run_quietly=lambda *_: "c++ 1.0\nmore",
         CXX_FLAGS=["-O3", "-DFLAG"],
