@@ -69,7 +69,7 @@ void set_bits(const std::vector<uint8_t>& bytes, uint32_t* words) {
             uint64_t eight = 0;
             for (int64_t k = 0; k < std::min<int64_t>(8, last - i); ++k)
                 eight |= static_cast<uint64_t>(bytes[i + k]) << (8 * k);
-            // Byte k times 2^(56 - 7k) is bit 56 + k; no other product of the two sums is above bit 55.
+            // Byte k times 2^(56 - 7k) is bit 56 + k; all other products lie below bit 56 or beyond 63.
             word |= static_cast<uint32_t>(eight * 0x0102040810204080u >> 56) << (i - first);
         }
         words[first / 32] = word;
