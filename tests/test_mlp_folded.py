@@ -382,6 +382,25 @@ def test_products(kind: str, beta: float, make_gemm: Callable[[str], Any]) -> No
             close(got, product + start)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [31, 33, 40, 129])
+def test_products_of_columns_know_nothing_of_those_beside(columns: int, dtype: torch.dtype) -> None:
+    """Where the rest of a wider matrix is NaN: bfloat16 products with AMX read on behind the last column."""
+    engine = TorchGemm(dtype)
+    wider = torch.full((70, 256), float("nan"), dtype=dtype)
+    x = wider[:, :columns].copy_(torch.randn(70, columns))
+    weight, out = torch.randn(64, columns).to(dtype), torch.empty(70, 64, dtype=dtype)
+    for product in (
+        engine.forward(x, weight),
+        engine.forward(x, weight, out),
+        engine.grad_input(x, weight.t().contiguous()),
+        engine.grad_input(x, weight.t().contiguous(), out),
+        engine.grad_weight(x, torch.randn(70, 64).to(dtype)),
+        engine.grad_weight(torch.randn(70, 64).to(dtype), x),
+    ):
+        assert product.isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore:gemm. cuBLASLt has no algorithm")
 @pytest.mark.parametrize("kind", GEMMS)
 @pytest.mark.parametrize("given", [False, True])

@@ -26,6 +26,9 @@ _WORKSPACE_BYTES = 32 << 20
 _TOGETHER = 1 << 18
 _FEWEST_OUTPUTS = 1 << 17
 
+# Numbers of a row that an AMX product takes at a time.
+_AMX_COLUMNS = 32
+
 # Looking it up takes as long as a small product.
 _threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
@@ -155,6 +158,7 @@ class TorchGemm:
         if like is not None and like.dtype != x.dtype:
             # The heads: a few columns of raw outputs, which stay float32.
             x, weight = x.to(like.dtype), weight.to(like.dtype)
+        x = _with_numbers_behind(x)
         if bias is not None and bias.dim() == 2:
             # It is what the products are added to.
             if out is None:
@@ -183,10 +187,11 @@ class TorchGemm:
     ) -> Tensor:
         """See `Gemm.grad_input`."""
         if out is None:
-            out = torch.mm(delta, weight)
+            out = torch.mm(_with_numbers_behind(delta), weight)
         else:
             if out.dtype != delta.dtype:
                 delta, weight = delta.to(out.dtype), weight.to(out.dtype)
+            delta = _with_numbers_behind(delta)
             if beta == 1:
                 out.addmm_(delta, weight)
             else:
@@ -216,6 +221,17 @@ class TorchGemm:
         # Asked for the wider dtype torch would copy the deltas to it first. It adds in it anyway, and rounds the sum.
         sums = torch.sum(delta, dim)
         return sums if self._sums == self.dtype else sums.to(self._sums)
+
+
+def _with_numbers_behind(x: Tensor) -> Tensor:
+    """Rows that a bfloat16 product may read beyond their end; copied where something else lies there.
+
+    With AMX oneDNN 3.12 (torch 2.13) reads whole multiples of 32 columns and multiplies those behind the last by zero,
+    which a NaN there outlives (its issue 5717). Behind a row of the copy is the next one.
+    """
+    if x.dtype != torch.bfloat16 or x.shape[1] % _AMX_COLUMNS == 0 or x.stride(0) == x.shape[1]:
+        return x
+    return x.contiguous()
 
 
 class CublasLtTwin:

@@ -205,7 +205,10 @@ class _Deltas:
 
     def of_top(self, rows: int, columns: int) -> Tensor:
         """Of the trunk's output, a column for every row of the matrix over it."""
-        return self._new(rows, columns) if self.top is None else self.top[:rows, :columns]
+        if self.top is None:
+            return self._new(rows, columns)
+        # Its rows one behind the other: a product that reads on behind the last column finds the next row.
+        return self.top.view(-1)[: rows * columns].view(rows, columns)
 
     def first_again(self, encoded: Tensor) -> Tensor:
         """What the first layer gave."""
