@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import cublaslt_on_cpu
 import pytest
@@ -24,10 +25,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.living_storages import PeakMemory
-from mipnerf_fast.ops import MipMLP, MlpShape, gemm, mlp, mlp_folded_network
+from mipnerf_fast.ops import MipMLP, MlpShape, gemm, mlp, mlp_folded_backward, mlp_folded_network
 from mipnerf_fast.ops.gemm import CublasLt, CublasLtTwin, TorchGemm
 from mipnerf_fast.ops.mlp_autograd import Architecture
 from mipnerf_fast.ops.mlp_folded import CUBLASLT, TORCH, TWIN, folded_mlp
+from mipnerf_fast.ops.mlp_folded_network import Network
 from mipnerf_fast.ops.mlp_folded_passes import forward_pass
 
 DOUBLE = torch.float64
@@ -259,11 +261,93 @@ def test_tiles_are_the_products(
     assert mlp_folded_network._HAS_TILES
     with monkeypatch.context() as patch:
         patch.setattr(mlp_folded_network, "_HAS_TILES", False)
-        want = forward_pass(features, viewdirs_enc, parameters, options, True)
-    got = forward_pass(features, viewdirs_enc, parameters, options, True)
+        network = Network(features, viewdirs_enc, parameters, options)
+        want = forward_pass(network, features, viewdirs_enc, True)
+    network = Network(features, viewdirs_enc, parameters, options)
+    got = forward_pass(network, features, viewdirs_enc, True)
     assert len(got[2]) == len(want[2])
     for a, b in zip([*got[:2], *got[2]], [*want[:2], *want[2]], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("columns", [0, 5, 40])
+@pytest.mark.parametrize(
+    ("samples", "outputs", "inputs_"), [(1, 3, 7), (47, 65, 33), (256, 70, 64), (300, 300, 20), (0, 8, 8)]
+)
+def test_a_layers_way_down(samples: int, outputs: int, inputs_: int, columns: int, add: bool) -> None:
+    """Every gradient of a layer against float64, in rows of wider matrices, and nothing beside them changed.
+
+    Sums of up to 300 products of size about 1, in float32.
+    """
+    delta, weight = matrices((samples, outputs), (outputs, inputs_))
+    x, beside = matrices((samples, inputs_), (samples, columns))
+    x = x.relu() if samples else x
+    given = [m.float() for m in (delta, x, weight, beside)]
+    room = [torch.randn(rows, wide + 3) for rows, wide in ((samples, inputs_), (outputs, inputs_ + columns))]
+    below, grad_weight = room[0][:, 1:-2], room[1][:, 1:-2]
+    grad_bias, edges = torch.randn(outputs), [m[:, [0, -2, -1]].clone() for m in room]
+    before = [m.double() * add for m in (grad_weight, grad_bias)]
+    way_down: Any = torch.ops.mipnerf_fast.mlp_layer_backward
+    others = given[3] if columns else None
+    for out in (below, None):
+        if out is None and not add:
+            grad_weight.fill_(float("nan"))
+        elif out is None:
+            grad_weight.copy_(before[0]), grad_bias.copy_(before[1])
+        way_down(given[0], given[1], others, given[2], out, grad_weight, grad_bias, add)
+        for got, want in (
+            (grad_weight, before[0] + delta.t() @ torch.cat([x, beside], 1)),
+            (grad_bias, before[1] + delta.sum(0)),
+            (below, (delta @ weight) * (x > 0)),
+        ):
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+        for m, edge in zip(room, edges, strict=True):
+            assert torch.equal(m[:, [0, -2, -1]], edge)
+
+
+def test_a_layers_way_down_refuses_what_does_not_fit() -> None:
+    arguments = [torch.rand(6, 4), torch.rand(6, 8), None, torch.rand(4, 8), torch.rand(6, 8)]
+    arguments += [torch.rand(4, 8), torch.rand(4), False]
+    way_down: Any = torch.ops.mipnerf_fast.mlp_layer_backward
+    for number, value, message in (
+        (0, torch.rand(6, 4).double(), "delta must be float32, got float64"),
+        (0, torch.rand(4, 6).t(), "delta must be of rows without gaps, got 6"),
+        (1, torch.rand(5, 8), r"x must be of shape \[6, 8\] \(\[S, K\]\), got \[5, 8\]"),
+        (2, torch.rand(5, 8), r"beside must be of shape \[6, 8\]"),
+        (2, torch.rand(6, 2), r"grad_weight must be of shape \[4, 10\]"),
+        (3, torch.rand(4, 7), r"weight must be of shape \[4, 8\]"),
+        (4, torch.rand(6, 7), r"below must be of shape \[6, 8\]"),
+        (5, torch.rand(4, 8).half(), "grad_weight must be float32 as delta, got float16"),
+        (6, torch.rand(5), r"grad_bias must be of shape \[4\]"),
+    ):
+        changed = [*arguments[:number], value, *arguments[number + 1 :]]
+        with pytest.raises(RuntimeError, match=f"mlp_layer_backward: {message}"):
+            way_down(*changed)
+
+
+@pytest.mark.parametrize("samples", [1, 37])
+def test_few_samples_go_down_in_the_library(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients that torch's products give, of every parameter; with the first layer done again and without."""
+    for shape in (MlpShape(), PRESET):
+        mlp, (features, viewdirs_enc) = (
+            Engine("folded", "fp32", "cpu").build(shape),
+            inputs(shape, 5, samples),
+        )
+
+        def gradients(mlp: Any = mlp, given: Any = (features, viewdirs_enc)) -> list[Tensor]:
+            rgb, density = mlp(*given)
+            return [*torch.autograd.grad((rgb.square().sum() + density.square().sum()), [*mlp.parameters()])]
+
+        with monkeypatch.context() as patch:
+            layers = Mock(wraps=mlp_folded_backward._in_one_pass)
+            patch.setattr(mlp_folded_backward, "_in_one_pass", layers)
+            got, ways_down = gradients(), layers.call_count
+            patch.setattr(mlp_folded_network, "_FEW_ROWS", 0)
+            want = gradients()
+        assert ways_down == layers.call_count > shape.net_depth
+        for a, b in zip(got, want, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 def test_a_nan_passes_every_relu() -> None:

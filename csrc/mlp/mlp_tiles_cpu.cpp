@@ -14,6 +14,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../common/checks.h"
@@ -25,8 +26,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Two vectors of each: 12 of 16 registers are sums.
-constexpr int kOutputsAtATime = 6;
+// Two vectors of each: 24 of the 32 registers of AVX-512 are sums, 12 of 16 elsewhere.
+template <int W>
+constexpr int kOutputsAtATime = W == 16 ? 12 : 6;
 
 template <int W>
 constexpr int kPanel = 2 * W;
@@ -51,68 +53,100 @@ struct Columns {
 };
 
 template <int W, int R>
-MIPNERF_INLINE void add_products(Vector<W> (&sum)[R][2], const float* weights, int stride, const float* x,
+MIPNERF_INLINE void add_products(Vector<W> (&sum)[R][2], const float* weights, int64_t stride, const float* x,
                                  int count) {
-    for (int k = 0; k < count; ++k) {
-        const Vector<W> a = load_vector<W>(x + k * kPanel<W>), b = load_vector<W>(x + k * kPanel<W> + W);
+    for (const float* const end = weights + count; weights < end; ++weights, x += kPanel<W>) {
+        const Vector<W> a = load_vector<W>(x), b = load_vector<W>(x + W);
         MIPNERF_UNROLL for (int r = 0; r < R; ++r) {
-            const Vector<W> weight = splat<W>(weights[r * stride + k]);
+            const Vector<W> weight = splat<W>(weights[r * stride]);
             sum[r][0] = fused<W>(weight, a, sum[r][0]);
             sum[r][1] = fused<W>(weight, b, sum[r][1]);
         }
     }
 }
 
-// y[o] = bias[o] + sum_k weights[o, k] x[k], then the ReLU, for the outputs from `first` on, R at a time, and
-// fewer at last. The columns of `more` are inputs behind those of x; without a bias y holds it.
+// y[o] = bias[o] + sum_k weights[o, k] x[k], then the ReLU, of a panel, for the outputs from `first` on, R at
+// a time, and fewer at last. `more` are inputs behind those of x; without a bias y holds it.
 template <int W, int R, bool kRelu>
-MIPNERF_INLINE void outputs_from(int first, const Layer& layer, Columns<W> x, Columns<W> more, Columns<W> y,
-                                 int panels) {
+MIPNERF_INLINE void outputs_from(int first, const Layer& layer, const float* bias, const float* x, int inputs,
+                                 const float* more, float* y) {
     for (; first + R <= layer.outputs; first += R) {
         const float* const weights = layer.weights + int64_t{first} * layer.inputs;
-        for (int p = 0; p < panels; ++p) {
-            float* const to = y.panel(p) + first * kPanel<W>;
-            Vector<W> sum[R][2];
-            MIPNERF_UNROLL for (int r = 0; r < R; ++r) MIPNERF_UNROLL for (int v = 0; v < 2; ++v) sum[r][v] =
-                layer.bias == nullptr ? load_vector<W>(to + r * kPanel<W> + v * W)
-                                      : splat<W>(layer.bias[first + r]);
-            add_products<W, R>(sum, weights, layer.inputs, x.panel(p), x.count);
-            if (more.count > 0)
-                add_products<W, R>(sum, weights + x.count, layer.inputs, more.panel(p), more.count);
-            const Vector<W> zero = splat<W>(0.0f);
-            MIPNERF_UNROLL for (int r = 0; r < R; ++r) MIPNERF_UNROLL for (int v = 0; v < 2; ++v) {
-                Vector<W> value = sum[r][v];
-                // Compared so that a NaN passes: swallowed here, it would leave the loss finite.
-                if constexpr (kRelu) value = value < zero ? zero : value;
-                store_vector<W>(to + r * kPanel<W> + v * W, value);
-            }
+        float* const to = y + first * kPanel<W>;
+        Vector<W> sum[R][2];
+        MIPNERF_UNROLL for (int r = 0; r < R; ++r) MIPNERF_UNROLL for (int v = 0; v < 2; ++v) sum[r][v] =
+            bias == nullptr ? load_vector<W>(to + r * kPanel<W> + v * W) : splat<W>(bias[first + r]);
+        add_products<W, R>(sum, weights, layer.inputs, x, inputs);
+        if (more != nullptr)
+            add_products<W, R>(sum, weights + inputs, layer.inputs, more, layer.inputs - inputs);
+        const Vector<W> zero = splat<W>(0.0f);
+        MIPNERF_UNROLL for (int r = 0; r < R; ++r) MIPNERF_UNROLL for (int v = 0; v < 2; ++v) {
+            Vector<W> value = sum[r][v];
+            // Compared so that a NaN passes: swallowed here, it would leave the loss finite.
+            if constexpr (kRelu) value = value < zero ? zero : value;
+            store_vector<W>(to + r * kPanel<W> + v * W, value);
         }
     }
     if constexpr (R > 1)
         if (first < layer.outputs)
-            outputs_from<W, (R > 4 ? 4 : R / 2), kRelu>(first, layer, x, more, y, panels);
+            outputs_from<W, (R > 6 ? 6 : R > 4 ? 4 : R / 2), kRelu>(first, layer, bias, x, inputs, more, y);
 }
 
-// to[i, j] = from[j, i] of 4 x 4 numbers.
-MIPNERF_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-    Vector<4> row[4];
-    MIPNERF_UNROLL for (int i = 0; i < 4; ++i) row[i] = load_vector<4>(from + i * from_stride);
-    MIPNERF_UNROLL for (int i = 0; i < 4; ++i)
-        store_vector<4>(to + i * to_stride, Vector<4>{row[0][i], row[1][i], row[2][i], row[3][i]});
+// a0 b0 a1 b1 and so on, of the first halves or the second.
+template <int N, bool kSecond>
+MIPNERF_INLINE Vector<N> interleaved(Vector<N> a, Vector<N> b) {
+    constexpr int kFirst = kSecond ? N / 2 : 0;
+#if defined(__clang__)
+    return [&]<int... I>(std::integer_sequence<int, I...>) {
+        return __builtin_shufflevector(a, b, (kFirst + I / 2 + I % 2 * N)...);
+    }(std::make_integer_sequence<int, N>{});
+#else
+    IntVector<N> places;
+    MIPNERF_UNROLL for (int i = 0; i < N; ++i) places[i] = kFirst + i / 2 + i % 2 * N;
+    return __builtin_shuffle(a, b, places);
+#endif
 }
+
+// Rows become columns: each of log2 N rounds doubles how many of a column's numbers are next to each other.
+template <int N>
+MIPNERF_INLINE void transpose(Vector<N> (&row)[N]) {
+    MIPNERF_UNROLL for (int done = 1; done < N; done *= 2) {
+        Vector<N> next[N];
+        MIPNERF_UNROLL for (int i = 0; i < N / 2; ++i) {
+            next[2 * i] = interleaved<N, false>(row[i], row[i + N / 2]);
+            next[2 * i + 1] = interleaved<N, true>(row[i], row[i + N / 2]);
+        }
+        MIPNERF_UNROLL for (int i = 0; i < N; ++i) row[i] = next[i];
+    }
+}
+
+// to[i, j] = from[j, i] of N x N numbers.
+template <int N>
+MIPNERF_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    Vector<N> row[N];
+    MIPNERF_UNROLL for (int i = 0; i < N; ++i) row[i] = load_vector<N>(from + i * from_stride);
+    transpose<N>(row);
+    MIPNERF_UNROLL for (int i = 0; i < N; ++i) store_vector<N>(to + i * to_stride, row[i]);
+}
+
+// So many at a time: all 32 registers of AVX-512 hold 16 rows twice, 16 narrower ones two fours.
+template <int W>
+constexpr int kTransposed = W == 16 ? 16 : 4;
 
 // The rows of `count` samples from the one numbered `first` on, [S, columns], into a tile's panels.
 template <int W>
 MIPNERF_INLINE void rows_to_panels(const float* rows, int64_t first, int count, Columns<W> to) {
-    const int whole = to.count / 4 * 4;
-    for (int s = 0; s < count; s += 4) {
+    constexpr int N = kTransposed<W>;
+    const int whole = to.count / N * N;
+    for (int s = 0; s < count; s += N) {
         float* const panel = to.panel(s / kPanel<W>) + s % kPanel<W>;
         const float* const row = rows + (first + s) * to.count;
-        const int rest = std::min(4, count - s);
-        if (rest == 4)
-            for (int k = 0; k < whole; k += 4) transpose(row + k, to.count, panel + k * kPanel<W>, kPanel<W>);
+        const int rest = std::min(N, count - s);
+        if (rest == N)
+            for (int k = 0; k < whole; k += N)
+                transpose<N>(row + k, to.count, panel + k * kPanel<W>, kPanel<W>);
         for (int i = 0; i < rest; ++i)
-            for (int k = rest == 4 ? whole : 0; k < to.count; ++k)
+            for (int k = rest == N ? whole : 0; k < to.count; ++k)
                 panel[k * kPanel<W> + i] = row[int64_t{i} * to.count + k];
     }
 }
@@ -120,28 +154,28 @@ MIPNERF_INLINE void rows_to_panels(const float* rows, int64_t first, int count, 
 // And back.
 template <int W>
 MIPNERF_INLINE void panels_to_rows(Columns<W> from, float* rows, int64_t first, int count) {
-    const int whole = from.count / 4 * 4;
-    for (int s = 0; s < count; s += 4) {
+    constexpr int N = kTransposed<W>;
+    const int whole = from.count / N * N;
+    for (int s = 0; s < count; s += N) {
         const float* const panel = from.panel(s / kPanel<W>) + s % kPanel<W>;
         float* const row = rows + (first + s) * from.count;
-        const int rest = std::min(4, count - s);
-        if (rest == 4)
-            for (int k = 0; k < whole; k += 4)
-                transpose(panel + k * kPanel<W>, kPanel<W>, row + k, from.count);
+        const int rest = std::min(N, count - s);
+        if (rest == N)
+            for (int k = 0; k < whole; k += N)
+                transpose<N>(panel + k * kPanel<W>, kPanel<W>, row + k, from.count);
         for (int i = 0; i < rest; ++i)
-            for (int k = rest == 4 ? whole : 0; k < from.count; ++k)
+            for (int k = rest == N ? whole : 0; k < from.count; ++k)
                 row[int64_t{i} * from.count + k] = panel[k * kPanel<W> + i];
     }
 }
 
-// The row of a sample's ray into its place in the panels.
+// The rows of the samples' rays into a panel, for `count` samples from the one numbered `first` on.
 template <int W>
-MIPNERF_INLINE void ray_rows_to_panels(const float* rows, int64_t first, int count, int64_t samples_per_ray,
-                                       Columns<W> to) {
+MIPNERF_INLINE void ray_rows_to_panel(const float* rows, int64_t first, int count, int64_t samples_per_ray,
+                                      int columns, float* panel) {
     for (int s = 0; s < count; ++s) {
-        float* const panel = to.panel(s / kPanel<W>) + s % kPanel<W>;
-        const float* const row = rows + (first + s) / samples_per_ray * to.count;
-        for (int k = 0; k < to.count; ++k) panel[k * kPanel<W>] = row[k];
+        const float* const row = rows + (first + s) / samples_per_ray * columns;
+        for (int k = 0; k < columns; ++k) panel[k * kPanel<W> + s] = row[k];
     }
 }
 
@@ -166,6 +200,19 @@ struct Tiles {
     const Network& network;
     float* rooms;  // one a thread
 
+    // A layer's bias for a panel of samples from the one numbered `first` on, `count` or more than it holds;
+    // the ray's where all are of one ray; otherwise null, and y holds the rays' rows.
+    template <int W>
+    MIPNERF_INLINE const float* bias_of(const Layer& layer, int64_t first, int count, float* y) const {
+        if (layer.bias != nullptr) return layer.bias;
+        count = std::min(count, kPanel<W>);
+        const int64_t ray = first / network.samples_per_ray;
+        if ((first + count - 1) / network.samples_per_ray == ray)
+            return network.ray_biases + ray * layer.outputs;
+        ray_rows_to_panel<W>(network.ray_biases, first, count, network.samples_per_ray, layer.outputs, y);
+        return nullptr;
+    }
+
     template <int W>
     MIPNERF_INLINE void operator()(int64_t task, int64_t thread) const {
         const int64_t first = task * network.tile;
@@ -183,15 +230,19 @@ struct Tiles {
             const bool density = number == depth, reads_trunk = number <= depth + 1;
             const bool last = number + 1 == static_cast<int>(network.layers.size());
             const Columns<W> y{to, layer.outputs};
-            const Columns<W> none{nullptr, 0};
-            const Columns<W> more =
-                reads_trunk && network.reads_features(std::min(number, depth)) ? encoded : none;
-            if (layer.bias == nullptr)
-                ray_rows_to_panels<W>(network.ray_biases, first, count, network.samples_per_ray, y);
-            if (density || last)
-                outputs_from<W, kOutputsAtATime, false>(0, layer, x, more, y, panels);
-            else
-                outputs_from<W, kOutputsAtATime, true>(0, layer, x, more, y, panels);
+            const bool reads_features = reads_trunk && network.reads_features(std::min(number, depth));
+            // Panel by panel: what one reads stays in the first-level cache for all outputs.
+            for (int p = 0; p < panels; ++p) {
+                const float* const more = reads_features ? encoded.panel(p) : nullptr;
+                const float* const bias =
+                    bias_of<W>(layer, first + p * kPanel<W>, count - p * kPanel<W>, y.panel(p));
+                if (density || last)
+                    outputs_from<W, kOutputsAtATime<W>, false>(0, layer, bias, x.panel(p), x.count, more,
+                                                               y.panel(p));
+                else
+                    outputs_from<W, kOutputsAtATime<W>, true>(0, layer, bias, x.panel(p), x.count, more,
+                                                              y.panel(p));
+            }
             if (network.outputs[number] != nullptr)
                 panels_to_rows<W>(y, network.outputs[number], first, count);
             if (density) continue;  // the next layer reads what this one did

@@ -23,12 +23,41 @@ from .mlp_autograd import (
     wanted_of_inputs,
 )
 from .mlp_folded_backward import backward_pass
-from .mlp_folded_network import CUBLASLT, TORCH, TWIN, new_stash
+from .mlp_folded_network import CUBLASLT, TORCH, TWIN, Network, new_stash
 from .mlp_folded_passes import forward_pass
 
 __all__ = ["CUBLASLT", "TORCH", "TWIN", "folded_mlp"]
 
-_PASSES = Passes(forward_pass, backward_pass)
+
+class _Call:
+    """Both passes of a call, as `Passes` describes them, over the same network."""
+
+    network: Network
+
+    def forward(
+        self,
+        features: Tensor,
+        viewdirs_enc: Tensor | None,
+        parameters: Sequence[Tensor],
+        options: tuple[Any, ...],
+        training: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        self.network = Network(features, viewdirs_enc, parameters, options)
+        return forward_pass(self.network, features, viewdirs_enc, training)
+
+    def backward(
+        self,
+        grad_rgb: Tensor | None,
+        grad_density: Tensor | None,
+        features: Tensor,
+        viewdirs_enc: Tensor | None,
+        parameters: Sequence[Tensor],
+        stash: list[Tensor],
+        options: tuple[Any, ...],
+        to_features: bool,
+    ) -> list[Tensor]:
+        inputs = grad_rgb, grad_density, features, viewdirs_enc, stash, to_features
+        return backward_pass(self.network, *inputs)
 
 
 def folded_mlp(
@@ -72,9 +101,11 @@ def folded_mlp(
         )
         return rgb, density
     if training:
-        rgb, density = MlpFunction.apply(_PASSES, options, *inputs)
+        call = _Call()
+        rgb, density = MlpFunction.apply(Passes(call.forward, call.backward), options, *inputs)
         return rgb, density
-    rgb, density, _ = forward_pass(features, viewdirs_enc, parameters, options, False)
+    network = Network(features, viewdirs_enc, parameters, options)
+    rgb, density, _ = forward_pass(network, features, viewdirs_enc, False)
     return rgb, density
 
 
@@ -92,7 +123,8 @@ def _define() -> None:
         features: Tensor, viewdirs_enc: Tensor | None, parameters: list[Tensor], *options: Any
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         *options_, training = options
-        return forward_pass(features, viewdirs_enc, parameters, tuple(options_), training)
+        network = Network(features, viewdirs_enc, parameters, tuple(options_))
+        return forward_pass(network, features, viewdirs_enc, training)
 
     def backward(
         grad_rgb: Tensor | None,
@@ -104,8 +136,9 @@ def _define() -> None:
         *options: Any,
     ) -> list[Tensor]:
         *options_, to_features = options
-        inputs = (grad_rgb, grad_density, features, viewdirs_enc, parameters, list(stash))
-        return backward_pass(*inputs, tuple(options_), to_features)
+        network = Network(features, viewdirs_enc, parameters, tuple(options_))
+        inputs = (grad_rgb, grad_density, features, viewdirs_enc, list(stash))
+        return backward_pass(network, *inputs, to_features)
 
     def fake_forward(
         features: Tensor, viewdirs_enc: Tensor | None, parameters: list[Tensor], *options: Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,13 +12,12 @@ from .mlp_folded_network import Activations, Network, apply_layer, operand, row_
 
 
 def backward_pass(
+    network: Network,
     grad_rgb: Tensor | None,
     grad_density: Tensor | None,
     features: Tensor,
     viewdirs_enc: Tensor | None,
-    parameters: Sequence[Tensor],
     stash: list[Tensor],
-    options: tuple[Any, ...],
     to_features: bool,
 ) -> list[Tensor]:
     """Gradients of features (empty unless wanted), viewdirs_enc (empty without) and the parameters.
@@ -28,15 +26,15 @@ def backward_pass(
     rows are few enough to go together, and gradients take its place.
     """
     if torch.is_autocast_enabled(features.device.type):
-        inputs = (grad_rgb, grad_density, features, viewdirs_enc, parameters, stash, options, to_features)
+        inputs = (network, grad_rgb, grad_density, features, viewdirs_enc, stash, to_features)
         with torch.autocast(features.device.type, enabled=False):
             return backward_pass(*inputs)
+    parameters = network.parameters
     rays, samples, num_features = features.shape
     if rays * samples == 0:
         of_features = features.new_zeros(rays if to_features else 0, samples, num_features)
         of_viewdirs = parameters[0].new_zeros(0 if viewdirs_enc is None else viewdirs_enc.shape)
         return [of_features, of_viewdirs, *map(torch.zeros_like, parameters)]
-    network = Network(features, viewdirs_enc, parameters, options)
     scale = loss_scale([g for g in (grad_rgb, grad_density) if g is not None], network.gemm.dtype)
     of_features = parameters[0].new_zeros(rays * samples if to_features else 0, num_features)
     gradients = _Gradients(network)
@@ -61,7 +59,7 @@ class _Gradients:
         self.wholes: dict[int, Tensor] = {}
         self.of_rays: list[Tensor] = []
 
-    def add(
+    def down(
         self,
         number: int,
         delta: Tensor,
@@ -69,23 +67,44 @@ class _Gradients:
         encoded: Tensor,
         weights: tuple[Tensor, Tensor | None],
         to_features: Tensor | None,
-    ) -> None:
-        """Some rows' part of a trunk layer's, or of the matrix over it, and of the features' where it reads them."""
-        gemm, total = self.network.gemm, self.trunk[number]
+        out: Tensor | None = None,
+        mask: Any = None,
+    ) -> Tensor | None:
+        """Some rows' part of a trunk layer's, or of the matrix over it, and of the features' where it reads them.
+
+        Returns the delta of the layer below, in `out` where there is one; None where its ReLU has no mask: there is no
+        such layer.
+        """
+        network, total = self.network, self.trunk[number]
         weight, beside = weights
         if to_features is not None and (number == 0 or beside is not None):
-            gemm.grad_input(delta, weight if beside is None else beside, to_features, beta=1.0)
+            network.gemm.grad_input(delta, weight if beside is None else beside, to_features, beta=1.0)
+        if network.down_by_layers:
+            others = None if beside is None else encoded
+            self.trunk[number], below = _in_one_pass(delta, x, others, weight, total, out, mask is not None)
+            return below
         if beside is None:
-            self.trunk[number] = gemm.grad_layer(delta, x, total)
-            return
-        if total is None:
-            columns = [x.shape[1], encoded.shape[1]]
-            whole = self.network.weights[0].new_zeros(delta.shape[1], sum(columns))
-            of_weight, of_beside = whole.split(columns, 1)
-            total = of_weight, whole.new_zeros(delta.shape[1]), of_beside
-            self.wholes[number], self.trunk[number] = whole, total
-        gemm.grad_layer(delta, x, total[:2])
-        gemm.grad_weight(delta, encoded, total[2])
+            self.trunk[number] = network.gemm.grad_layer(delta, x, total)
+        else:
+            if total is None:
+                columns = [x.shape[1], encoded.shape[1]]
+                whole = network.weights[0].new_zeros(delta.shape[1], sum(columns))
+                of_weight, of_beside = whole.split(columns, 1)
+                total = of_weight, whole.new_zeros(delta.shape[1]), of_beside
+                self.wholes[number], self.trunk[number] = whole, total
+            network.gemm.grad_layer(delta, x, total[:2])
+            network.gemm.grad_weight(delta, encoded, total[2])
+        return None if mask is None else network.gemm.grad_input(delta, weight, out, mask=mask)
+
+    def down_the_views(self, number: int, delta: Tensor, x: Tensor, out: Tensor | None, mask: Any) -> Tensor:
+        """The same of a view layer."""
+        network, total = self.network, self.views[number]
+        if network.down_by_layers:
+            self.views[number], below = _in_one_pass(delta, x, None, network.views[number], total, out, True)
+            assert below is not None
+            return below
+        self.views[number] = network.gemm.grad_layer(delta, x, total)
+        return network.gemm.grad_input(delta, network.views[number], out, mask=mask)
 
     def by_parameter(self, viewdirs_enc: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Those of the parameters, the bottleneck unfolded, and that of viewdirs_enc (empty without)."""
@@ -141,12 +160,13 @@ def _descend(
             del top
         for number in range(network.depth, int(network.does_first_again), -1):
             x, mask = kept.pop()
-            gradients.add(number, delta, x, encoded, weights, to_features)
-            delta = gemm.grad_input(delta, weights[0], deltas.of_trunk(number, delta.shape[0]), mask=mask)
-            weights = network.trunk[number - 1]
-            del x, mask
+            out = deltas.of_trunk(number, delta.shape[0])
+            below = gradients.down(number, delta, x, encoded, weights, to_features, out, mask)
+            assert below is not None
+            delta, weights = below, network.trunk[number - 1]
+            del x, mask, out, below
         if not network.does_first_again:
-            gradients.add(0, delta, encoded, encoded, weights, to_features)
+            gradients.down(0, delta, encoded, encoded, weights, to_features)
             continue
         # In halves: most gradients are there already, and whole the rows would take more than was kept of them.
         size = -(-delta.shape[0] // 2) if alone else most
@@ -167,9 +187,31 @@ def _down_the_lowest_two(
     """With what the first layer gave done again."""
     first, second = network.trunk[:2]
     x = deltas.first_again(encoded)
-    gradients.add(1, delta, x, encoded, second, to_features)
-    delta = network.gemm.grad_input(delta, second[0], deltas.of_trunk(1, delta.shape[0]), mask=x)
-    gradients.add(0, delta, encoded, encoded, first, to_features)
+    below = gradients.down(1, delta, x, encoded, second, to_features, deltas.of_trunk(1, delta.shape[0]), x)
+    assert below is not None
+    gradients.down(0, below, encoded, encoded, first, to_features)
+
+
+def _in_one_pass(
+    delta: Tensor,
+    x: Tensor,
+    beside: Tensor | None,
+    weight: Tensor,
+    total: tuple[Tensor, Tensor] | None,
+    out: Tensor | None,
+    wants_below: bool,
+) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """A layer's way down in the library: its gradients, added to what there is of them, and the delta below."""
+    add = total is not None
+    if total is None:
+        columns = x.shape[1] + (0 if beside is None else beside.shape[1])
+        total = x.new_empty(delta.shape[1], columns), x.new_empty(delta.shape[1])
+    if wants_below and out is None:
+        out = x.new_empty(x.shape)
+    torch.ops.mipnerf_fast.mlp_layer_backward.default(
+        delta, x, beside, weight, out if wants_below else None, *total, add
+    )
+    return total, out
 
 
 class _Deltas:
@@ -235,7 +277,7 @@ def _down_the_colour_branch(
 
     The colour branch's, density's, and zeros for the rows of `top` that are none. Takes the view layers out of `kept`.
     """
-    gemm, shapes, count = network.gemm, network.plan, kept[-1][0].shape[0]
+    shapes, count = network.plan, kept[-1][0].shape[0]
     grad_rgb, grad_density = grads
     rows, columns = shapes.colour_rows, top.shape[0]
     of_top = deltas.of_top(count, columns)
@@ -246,9 +288,8 @@ def _down_the_colour_branch(
         _write_delta(of_colour, grad_rgb, part, scale)
     for number in range(shapes.view_depth - 1, -1, -1):
         x, mask = kept.pop()
-        gradients.views[number] = gemm.grad_layer(delta, x, gradients.views[number])
         out = deltas.of_view_layer(number, count) if number else of_colour
-        delta = gemm.grad_input(delta, network.views[number], out, mask=mask)
+        delta = gradients.down_the_views(number, delta, x, out, mask)
     _write_delta(of_density, grad_density, part, scale)
     if columns > rows + 1:
         of_top[:, rows + 1 :].zero_()
@@ -262,12 +303,15 @@ def _unfolded(
     viewdirs_enc: Tensor,
 ) -> list[tuple[Tensor, Tensor]]:
     """The gradients of the two layers that were folded into one, from those of the one."""
-    of_views = torch.mm(grad_ray_biases.t(), viewdirs_enc)
-    depth, from_bottleneck = network.depth, network.from_bottleneck
+    depth, to_fold = network.depth, network.from_bottleneck.t()
     grad_fold, sums = grad_colour
-    of_bottleneck = torch.mm(grad_fold, network.weights[depth + 1].t()).addr_(sums, network.biases[depth + 1])
-    grad_bottleneck = torch.mm(from_bottleneck.t(), grad_fold), torch.mv(from_bottleneck.t(), sums)
-    return [grad_bottleneck, (torch.cat([of_bottleneck, of_views], 1), sums)]
+    whole = torch.empty_like(network.weights[depth + 2])
+    of_bottleneck, of_views = whole.split([network.width, viewdirs_enc.shape[1]], 1)
+    torch.mm(grad_fold, network.weights[depth + 1].t(), out=of_bottleneck).addr_(
+        sums, network.biases[depth + 1]
+    )
+    torch.mm(grad_ray_biases.t(), viewdirs_enc, out=of_views)
+    return [(torch.mm(to_fold, grad_fold), torch.mv(to_fold, sums)), (whole, sums)]
 
 
 def _delta(grad: Tensor | None, rays: slice, scale: Tensor | None, columns: int, like: Tensor) -> Tensor:
@@ -278,7 +322,7 @@ def _delta(grad: Tensor | None, rays: slice, scale: Tensor | None, columns: int,
     if grad is None:
         return like.new_zeros(like.shape[0], columns)
     rows = grad[rays].flatten(0, 1)
-    rows = (rows if scale is None else rows * scale).to(like.dtype)
+    rows = operand(rows if scale is None else rows * scale, like.dtype)
     missing = columns - rows.shape[1]
     return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
 

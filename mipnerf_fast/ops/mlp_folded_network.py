@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,12 @@ from .mlp_autograd import Architecture
 # Which products an operator uses; operators take numbers.
 TORCH, TWIN, CUBLASLT = range(3)
 
-# Whether the library is there: its forward pass goes through all layers tile by tile (csrc/mlp/mlp_tiles_cpu.cpp).
+# Whether the library is there: its forward pass goes through all layers tile by tile (csrc/mlp/mlp_tiles_cpu.cpp), and
+# few samples go back layer by layer (csrc/mlp/mlp_layer_backward_cpu.cpp).
 _HAS_TILES = _native.available()
+# A layer's way down in the library starts the threads once, where torch starts them for every product and sum; with
+# more rows than these MKL's products are as fast, and from 2^12 on faster.
+_FEW_ROWS = 1 << 9
 
 
 class Plan(NamedTuple):
@@ -80,30 +85,44 @@ class Network:
         options: tuple[Any, ...],
     ) -> None:
         *architecture, products, dtype = options
+        self.parameters, self.options = parameters, options
         self.architecture = Architecture(*architecture)
         self.plan = plan(viewdirs_enc, parameters, self.architecture)
         self.gemm = gemm = gemm_of(products, dtype, features.device)
         on_cpu = products == TORCH and features.device.type == "cpu"
         self.by_tiles = _HAS_TILES and on_cpu and dtype == torch.float32
+        self.down_by_layers = self.by_tiles and features.shape[0] * features.shape[1] <= _FEW_ROWS
         self.weights, self.biases = parameters[0::2], parameters[1::2]
         self.depth = depth = self.architecture.net_depth
         self.does_first_again = does_first_again(parameters, depth, products)
         self.width = self.weights[0].shape[0]
-        view_depth = self.plan.view_depth
-        matrices = [*self.weights[:depth], *self.weights[depth + 3 : depth + 2 + view_depth]]
         self.has_views = viewdirs_enc is not None
         if self.has_views:
             self.from_bottleneck = self.weights[depth + 2][:, : self.width]
             self.from_views = self.weights[depth + 2][:, self.width :]
+        self.rgb_rows = padded(3, gemm.align) if self.plan.view_depth else 3
+
+    # Made when asked for: the library's forward pass reads the parameters as they lie.
+    @functools.cached_property
+    def _matrices(self) -> list[Tensor]:
+        depth, view_depth = self.depth, self.plan.view_depth
+        matrices = [*self.weights[:depth], *self.weights[depth + 3 : depth + 2 + view_depth]]
         if view_depth:
             matrices.append(self.weights[-1])
-        matrices = rounded(matrices, gemm.dtype)
-        self.trunk = [self.split(number, matrix) for number, matrix in enumerate(matrices[:depth])]
-        # Above the lowest of the view layers.
-        self.views = matrices[depth:]
-        self.rgb_rows = padded(3, gemm.align) if view_depth else 3
+        matrices = rounded(matrices, self.gemm.dtype)
         if self.rgb_rows > 3:
-            self.views[-1] = torch.nn.functional.pad(self.views[-1], (0, 0, 0, self.rgb_rows - 3))
+            matrices[-1] = torch.nn.functional.pad(matrices[-1], (0, 0, 0, self.rgb_rows - 3))
+        return matrices
+
+    @functools.cached_property
+    def trunk(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Of its layers, each matrix as `split` splits it."""
+        return [self.split(number, matrix) for number, matrix in enumerate(self._matrices[: self.depth])]
+
+    @property
+    def views(self) -> list[Tensor]:
+        """Of the layers above the lowest that reads the directions, colour among them."""
+        return self._matrices[self.depth :]
 
     def widened(self, layer: int) -> bool:
         """Whether this layer reads the features beside the activations; layer `depth` stands for the heads."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,17 +9,12 @@ from .mlp_folded_network import Activations, Network, apply_layer, new_stash, op
 
 
 def forward_pass(
-    features: Tensor,
-    viewdirs_enc: Tensor | None,
-    parameters: Sequence[Tensor],
-    options: tuple[Any, ...],
-    training: bool,
+    network: Network, features: Tensor, viewdirs_enc: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """raw rgb, raw density, and with `training` what the backward pass needs. Records no gradient."""
     if torch.is_autocast_enabled(features.device.type):
         with torch.autocast(features.device.type, enabled=False):
-            return forward_pass(features, viewdirs_enc, parameters, options, training)
-    network = Network(features, viewdirs_enc, parameters, options)
+            return forward_pass(network, features, viewdirs_enc, training)
     heads = network.heads()
     top = None
     if training:
@@ -37,7 +29,7 @@ def forward_pass(
         rgb, density, stash = _by_tiles(network, features, heads, ray_biases, training)
     else:
         if training:
-            stash = new_stash(features, viewdirs_enc, parameters, options)[:-1]
+            stash = new_stash(features, viewdirs_enc, network.parameters, network.options)[:-1]
         rgb, density = _by_layers(network, features, heads, ray_biases, stash)
     return rgb, density, [] if top is None or stash is None else [*stash, top]
 
@@ -78,8 +70,7 @@ def _by_layers(
     gemm, depth, shapes, biases = network.gemm, network.depth, network.plan, network.biases
     rays, samples, num_features = features.shape
     flat = features.reshape(rays * samples, num_features)
-    at_a_time = gemm.rows_at_a_time(rays * samples, network.width)
-    chunks, most = row_chunks(rays, samples, at_a_time)
+    chunks, most = row_chunks(rays, samples, gemm.rows_at_a_time(rays * samples, network.width))
     of_colour, of_density = (network.split(depth, head) for head in heads)
     # A bias is of its product's dtype.
     plain_biases = rounded([*biases[:depth], *biases[depth + 3 : -1]], gemm.dtype)
