@@ -59,8 +59,11 @@ class Gemm(Protocol):
     align: int
     bit_masks: bool
 
-    def rows_at_a_time(self, rows: int, width: int) -> int:
-        """Of so many rows, how many are worth doing together through all layers, of so many outputs each."""
+    def rows_at_a_time(self, rows: int, width: int, training: bool) -> int:
+        """Of so many rows, how many are worth doing together through all layers, of so many outputs each.
+
+        training: in the passes of a training step, which keep the outputs of all layers.
+        """
         ...
 
     def new_mask(self, out: Tensor) -> Tensor:
@@ -131,10 +134,14 @@ class TorchGemm:
         # 2^12 rows of 256 floats are 4 MB, about a core's second-level cache: of 2^9 to 2^14 the fastest or near it.
         self.chunk_rows = 1 << 12
 
-    def rows_at_a_time(self, rows: int, width: int) -> int:
+    def rows_at_a_time(self, rows: int, width: int, training: bool) -> int:
         """See `Gemm.rows_at_a_time`."""
         if rows * width <= _TOGETHER:
             return self.chunk_rows
+        if self.dtype == torch.bfloat16:
+            # Products take a seventh of the time there, what is around them does not, and rows take half of the room:
+            # a training step of 2^12 samples takes 0.6 of the time that it does in the parts below.
+            return 4 * self.chunk_rows if training else min(self.chunk_rows, max(1, rows // 2))
         return min(self.chunk_rows, max(_FEWEST_OUTPUTS // width, rows // 8))
 
     def new_mask(self, out: Tensor) -> Tensor:
@@ -248,7 +255,7 @@ class CublasLtTwin:
         self.dtype = dtype
         self.chunk_rows = chunk_rows
 
-    def rows_at_a_time(self, rows: int, width: int) -> int:
+    def rows_at_a_time(self, rows: int, width: int, training: bool) -> int:
         """See `Gemm.rows_at_a_time`."""
         return self.chunk_rows
 
@@ -344,7 +351,7 @@ class CublasLt:
         self.dtype = dtype
         self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
-    def rows_at_a_time(self, rows: int, width: int) -> int:
+    def rows_at_a_time(self, rows: int, width: int, training: bool) -> int:
         """See `Gemm.rows_at_a_time`: enough that a product fills any GPU, and few enough that the deltas stay small."""
         return 1 << 18
 

@@ -140,7 +140,7 @@ def _descend(
     """Down through the layers, once for every chunk of rows; adds to `of_features`, if it has rows."""
     rays, samples, num_features = features.shape
     gemm, flat = network.gemm, features.reshape(rays * samples, num_features)
-    chunks, most = row_chunks(rays, samples, gemm.rows_at_a_time(rays * samples, network.width))
+    chunks, most = row_chunks(rays, samples, gemm.rows_at_a_time(rays * samples, network.width, True))
     alone = len(chunks) == 1
     top = stash.pop()
     activations = Activations(network, rays * samples, most, stash)
