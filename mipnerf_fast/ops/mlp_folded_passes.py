@@ -70,7 +70,9 @@ def _by_layers(
     gemm, depth, shapes, biases = network.gemm, network.depth, network.plan, network.biases
     rays, samples, num_features = features.shape
     flat = features.reshape(rays * samples, num_features)
-    chunks, most = row_chunks(rays, samples, gemm.rows_at_a_time(rays * samples, network.width, stash is not None))
+    chunks, most = row_chunks(
+        rays, samples, gemm.rows_at_a_time(rays * samples, network.width, stash is not None)
+    )
     of_colour, of_density = (network.split(depth, head) for head in heads)
     # A bias is of its product's dtype.
     plain_biases = rounded([*biases[:depth], *biases[depth + 3 : -1]], gemm.dtype)
