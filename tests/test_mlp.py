@@ -282,13 +282,16 @@ def test_on_ampere_and_ada_cublaslt_goes_first(monkeypatch: pytest.MonkeyPatch) 
         assert choose_mlp(SMALL, torch.device("cuda"), torch.float32).engine == engine
 
 
-def test_info_names_the_engine() -> None:
-    """And says why that one, why no other, and for which network."""
-    entry = next(e for e in ops.implementations("cpu") if e.operation == "mlp")
-    assert entry.used == "native"
-    assert entry.why == (
-        "folded, not fused, not cublaslt: they run on a GPU; float32 operands; of the paper's 8 x 256 network"
-    )
+def test_info_names_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says why that one, why no other, for which network, and what of it could be faster."""
+    for has, hint in ((True, " (--mlp-dtype bf16 is faster on this processor)"), (False, "")):
+        monkeypatch.setattr(mlp_backends, "CPU_BF16", has)
+        entry = next(e for e in ops.implementations("cpu") if e.operation == "mlp")
+        assert entry.used == "native"
+        assert entry.why == (
+            f"folded, not fused, not cublaslt: they run on a GPU; float32 operands{hint}; "
+            "of the paper's 8 x 256 network"
+        )
     with use_backend("reference"):
         entry = next(e for e in ops.implementations("cpu") if e.operation == "mlp")
     assert entry == ("mlp", "reference", "the backend is set to reference")

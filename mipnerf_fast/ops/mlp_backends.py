@@ -119,7 +119,9 @@ def _fastest(
             reasons.append(f"not in {_name(wanted)}: {_why_not_cpu_dtype(wanted)}")
     why = _why_not_folded(shape, device, dtype, operands)
     if not why:
-        reasons.append(f"{_name(operands)} operands")
+        faster = device.type == "cpu" and wanted is None and CPU_BF16
+        hint = " (--mlp-dtype bf16 is faster on this processor)" if faster else ""
+        reasons.append(f"{_name(operands)} operands{hint}")
         return MlpChoice("folded", operands, "; ".join(reasons))
     if native:
         raise RuntimeError(f"mlp: the backend is set to native, but {why}")
