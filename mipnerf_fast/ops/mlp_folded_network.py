@@ -36,10 +36,10 @@ class Plan(NamedTuple):
     widths: list[int]
 
 
-def plan(viewdirs_enc: Tensor | None, parameters: Sequence[Tensor], architecture: Architecture) -> Plan:
+def plan(has_views: bool, parameters: Sequence[Tensor], architecture: Architecture) -> Plan:
     """Looks at nothing but shapes."""
     depth, width = architecture.net_depth, parameters[0].shape[0]
-    if viewdirs_enc is None:
+    if not has_views:
         return Plan(0, 3, [width] * depth)
     rows, view_depth = parameters[2 * (depth + 2)].shape[0], architecture.net_depth_condition
     return Plan(view_depth, rows, [width] * depth + [rows] * view_depth)
@@ -63,7 +63,8 @@ def new_stash(
     The first layer's has no rows where `does_first_again`.
     """
     *architecture, products, dtype = options
-    shapes, kind = plan(viewdirs_enc, parameters, Architecture(*architecture)), _KINDS[products]
+    shapes = plan(viewdirs_enc is not None, parameters, Architecture(*architecture))
+    kind = _KINDS[products]
     rows, new = features.shape[0] * features.shape[1], parameters[0].new_empty
     layers = [new(rows, columns, dtype=dtype) for columns in shapes.widths]
     if does_first_again(parameters, architecture[0], products):
@@ -75,7 +76,10 @@ def new_stash(
 
 
 class Network:
-    """The parameters as operands, their columns split as the inputs of the layers are."""
+    """The parameters as operands, their columns split as the inputs of the layers are.
+
+    What the library's forward pass does without is made when asked for: beside few samples it would count.
+    """
 
     def __init__(
         self,
@@ -85,31 +89,46 @@ class Network:
         options: tuple[Any, ...],
     ) -> None:
         *architecture, products, dtype = options
-        self.parameters, self.options = parameters, options
+        self.parameters, self.options, self._device = parameters, options, features.device
         self.architecture = Architecture(*architecture)
-        self.plan = plan(viewdirs_enc, parameters, self.architecture)
-        self.gemm = gemm = gemm_of(products, dtype, features.device)
+        self.dtype = dtype
         on_cpu = products == TORCH and features.device.type == "cpu"
         self.by_tiles = _HAS_TILES and on_cpu and dtype == torch.float32
         self.down_by_layers = self.by_tiles and features.shape[0] * features.shape[1] <= _FEW_ROWS
         self.weights, self.biases = parameters[0::2], parameters[1::2]
-        self.depth = depth = self.architecture.net_depth
-        self.does_first_again = does_first_again(parameters, depth, products)
-        self.width = self.weights[0].shape[0]
+        self.depth, self.width = self.architecture.net_depth, parameters[0].shape[0]
         self.has_views = viewdirs_enc is not None
         if self.has_views:
-            self.from_bottleneck = self.weights[depth + 2][:, : self.width]
-            self.from_views = self.weights[depth + 2][:, self.width :]
-        self.rgb_rows = padded(3, gemm.align) if self.plan.view_depth else 3
+            of_views = self.weights[self.depth + 2]
+            self.from_bottleneck, self.from_views = of_views[:, : self.width], of_views[:, self.width :]
 
-    # Made when asked for: the library's forward pass reads the parameters as they lie.
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """See `plan`."""
+        return plan(self.has_views, self.parameters, self.architecture)
+
+    @functools.cached_property
+    def gemm(self) -> Gemm:
+        """What multiplies."""
+        return gemm_of(self.options[-2], self.dtype, self._device)
+
+    @property
+    def does_first_again(self) -> bool:
+        """See `does_first_again`."""
+        return does_first_again(self.parameters, self.depth, self.options[-2])
+
+    @property
+    def rgb_rows(self) -> int:
+        """Of the last matrix as an operand."""
+        return padded(3, self.gemm.align) if self.plan.view_depth else 3
+
     @functools.cached_property
     def _matrices(self) -> list[Tensor]:
         depth, view_depth = self.depth, self.plan.view_depth
         matrices = [*self.weights[:depth], *self.weights[depth + 3 : depth + 2 + view_depth]]
         if view_depth:
             matrices.append(self.weights[-1])
-        matrices = rounded(matrices, self.gemm.dtype)
+        matrices = rounded(matrices, self.dtype)
         if self.rgb_rows > 3:
             matrices[-1] = torch.nn.functional.pad(matrices[-1], (0, 0, 0, self.rgb_rows - 3))
         return matrices
@@ -143,13 +162,13 @@ class Network:
         zeros = padded(rows, self.gemm.align) - rows
         if zeros:
             heads = [*heads, heads[0].new_zeros(zeros, heads[0].shape[1])]
-        return torch.cat(heads).to(self.gemm.dtype)
+        return torch.cat(heads).to(self.dtype)
 
     def ray_biases(self, viewdirs_enc: Tensor) -> Tensor:
         """Of the layer that reads the directions, one row for every ray; of the dtype of its outputs."""
         bias = torch.addmv(self.biases[self.depth + 2], self.from_bottleneck, self.biases[self.depth + 1])
         rows = torch.nn.functional.linear(viewdirs_enc.to(bias.dtype), self.from_views, bias)
-        return rows.to(self.gemm.dtype) if self.plan.view_depth else rows
+        return rows if rows.dtype == self.dtype or not self.plan.view_depth else rows.to(self.dtype)
 
 
 class Activations:

@@ -22,7 +22,7 @@ def forward_pass(
         colour_rows = network.plan.colour_rows
         heads = [top[:colour_rows], top[colour_rows : colour_rows + 1]]
     else:
-        heads = rounded(heads, network.gemm.dtype)
+        heads = rounded(heads, network.dtype)
     ray_biases = None if viewdirs_enc is None else network.ray_biases(viewdirs_enc)
     stash: list[Tensor] | None = None
     if network.by_tiles:
