@@ -118,14 +118,17 @@ def mlp_speed(results: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"README.md: the block 'mlp_speed' has no file {path.name} in {results.name}")
     report = json.loads(path.read_text(encoding="utf-8"))
+    # What --large measures, in a run of its own.
+    large_path = results / "mlp_large_cpu.json"
+    large = json.loads(large_path.read_text(encoding="utf-8")) if large_path.is_file() else None
     # Results from before it was counted have no column of it.
     counted = "memory" in report
     columns = ["case", "threads", "variant", "ms", "against eager", "error"]
     columns += ["peak MiB", "of eager's"] if counted else []
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    sizes, digits = (("2^8", "2^14"), 2) if counted else (("2^14",), 1)
+    sizes, digits = (("2^8", "2^14", "2^17"), 2) if counted else (("2^14",), 1)
     not_run: dict[str, str] = {}  # every variant once, not in every case
-    for row in report["results"]:
+    for row in [*report["results"], *(large["results"] if large else [])]:
         if row["allocator"] != "page faults removed" or not any(size in row["case"] for size in sizes):
             continue
         if row["median"] is None and row["note"].startswith("not run"):
@@ -149,6 +152,12 @@ def mlp_speed(results: Path) -> str:
         f"||got - want|| / ||want|| against float64{memory}. {facts['device']}, torch {facts['torch']}, revision "
         f"{facts['revision']}. More sizes in benchmarks/results/mlp_cpu.md.",
     ]
+    if large:
+        facts = large["environment"]
+        lines[-1] += (
+            f" 2^17 samples: at least {large['runs']} calls, {facts['device']}, torch {facts['torch']}, revision "
+            f"{facts['revision']}."
+        )
     if not_run:
         lines[-1] += f" Not run here: {'; '.join(f'{name} {why}' for name, why in not_run.items())}."
     return "\n".join([*lines, "", readme_gpu.network(results)])
