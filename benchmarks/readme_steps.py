@@ -54,7 +54,14 @@ def steps(results: Path) -> str:
                 cells.append(f"{table['work']['rays'] / median:,.0f}")
                 cells += [f"{other / median:.2f} x" if other else "not measured" for other in (eager, best)]
                 lines.append(f"| {' | '.join(cells)} |")
-    machines = sorted({_machine(report) for report in reports})
+    # Which rows are whose, where not all are of one machine and revision.
+    of_machines: dict[str, list[str]] = {}
+    for report in reports:
+        of_machines.setdefault(_machine(report), []).append(report["benchmark"])
+    machines = [
+        f"{', '.join(names)}: {machine}" if len(of_machines) > 1 else machine
+        for machine, names in sorted(of_machines.items())
+    ]
     measured = {"cuda" if report["environment"]["cuda"] else "cpu" for report in reports}
     gpu = "" if "cuda" in measured else " On a GPU: not measured."
     lines += [
