@@ -43,6 +43,7 @@ class _Call:
         training: bool,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         self.network = Network(features, viewdirs_enc, parameters, options)
+        self.network.to_viewdirs = viewdirs_enc is not None and viewdirs_enc.requires_grad
         return forward_pass(self.network, features, viewdirs_enc, training)
 
     def backward(

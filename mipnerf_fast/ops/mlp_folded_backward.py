@@ -20,7 +20,7 @@ def backward_pass(
     stash: list[Tensor],
     to_features: bool,
 ) -> list[Tensor]:
-    """Gradients of features (empty unless wanted), viewdirs_enc (empty without) and the parameters.
+    """Gradients of features and viewdirs_enc (each empty unless wanted) and of the parameters.
 
     Records no gradient of its own. Empties `stash`: what nobody else holds of it is freed on the way down, where the
     rows are few enough to go together, and gradients take its place.
@@ -107,20 +107,21 @@ class _Gradients:
         return network.gemm.grad_input(delta, network.views[number], out, mask=mask)
 
     def by_parameter(self, viewdirs_enc: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """Those of the parameters, the bottleneck unfolded, and that of viewdirs_enc (empty without)."""
+        """Those of the parameters, the bottleneck unfolded, and that of viewdirs_enc (empty unless wanted)."""
         network = self.network
         rows = network.plan.colour_rows
         layered = [(self.wholes.get(number, total[0]), total[1]) for number, total in enumerate(self.trunk)]
         grad_top, sums = layered.pop()
         layered.append((grad_top[rows : rows + 1].clone(), sums[rows : rows + 1].clone()))
         grad_colour = grad_top[:rows], sums[:rows]
+        of_viewdirs = sums.new_empty(0)
         if viewdirs_enc is None:
             layered.append(grad_colour)
-            of_viewdirs = sums.new_empty(0)
         else:
             of_ray_biases = self.of_rays[0] if len(self.of_rays) == 1 else torch.cat(self.of_rays)
             layered += _unfolded(network, grad_colour, of_ray_biases, viewdirs_enc.to(sums.dtype))
-            of_viewdirs = torch.mm(of_ray_biases, network.from_views)
+            if network.to_viewdirs:
+                of_viewdirs = torch.mm(of_ray_biases, network.from_views)
         layered += self.views[:-1]
         if self.views:
             weight, bias = self.views[-1]

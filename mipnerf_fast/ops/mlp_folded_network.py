@@ -79,7 +79,11 @@ class Network:
     """The parameters as operands, their columns split as the inputs of the layers are.
 
     What the library's forward pass does without is made when asked for: beside few samples it would count.
+
+    to_viewdirs: whether the backward pass has to find their gradient.
     """
+
+    to_viewdirs = True
 
     def __init__(
         self,
