@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import Mock
@@ -324,6 +325,22 @@ def test_a_layers_way_down_refuses_what_does_not_fit() -> None:
         changed = [*arguments[:number], value, *arguments[number + 1 :]]
         with pytest.raises(RuntimeError, match=f"mlp_layer_backward: {message}"):
             way_down(*changed)
+
+
+def test_products_are_let_go_between_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a GPU have a workspace of 32 MB each."""
+    made: list[weakref.ref[TorchGemm]] = []
+
+    def products_of(products: int, dtype: torch.dtype, device: torch.device) -> TorchGemm:
+        made.append(weakref.ref(engine := TorchGemm(dtype)))
+        return engine
+
+    monkeypatch.setattr(mlp_folded_network, "gemm_of", products_of)
+    mlp, (features, viewdirs_enc) = Engine("folded", "fp32", "cpu").build(PRESET), inputs(PRESET, 2, 30)
+    rgb, density = run_folded(mlp, features, viewdirs_enc, torch.bfloat16)
+    assert len(made) == 1 and made[0]() is None
+    (rgb.sum() + density.sum()).backward()
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("samples", [1, 37])

@@ -44,7 +44,9 @@ class _Call:
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         self.network = Network(features, viewdirs_enc, parameters, options)
         self.network.to_viewdirs = viewdirs_enc is not None and viewdirs_enc.requires_grad
-        return forward_pass(self.network, features, viewdirs_enc, training)
+        results = forward_pass(self.network, features, viewdirs_enc, training)
+        self.network.between_passes()
+        return results
 
     def backward(
         self,

@@ -116,6 +116,10 @@ class Network:
         """What multiplies."""
         return gemm_of(self.options[-2], self.dtype, self._device)
 
+    def between_passes(self) -> None:
+        """Let go of what the backward pass makes again: on a GPU products have a workspace of 32 MB."""
+        self.__dict__.pop("gemm", None)
+
     @property
     def does_first_again(self) -> bool:
         """See `does_first_again`."""
