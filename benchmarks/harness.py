@@ -1,6 +1,7 @@
 """Times an operation beside its baselines: what every bench_<operation>.py shares.
 
-A benchmark describes its cases; `main` measures them and writes benchmarks/results/<operation>_<device>.json and .md.
+A benchmark describes its cases; `main` measures them and writes benchmarks/results/<operation>_<device>.json and .md
+(<operation>_large_<device> of the large ones).
 
 * Variants of a case run in turn, one call each, round after round, on random inputs that change from call to call
   (together larger than the cache), with their outputs allocated inside the timed call. Reported are the median, the
@@ -516,7 +517,7 @@ def main(
         write_durably(stem.with_suffix(".md"), markdown(operation, report).encode())
         write_durably(stem.with_suffix(".json"), (json.dumps(report, indent=1) + "\n").encode())
 
-    stem = arguments.out / f"{operation}_{device.type}"
+    stem = arguments.out / f"{operation}{'_large' if arguments.large else ''}_{device.type}"
     kept = False
     for allocator, threads in settings:
         if allocator == PAGES_KEPT and not kept:

@@ -8,20 +8,16 @@
 
 #include <algorithm>
 #include <optional>
-#include <vector>
 
 #include "../common/checks.h"
 #include "../common/vector_tasks.h"
+#include "mlp_sums.h"
 
 namespace mipnerf {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Sums at a time, two vectors each: 24 of the 32 registers of AVX-512, 12 of 16 elsewhere.
-template <int W>
-constexpr int kRows = W == 16 ? 12 : 6;
 
 // Columns that a task does.
 template <int W>
@@ -149,12 +145,7 @@ MIPNERF_INLINE void add_products(Factors<kAdjacent> factors, const float* packed
         }
     }
     if constexpr (R > 1)
-        if (row < rows)
-            add_products<W,
-                         (R > 6   ? 6
-                          : R > 4 ? 4
-                                  : R / 2),
-                         kAdjacent>(factors, packed, terms, sums, row, rows);
+        if (row < rows) add_products<W, fewer_sums(R), kAdjacent>(factors, packed, terms, sums, row, rows);
 }
 
 inline int parts_of(int64_t count, int64_t size) {
@@ -166,30 +157,38 @@ inline int parts_of(int64_t count, int64_t size) {
 struct WayDown {
     const Layer& layer;
 
-    template <int W>
-    MIPNERF_INLINE void operator()(int64_t task, int64_t) const {
-        const int parts = parts_of(layer.delta.columns, layer.outputs_at_a_time);
-        const int of_x = parts_of(layer.x.columns, kColumns<W>);
-        const int of_beside = parts_of(layer.beside.columns, kColumns<W>);
-        const int64_t weights = int64_t{parts} * (of_x + of_beside);
-        if (task < weights) {
-            const int block = static_cast<int>(task / parts), part = static_cast<int>(task % parts);
-            return block < of_x ? grad_weight<W>(layer.x, block, part, 0)
-                                : grad_weight<W>(layer.beside, block - of_x, part, layer.x.columns);
-        }
-        task -= weights;
-        const int64_t below = layer.below == nullptr ? 0 : int64_t{of_x} * parts_of(layer.samples, kSamples);
-        if (task < below) return delta_below<W>(static_cast<int>(task % of_x), task / of_x);
-        grad_bias<W>(static_cast<int>(task - below));
+    struct Counts {
+        int parts, of_x, of_beside;  // of the outputs; blocks of columns
+        int64_t below, biases;
+
+        MIPNERF_INLINE int64_t weights() const { return int64_t{parts} * (of_x + of_beside); }
+    };
+
+    // With so many columns in a block.
+    MIPNERF_INLINE Counts counts(int columns) const {
+        const int of_x = parts_of(layer.x.columns, columns);
+        return {parts_of(layer.delta.columns, layer.outputs_at_a_time), of_x,
+                parts_of(layer.beside.columns, columns),
+                layer.below == nullptr ? 0 : int64_t{of_x} * parts_of(layer.samples, kSamples),
+                parts_of(layer.delta.columns, kBiases)};
+    }
+
+    int64_t tasks() const {
+        const Counts all = counts(2 * vector_lanes());
+        return all.weights() + all.below + all.biases;
     }
 
     template <int W>
-    int64_t count() const {
-        const int of_x = parts_of(layer.x.columns, kColumns<W>);
-        const int of_beside = parts_of(layer.beside.columns, kColumns<W>);
-        const int64_t below = layer.below == nullptr ? 0 : int64_t{of_x} * parts_of(layer.samples, kSamples);
-        return int64_t{parts_of(layer.delta.columns, layer.outputs_at_a_time)} * (of_x + of_beside) + below +
-               parts_of(layer.delta.columns, kBiases);
+    MIPNERF_INLINE void operator()(int64_t task, int64_t) const {
+        const Counts all = counts(kColumns<W>);
+        if (task < all.weights()) {
+            const int block = static_cast<int>(task / all.parts), part = static_cast<int>(task % all.parts);
+            return block < all.of_x ? grad_weight<W>(layer.x, block, part, 0)
+                                    : grad_weight<W>(layer.beside, block - all.of_x, part, layer.x.columns);
+        }
+        task -= all.weights();
+        if (task < all.below) return delta_below<W>(static_cast<int>(task % all.of_x), task / all.of_x);
+        grad_bias<W>(static_cast<int>(task - all.below));
     }
 
     template <int W>
@@ -209,7 +208,7 @@ struct WayDown {
             pack<W>(x, sample, terms, first, packed);
             const Factors<true> deltas{layer.delta.data + sample * layer.delta.stride + output,
                                        layer.delta.stride};
-            add_products<W, kRows<W>>(deltas, packed, terms, sums, 0, outputs);
+            add_products<W, kSumsAtATime<W>>(deltas, packed, terms, sums, 0, outputs);
             sums.add = true;
         }
     }
@@ -232,7 +231,7 @@ struct WayDown {
             if (output + terms == outputs) sums.mask = layer.x.data + sample * layer.x.stride + first;
             const Factors<false> deltas{layer.delta.data + sample * layer.delta.stride + output,
                                         layer.delta.stride};
-            add_products<W, kRows<W>>(deltas, packed, terms, sums, 0, samples);
+            add_products<W, kSumsAtATime<W>>(deltas, packed, terms, sums, 0, samples);
             sums.add = true;
         }
     }
@@ -261,18 +260,6 @@ struct WayDown {
         std::copy_n(total, columns, layer.grad_bias + first);
     }
 };
-
-// How many of the tasks there are depends on how wide the vectors are.
-inline int64_t tasks_of(const WayDown& body) {
-    switch (vector_unit()) {
-        case VectorUnit::kAvx512:
-            return body.count<16>();
-        case VectorUnit::kAvx2:
-            return body.count<8>();
-        default:
-            return body.count<4>();
-    }
-}
 
 // See csrc/library.cpp.
 void mlp_layer_backward_cpu(Tensor delta, Tensor x, std::optional<Tensor> beside, Tensor weight,
@@ -324,7 +311,7 @@ void mlp_layer_backward_cpu(Tensor delta, Tensor x, std::optional<Tensor> beside
     const int64_t parts = std::max<int64_t>(1, 4 * threads / std::max<int64_t>(1, blocks));
     layer.outputs_at_a_time = static_cast<int>(std::max<int64_t>(24, parts_of(outputs, parts)));
     const WayDown body{layer};
-    for_tasks(tasks_of(body), body);
+    for_tasks(body.tasks(), body);
 }
 
 }  // namespace

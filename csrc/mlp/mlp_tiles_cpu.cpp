@@ -19,16 +19,13 @@
 
 #include "../common/checks.h"
 #include "../common/vector_tasks.h"
+#include "mlp_sums.h"
 
 namespace mipnerf {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Two vectors of each: 24 of the 32 registers of AVX-512 are sums, 12 of 16 elsewhere.
-template <int W>
-constexpr int kOutputsAtATime = W == 16 ? 12 : 6;
 
 template <int W>
 constexpr int kPanel = 2 * W;
@@ -89,7 +86,7 @@ MIPNERF_INLINE void outputs_from(int first, const Layer& layer, const float* bia
     }
     if constexpr (R > 1)
         if (first < layer.outputs)
-            outputs_from<W, (R > 6 ? 6 : R > 4 ? 4 : R / 2), kRelu>(first, layer, bias, x, inputs, more, y);
+            outputs_from<W, fewer_sums(R), kRelu>(first, layer, bias, x, inputs, more, y);
 }
 
 // a0 b0 a1 b1 and so on, of the first halves or the second.
@@ -237,11 +234,11 @@ struct Tiles {
                 const float* const bias =
                     bias_of<W>(layer, first + p * kPanel<W>, count - p * kPanel<W>, y.panel(p));
                 if (density || last)
-                    outputs_from<W, kOutputsAtATime<W>, false>(0, layer, bias, x.panel(p), x.count, more,
-                                                               y.panel(p));
+                    outputs_from<W, kSumsAtATime<W>, false>(0, layer, bias, x.panel(p), x.count, more,
+                                                            y.panel(p));
                 else
-                    outputs_from<W, kOutputsAtATime<W>, true>(0, layer, bias, x.panel(p), x.count, more,
-                                                              y.panel(p));
+                    outputs_from<W, kSumsAtATime<W>, true>(0, layer, bias, x.panel(p), x.count, more,
+                                                           y.panel(p));
             }
             if (network.outputs[number] != nullptr)
                 panels_to_rows<W>(y, network.outputs[number], first, count);

@@ -225,7 +225,7 @@ class MipMLP(KeepsWeights):
         rows of zeros.
         """
         layers = self.linears[: self.net_depth + 1] if density_alone else self.linears
-        parameters: list[Tensor] = [p for linear in layers for p in (linear.weight, linear.bias)]  # type: ignore[misc]
+        parameters = [p for linear in layers for p in (linear.weight, linear.bias) if isinstance(p, Tensor)]
         if not density_alone:
             return parameters, Architecture(self.net_depth, self.net_depth_condition, self.skip_layer)
         columns = parameters[-2].shape[1]
