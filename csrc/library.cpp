@@ -49,6 +49,20 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "mlp_tiles_forward(Tensor features, Tensor? ray_biases, Tensor[] weights, Tensor[] biases, int "
         "depth, "
         "int skip_layer, int first_kept) -> Tensor[]");
+    // The bottleneck, its weight [W, K], folded into the view layer [C, W + V] on the CPU: top [C + 1, K] is
+    // view_weight[:, :W] bottleneck_weight with density's row below it, and ray_biases [B, C] are
+    // view_weight[:, W:] viewdirs_enc + view_weight[:, :W] bottleneck_bias + view_bias.
+    m.def(
+        "mlp_fold(Tensor viewdirs_enc, Tensor view_weight, Tensor view_bias, Tensor bottleneck_weight, "
+        "Tensor "
+        "bottleneck_bias, Tensor density_weight) -> (Tensor, Tensor)");
+    // And the gradients of its arguments from those of what it gives, of the layer's sums [C + 1] in the
+    // place of a bias: of weight and bias of density, the bottleneck and the view layer, and of viewdirs_enc
+    // (empty unless asked for).
+    m.def(
+        "mlp_unfold(Tensor grad_top, Tensor sums, Tensor of_ray_biases, Tensor viewdirs_enc, Tensor "
+        "view_weight, "
+        "Tensor bottleneck_weight, Tensor bottleneck_bias, bool to_viewdirs) -> Tensor[]");
     // One layer's way down on the CPU. With delta [S, N] the gradient of its outputs, x [S, K] the outputs of
     // the layer below behind their ReLU, and beside [S, F] what else it reads: grad_weight [N, K + F] and
     // grad_bias [N] (+)= delta^T [x, beside] and the sums of delta; below [S, K] = delta weight where x > 0.

@@ -109,24 +109,22 @@ class _Gradients:
     def by_parameter(self, viewdirs_enc: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Those of the parameters, the bottleneck unfolded, and that of viewdirs_enc (empty unless wanted)."""
         network = self.network
-        rows = network.plan.colour_rows
         layered = [(self.wholes.get(number, total[0]), total[1]) for number, total in enumerate(self.trunk)]
         grad_top, sums = layered.pop()
-        layered.append((grad_top[rows : rows + 1].clone(), sums[rows : rows + 1].clone()))
-        grad_colour = grad_top[:rows], sums[:rows]
+        grads = [grad for layer in layered for grad in layer]
         of_viewdirs = sums.new_empty(0)
         if viewdirs_enc is None:
-            layered.append(grad_colour)
+            rows = network.plan.colour_rows
+            grads += [grad[rows : rows + 1].clone() for grad in (grad_top, sums)]
+            grads += [grad_top[:rows], sums[:rows]]
         else:
             of_ray_biases = self.of_rays[0] if len(self.of_rays) == 1 else torch.cat(self.of_rays)
-            layered += _unfolded(network, grad_colour, of_ray_biases, viewdirs_enc.to(sums.dtype))
-            if network.to_viewdirs:
-                of_viewdirs = torch.mm(of_ray_biases, network.from_views)
-        layered += self.views[:-1]
-        if self.views:
-            weight, bias = self.views[-1]
-            layered.append((weight, bias) if network.rgb_rows == 3 else (weight[:3], bias[:3]))
-        return [grad for layer in layered for grad in layer], of_viewdirs
+            *of_heads, of_viewdirs = network.unfold(grad_top, sums, of_ray_biases, viewdirs_enc)
+            grads += of_heads
+        for number, layer in enumerate(self.views):
+            rows = 3 if number + 1 == len(self.views) else len(layer[1])
+            grads += layer if rows == len(layer[1]) else [grad[:rows] for grad in layer]
+        return grads, of_viewdirs
 
 
 def _descend(
@@ -295,24 +293,6 @@ def _down_the_colour_branch(
     if columns > rows + 1:
         of_top[:, rows + 1 :].zero_()
     return of_top
-
-
-def _unfolded(
-    network: Network,
-    grad_colour: tuple[Tensor, Tensor],
-    grad_ray_biases: Tensor,
-    viewdirs_enc: Tensor,
-) -> list[tuple[Tensor, Tensor]]:
-    """The gradients of the two layers that were folded into one, from those of the one."""
-    depth, to_fold = network.depth, network.from_bottleneck.t()
-    grad_fold, sums = grad_colour
-    whole = torch.empty_like(network.weights[depth + 2])
-    of_bottleneck, of_views = whole.split([network.width, viewdirs_enc.shape[1]], 1)
-    torch.mm(grad_fold, network.weights[depth + 1].t(), out=of_bottleneck).addr_(
-        sums, network.biases[depth + 1]
-    )
-    torch.mm(grad_ray_biases.t(), viewdirs_enc, out=of_views)
-    return [(torch.mm(to_fold, grad_fold), torch.mv(to_fold, sums)), (whole, sums)]
 
 
 def _delta(grad: Tensor | None, rays: slice, scale: Tensor | None, columns: int, like: Tensor) -> Tensor:

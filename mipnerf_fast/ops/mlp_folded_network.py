@@ -12,16 +12,20 @@ from torch import Tensor
 from .. import _native
 from .gemm import CublasLt, CublasLtTwin, Gemm, TorchGemm, new_bit_mask
 from .mlp_autograd import Architecture
+from .mlp_folding import unfold
 
 # Which products an operator uses; operators take numbers.
 TORCH, TWIN, CUBLASLT = range(3)
 
-# Whether the library is there: its forward pass goes through all layers tile by tile (csrc/mlp/mlp_tiles_cpu.cpp), and
-# few samples go back layer by layer (csrc/mlp/mlp_layer_backward_cpu.cpp).
+# Whether the library is there: it folds the bottleneck and unfolds its gradients (csrc/mlp/mlp_folding_cpu.cpp), its
+# forward pass goes through all layers tile by tile (csrc/mlp/mlp_tiles_cpu.cpp), and few samples go back layer by layer
+# (csrc/mlp/mlp_layer_backward_cpu.cpp).
 _HAS_TILES = _native.available()
 # A layer's way down in the library starts the threads once, where torch starts them for every product and sum; with
 # more rows than these MKL's products are as fast, and from 2^12 on faster.
 _FEW_ROWS = 1 << 9
+if _HAS_TILES:
+    _fold, _unfold = torch.ops.mipnerf_fast.mlp_fold.default, torch.ops.mipnerf_fast.mlp_unfold.default
 
 
 class Plan(NamedTuple):
@@ -102,9 +106,6 @@ class Network:
         self.weights, self.biases = parameters[0::2], parameters[1::2]
         self.depth, self.width = self.architecture.net_depth, parameters[0].shape[0]
         self.has_views = viewdirs_enc is not None
-        if self.has_views:
-            of_views = self.weights[self.depth + 2]
-            self.from_bottleneck, self.from_views = of_views[:, : self.width], of_views[:, self.width :]
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -159,10 +160,40 @@ class Network:
         """The columns of a matrix that multiply the layer's input, and those for the features beside it."""
         return (matrix[:, : self.width], matrix[:, self.width :]) if self.widened(layer) else (matrix, None)
 
+    @property
+    def _folded_layers(self) -> Sequence[Tensor]:
+        """Weights and biases of density, the bottleneck and the layer above it."""
+        return self.parameters[2 * self.depth : 2 * self.depth + 6]
+
+    def fold(self, viewdirs_enc: Tensor) -> tuple[Tensor, Tensor]:
+        """`top` and `ray_biases` in one call of the library's, where `by_tiles`."""
+        density, _, *bottleneck, weight, bias = self._folded_layers
+        directions = operand(viewdirs_enc, self.dtype)
+        top, ray_biases = _fold(directions, weight, bias, *bottleneck, density)
+        return top, ray_biases
+
+    def unfold(
+        self, grad_top: Tensor, sums: Tensor, of_ray_biases: Tensor, viewdirs_enc: Tensor
+    ) -> list[Tensor]:
+        """Gradients of weight and bias of density, the bottleneck and the layer above it, and of viewdirs_enc."""
+        *_, weight, bias, of_views, _ = self._folded_layers
+        directions = operand(viewdirs_enc, sums.dtype)
+        if self.by_tiles:
+            gradients: list[Tensor] = _unfold(
+                grad_top, sums, of_ray_biases, directions, of_views, weight, bias, self.to_viewdirs
+            )
+            return gradients
+        rows = self.plan.colour_rows
+        of_density = [grad[rows : rows + 1].clone() for grad in (grad_top, sums)]
+        inputs = (of_ray_biases, directions, of_views, weight, bias, self.to_viewdirs)
+        return [*of_density, *unfold(grad_top[:rows], sums[:rows], *inputs)]
+
     def heads(self) -> list[Tensor]:
         """What of the colour branch and of density reads the trunk's output."""
-        density, colour = self.weights[self.depth], self.weights[self.depth + 1]
-        return [torch.mm(self.from_bottleneck, colour) if self.has_views else colour, density]
+        density, colour = self.weights[self.depth : self.depth + 2]
+        if self.has_views:
+            colour = torch.mm(self.weights[self.depth + 2][:, : self.width], colour)
+        return [colour, density]
 
     def top(self, heads: list[Tensor]) -> Tensor:
         """Both as one matrix of operands, with rows of zeros up to a multiple of `align`."""
@@ -174,8 +205,9 @@ class Network:
 
     def ray_biases(self, viewdirs_enc: Tensor) -> Tensor:
         """Of the layer that reads the directions, one row for every ray; of the dtype of its outputs."""
-        bias = torch.addmv(self.biases[self.depth + 2], self.from_bottleneck, self.biases[self.depth + 1])
-        rows = torch.nn.functional.linear(viewdirs_enc.to(bias.dtype), self.from_views, bias)
+        *_, of_bottleneck, weight, bias = self._folded_layers
+        bias = torch.addmv(bias, weight[:, : self.width], of_bottleneck)
+        rows = torch.nn.functional.linear(viewdirs_enc.to(bias.dtype), weight[:, self.width :], bias)
         return rows if rows.dtype == self.dtype or not self.plan.view_depth else rows.to(self.dtype)
 
 

@@ -15,15 +15,20 @@ def forward_pass(
     if torch.is_autocast_enabled(features.device.type):
         with torch.autocast(features.device.type, enabled=False):
             return forward_pass(network, features, viewdirs_enc, training)
-    heads = network.heads()
-    top = None
-    if training:
-        top = network.top(heads)
-        colour_rows = network.plan.colour_rows
-        heads = [top[:colour_rows], top[colour_rows : colour_rows + 1]]
+    top, ray_biases = None, None
+    colour_rows = network.plan.colour_rows
+    if viewdirs_enc is not None and network.by_tiles:
+        top, ray_biases = network.fold(viewdirs_enc)
+        heads = [*top.split_with_sizes([colour_rows, 1])]
     else:
-        heads = rounded(heads, network.dtype)
-    ray_biases = None if viewdirs_enc is None else network.ray_biases(viewdirs_enc)
+        heads = network.heads()
+        if training:
+            top = network.top(heads)
+            heads = [top[:colour_rows], top[colour_rows : colour_rows + 1]]
+        else:
+            heads = rounded(heads, network.dtype)
+        if viewdirs_enc is not None:
+            ray_biases = network.ray_biases(viewdirs_enc)
     stash: list[Tensor] | None = None
     if network.by_tiles:
         rgb, density, stash = _by_tiles(network, features, heads, ray_biases, training)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _native
 from .mlp_autograd import Architecture
+from .mlp_folding import unfold
 
 TILE_ROWS = 128  # samples of a block
 _OPERATORS = ("mlp_pack", "mlp_forward", "mlp_encoded_forward", "mlp_composited_forward", "mlp_backward")
@@ -95,15 +96,14 @@ class FoldedNetwork:
         parts = self._parts(gradients)
         if viewdirs_enc is None:
             return parts, gradients.new_empty(0)
-        bottleneck_weight, bottleneck_bias = self.layers[self.depth + 1]
         weight, _ = self.layers[self.depth + 2]
-        from_bottleneck = weight[:, : self.width]
         at = 2 * (self.depth + 1)
         grad, sums = parts[at : at + 2]
-        of_bottleneck = torch.addr(grad @ bottleneck_weight.t(), sums, bottleneck_bias)
-        of_weight = torch.cat([of_bottleneck, ray_sums.t() @ self._directions(viewdirs_enc)], 1)
-        unfolded = [from_bottleneck.t() @ grad, from_bottleneck.t() @ sums, of_weight, sums]
-        return [*parts[:at], *unfolded, *parts[at + 2 :]], ray_sums @ self._from_views
+        bottleneck_weight, bottleneck_bias = self.layers[self.depth + 1]
+        directions = self._directions(viewdirs_enc)
+        inputs = (grad, sums, ray_sums, directions, weight, bottleneck_weight, bottleneck_bias)
+        *unfolded, of_viewdirs = unfold(*inputs)
+        return [*parts[:at], *unfolded, *parts[at + 2 :]], of_viewdirs
 
 
 # By the number of parameters and whether there are views: of one module these are the whole network and its density's.

@@ -1,0 +1,245 @@
+// Products of the network's small matrices on the CPU, many of them in one pass over the threads, where torch
+// starts them for every product, every sum and every mask. Each is rows of sums, a number of one operand
+// times a row of the other, which is packed for the cache.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "../common/vector_tasks.h"
+#include "../common/vector_transpose.h"
+#include "mlp_sums.h"
+
+namespace mipnerf {
+
+// A matrix as it lies in memory: by rows, each without gaps, or by columns.
+struct Operand {
+    const float* data;
+    int64_t stride;  // between rows, or columns; 0: one for all
+    bool by_columns;
+
+    MIPNERF_INLINE const float* at(int64_t row, int64_t column) const {
+        return by_columns ? data + column * stride + row : data + row * stride + column;
+    }
+    Operand transposed() const { return {data, stride, !by_columns}; }
+    Operand from_column(int64_t column) const { return {at(0, column), stride, by_columns}; }
+};
+
+// sums[r, c] (+)= sum_t left[r, t] right[t, c], and zero where the mask [rows, columns] is not above zero.
+struct Product {
+    int64_t rows, terms;
+    int columns;
+    Operand left, right;
+    float* sums;
+    int64_t stride;
+    bool add = false;
+    const float* mask = nullptr;
+    int64_t mask_stride = 0;
+    int64_t rows_at_a_time = 128;   // of a task: packing the right operand for them is little beside
+    const Product* then = nullptr;  // another of the same rows and columns, added to these sums
+
+    int64_t parts() const { return (rows + rows_at_a_time - 1) / rows_at_a_time; }
+    MIPNERF_INLINE int64_t blocks(int columns_of_block) const {
+        return (columns + columns_of_block - 1) / columns_of_block;
+    }
+};
+
+// A matrix of equal rows.
+MIPNERF_INLINE Operand same_row(const float* data) {
+    return {data, 0, false};
+}
+
+// A row of ones: products with it are sums over the rows of the other.
+inline constexpr float kOne = 1.0f;
+inline constexpr Operand kRowOfOnes{&kOne, 0, true};
+inline constexpr Operand kColumnOfOnes{&kOne, 0, false};
+
+namespace products {
+
+// Columns of a block.
+template <int W>
+constexpr int kColumns = 2 * W;
+constexpr int kMostColumns = 32;
+
+// Terms of a sum at a time: packed, two vectors of each are within the first-level cache.
+constexpr int kTerms = 256;
+
+// Terms that a row of factors is fetched ahead.
+constexpr int kAhead = 12;
+
+// Of an operand so many terms (rows) and columns, 2 W a row with zeros beside.
+template <int W>
+MIPNERF_INLINE void pack(const Operand& from, int64_t term, int terms, int64_t first, int columns,
+                         float* packed) {
+    if (from.by_columns) {
+        constexpr int N = kTransposed<W>;
+        const int whole_terms = terms / N * N, whole_columns = columns / N * N;
+        for (int c = 0; c < whole_columns; c += N)
+            for (int t = 0; t < whole_terms; t += N)
+                transpose<N>(from.at(term + t, first + c), from.stride, packed + t * kColumns<W> + c,
+                             kColumns<W>);
+        for (int c = 0; c < columns; ++c)
+            for (int t = c < whole_columns ? whole_terms : 0; t < terms; ++t)
+                packed[t * kColumns<W> + c] = *from.at(term + t, first + c);
+        for (int c = columns; c < kColumns<W>; ++c)
+            for (int t = 0; t < terms; ++t) packed[t * kColumns<W> + c] = 0.0f;
+        return;
+    }
+    const float* row = from.at(term, first);
+    if (columns == kColumns<W>) {
+        for (int t = 0; t < terms; ++t, row += from.stride) {
+            store_vector<W>(packed + t * kColumns<W>, load_vector<W>(row));
+            store_vector<W>(packed + t * kColumns<W> + W, load_vector<W>(row + W));
+        }
+        return;
+    }
+    for (int t = 0; t < terms; ++t, row += from.stride)
+        for (int c = 0; c < kColumns<W>; ++c) packed[t * kColumns<W> + c] = c < columns ? row[c] : 0.0f;
+}
+
+// Where the sums of a block go: [rows, columns], added to what is there or not; with a mask, after the last
+// term, zero where it is.
+struct Sums {
+    float* data;
+    int64_t stride;
+    int columns;
+    bool add;
+    const float* mask;
+    int64_t mask_stride;
+};
+
+// Numbers of a term's row: next to each other, or a stride apart and each term's next to the last one's.
+template <bool kAdjacent>
+struct Factors {
+    const float* data;
+    int64_t stride;
+};
+
+// sums[r, c] (+)= sum_t factors(r, t) packed[t, c], for the rows from `row` on, R at a time, and fewer at
+// last.
+template <int W, int R, bool kAdjacent>
+MIPNERF_INLINE void add_products(Factors<kAdjacent> factors, const float* packed, int terms, Sums sums,
+                                 int row, int rows) {
+    for (; row + R <= rows; row += R) {
+        Vector<W> sum[R][2];
+        float line[kColumns<W>] = {};
+        const bool whole = sums.columns == kColumns<W>;
+        MIPNERF_UNROLL for (int r = 0; r < R; ++r) {
+            if (sums.add) {
+                const float* from = sums.data + (row + r) * sums.stride;
+                if (!whole) {
+                    std::memcpy(line, from, sums.columns * sizeof(float));
+                    from = line;
+                }
+                sum[r][0] = load_vector<W>(from);
+                sum[r][1] = load_vector<W>(from + W);
+            } else {
+                sum[r][0] = sum[r][1] = splat<W>(0.0f);
+            }
+        }
+        const float* factor = factors.data + (kAdjacent ? row : row * factors.stride);
+        for (int t = 0; t < terms; ++t, factor += kAdjacent ? factors.stride : 1) {
+            const Vector<W> a = load_vector<W>(packed + t * kColumns<W>);
+            const Vector<W> b = load_vector<W>(packed + t * kColumns<W> + W);
+            if constexpr (kAdjacent) {
+                // A line of memory for every term, too far apart to be foreseen.
+                __builtin_prefetch(factor + kAhead * factors.stride);
+                __builtin_prefetch(factor + kAhead * factors.stride + R - 1);
+            }
+            MIPNERF_UNROLL for (int r = 0; r < R; ++r) {
+                const Vector<W> number = splat<W>(factor[kAdjacent ? r : r * factors.stride]);
+                sum[r][0] = fused<W>(number, a, sum[r][0]);
+                sum[r][1] = fused<W>(number, b, sum[r][1]);
+            }
+        }
+        MIPNERF_UNROLL for (int r = 0; r < R; ++r) {
+            float* const to = sums.data + (row + r) * sums.stride;
+            if (sums.mask != nullptr) {
+                const float* mask = sums.mask + (row + r) * sums.mask_stride;
+                if (!whole) {
+                    std::memcpy(line, mask, sums.columns * sizeof(float));
+                    mask = line;
+                }
+                const Vector<W> zero = splat<W>(0.0f);
+                MIPNERF_UNROLL for (int v = 0; v < 2; ++v) sum[r][v] =
+                    load_vector<W>(mask + v * W) <= zero ? zero : sum[r][v];
+            }
+            if (whole) {
+                store_vector<W>(to, sum[r][0]);
+                store_vector<W>(to + W, sum[r][1]);
+            } else {
+                store_vector<W>(line, sum[r][0]);
+                store_vector<W>(line + W, sum[r][1]);
+                std::memcpy(to, line, sums.columns * sizeof(float));
+            }
+        }
+    }
+    if constexpr (R > 1)
+        if (row < rows) add_products<W, fewer_sums(R), kAdjacent>(factors, packed, terms, sums, row, rows);
+}
+
+template <int W>
+MIPNERF_INLINE void sum_block(const Product& product, int64_t row, int rows, int64_t block, bool add) {
+    alignas(64) float packed[kTerms * kMostColumns];
+    const int64_t first = block * kColumns<W>;
+    const int columns = static_cast<int>(std::min<int64_t>(kColumns<W>, product.columns - first));
+    Sums sums{product.sums + row * product.stride + first,
+              product.stride,
+              columns,
+              add,
+              nullptr,
+              product.mask_stride};
+    // Once without terms too: the sums are zero then.
+    for (int64_t term = 0; term == 0 || term < product.terms; term += kTerms) {
+        const int terms = static_cast<int>(std::min<int64_t>(kTerms, product.terms - term));
+        pack<W>(product.right, term, terms, first, columns, packed);
+        if (product.mask != nullptr && term + terms == product.terms)
+            sums.mask = product.mask + row * product.mask_stride + first;
+        const float* const left = product.left.at(row, term);
+        if (product.left.by_columns)
+            add_products<W, kSumsAtATime<W>>(Factors<true>{left, product.left.stride}, packed, terms, sums, 0,
+                                             rows);
+        else
+            add_products<W, kSumsAtATime<W>>(Factors<false>{left, product.left.stride}, packed, terms, sums,
+                                             0, rows);
+        sums.add = true;
+    }
+}
+
+// Tasks are blocks of columns of some rows, one product after the other.
+struct Blocks {
+    const std::vector<Product>& products;
+
+    int64_t tasks() const {
+        int64_t total = 0;
+        for (const Product& product : products) total += product.parts() * product.blocks(2 * vector_lanes());
+        return total;
+    }
+
+    template <int W>
+    MIPNERF_INLINE void operator()(int64_t task, int64_t) const {
+        const Product* product = products.data();
+        for (;; ++product) {
+            const int64_t tasks = product->parts() * product->blocks(kColumns<W>);
+            if (task < tasks) break;
+            task -= tasks;
+        }
+        const int64_t parts = product->parts(), block = task / parts;
+        const int64_t row = task % parts * product->rows_at_a_time;
+        const int rows = static_cast<int>(std::min(product->rows_at_a_time, product->rows - row));
+        sum_block<W>(*product, row, rows, block, product->add);
+        if (product->then != nullptr) sum_block<W>(*product->then, row, rows, block, true);
+    }
+};
+
+}  // namespace products
+
+// All of them; none may read what another writes.
+inline void for_products(const std::vector<Product>& products) {
+    const products::Blocks body{products};
+    for_tasks(body.tasks(), body);
+}
+
+}  // namespace mipnerf
