@@ -65,10 +65,11 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
         "Tensor bottleneck_weight, Tensor bottleneck_bias, bool to_viewdirs) -> Tensor[]");
     // One layer's way down on the CPU. With delta [S, N] the gradient of its outputs, x [S, K] the outputs of
     // the layer below behind their ReLU, and beside [S, F] what else it reads: grad_weight [N, K + F] and
-    // grad_bias [N] (+)= delta^T [x, beside] and the sums of delta; below [S, K] = delta weight where x > 0.
+    // grad_bias [N] (+)= delta^T [x, beside] and the sums of delta; below [S, K] = delta weight where x > 0;
+    // ray_sums [B, C] the sums of the first C columns of delta over each ray's samples.
     m.def(
         "mlp_layer_backward(Tensor delta, Tensor x, Tensor? beside, Tensor weight, Tensor(a!)? below, "
-        "Tensor(b!) grad_weight, Tensor(c!) grad_bias, bool add) -> ()");
+        "Tensor(b!) grad_weight, Tensor(c!) grad_bias, Tensor(d!)? ray_sums, bool add) -> ()");
     // ---- the fused network: csrc/mlp. Its sizes are numbers: width, depth, skip_layer of the trunk,
     // view_width and view_depth of the view branch (0 without). Parameters of the folded network, each weight
     // and bias at a multiple of 4, to the kernels' order.

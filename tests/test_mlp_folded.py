@@ -291,16 +291,19 @@ def test_a_layers_way_down(samples: int, outputs: int, inputs_: int, columns: in
     before = [m.double() * add for m in (grad_weight, grad_bias)]
     way_down: Any = torch.ops.mipnerf_fast.mlp_layer_backward
     others = given[3] if columns else None
-    for out in (below, None):
+    rays = samples if samples % 2 else max(1, samples // 2)
+    ray_sums, want_of_rays = torch.randn(rays, outputs), delta.unflatten(0, (rays, -1)).sum(1)[:, :-2]
+    for out, of_rays in ((below, ray_sums[:, :-2]), (None, None)):
         if out is None and not add:
             grad_weight.fill_(float("nan"))
         elif out is None:
             grad_weight.copy_(before[0]), grad_bias.copy_(before[1])
-        way_down(given[0], given[1], others, given[2], out, grad_weight, grad_bias, add)
+        way_down(given[0], given[1], others, given[2], out, grad_weight, grad_bias, of_rays, add)
         for got, want in (
             (grad_weight, before[0] + delta.t() @ torch.cat([x, beside], 1)),
             (grad_bias, before[1] + delta.sum(0)),
             (below, (delta @ weight) * (x > 0)),
+            (ray_sums[:, :-2], want_of_rays),
         ):
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
         for m, edge in zip(room, edges, strict=True):
@@ -309,7 +312,7 @@ def test_a_layers_way_down(samples: int, outputs: int, inputs_: int, columns: in
 
 def test_a_layers_way_down_refuses_what_does_not_fit() -> None:
     arguments = [torch.rand(6, 4), torch.rand(6, 8), None, torch.rand(4, 8), torch.rand(6, 8)]
-    arguments += [torch.rand(4, 8), torch.rand(4), False]
+    arguments += [torch.rand(4, 8), torch.rand(4), torch.rand(2, 3), False]
     way_down: Any = torch.ops.mipnerf_fast.mlp_layer_backward
     for number, value, message in (
         (0, torch.rand(6, 4).double(), "delta must be float32, got float64"),
@@ -321,6 +324,8 @@ def test_a_layers_way_down_refuses_what_does_not_fit() -> None:
         (4, torch.rand(6, 7), r"below must be of shape \[6, 8\]"),
         (5, torch.rand(4, 8).half(), "grad_weight must be float32 as delta, got float16"),
         (6, torch.rand(5), r"grad_bias must be of shape \[4\]"),
+        (7, torch.rand(2, 5), "ray_sums must be of at most as many columns as delta, got 5"),
+        (7, torch.rand(4, 3), "ray_sums must be of rays with as many samples each, got 4"),
     ):
         changed = [*arguments[:number], value, *arguments[number + 1 :]]
         with pytest.raises(RuntimeError, match=f"mlp_layer_backward: {message}"):

@@ -19,7 +19,8 @@ using torch::stable::Tensor;
 
 // See csrc/library.cpp.
 void mlp_layer_backward_cpu(Tensor delta, Tensor x, std::optional<Tensor> beside, Tensor weight,
-                            std::optional<Tensor> below, Tensor grad_weight, Tensor grad_bias, bool add) {
+                            std::optional<Tensor> below, Tensor grad_weight, Tensor grad_bias,
+                            std::optional<Tensor> ray_sums, bool add) {
     const Checker check{"mlp_layer_backward"};
     check.dims("delta", delta, 2, "[S, N]");
     check.dtype("delta", delta, {ScalarType::Float});
@@ -57,6 +58,15 @@ void mlp_layer_backward_cpu(Tensor delta, Tensor x, std::optional<Tensor> beside
     check.same_device("grad_bias", grad_bias, "delta", delta);
     check.shape("grad_bias", grad_bias, {outputs}, "[N]");
     check.that(outputs <= 1 || grad_bias.stride(0) == 1, "grad_bias", "without gaps", grad_bias.stride(0));
+    int64_t rays = 0, of_rays = 0;
+    if (ray_sums.has_value()) {
+        checked("ray_sums", *ray_sums, "[B, C]");
+        rays = ray_sums->size(0);
+        of_rays = ray_sums->size(1);
+        check.that(of_rays <= outputs, "ray_sums", "of at most as many columns as delta", of_rays);
+        check.that(rays > 0 ? samples % rays == 0 : samples == 0, "ray_sums",
+                   "of rays with as many samples each", rays);
+    }
 
     // delta^T [x, beside], in enough parts for every thread to find work to the end.
     const int64_t blocks =
@@ -78,6 +88,11 @@ void mlp_layer_backward_cpu(Tensor delta, Tensor x, std::optional<Tensor> beside
                        of_x.stride});
     all.push_back({1, samples, static_cast<int>(outputs), kRowOfOnes, deltas,
                    static_cast<float*>(grad_bias.mutable_data_ptr()), outputs, add});
+    for (int64_t ray = 0; ray < rays; ++ray)
+        all.push_back({1, samples / rays, static_cast<int>(of_rays), kRowOfOnes,
+                       Operand{deltas.at(ray * (samples / rays), 0), deltas.stride, false},
+                       static_cast<float*>(ray_sums->mutable_data_ptr()) + ray * ray_sums->stride(0),
+                       of_rays});
     for_products(all);
 }
 

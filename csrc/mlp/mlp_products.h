@@ -66,7 +66,7 @@ constexpr int kMostColumns = 32;
 // Terms of a sum at a time: packed, two vectors of each are within the first-level cache.
 constexpr int kTerms = 256;
 
-// Terms that a row of factors is fetched ahead.
+// Terms that the left operand is fetched ahead.
 constexpr int kAhead = 12;
 
 // Of an operand so many terms (rows) and columns, 2 W a row with zeros beside.
@@ -99,112 +99,88 @@ MIPNERF_INLINE void pack(const Operand& from, int64_t term, int terms, int64_t f
         for (int c = 0; c < kColumns<W>; ++c) packed[t * kColumns<W> + c] = c < columns ? row[c] : 0.0f;
 }
 
-// Where the sums of a block go: [rows, columns], added to what is there or not; with a mask, after the last
-// term, zero where it is.
-struct Sums {
-    float* data;
-    int64_t stride;
-    int columns;
-    bool add;
-    const float* mask;
-    int64_t mask_stride;
-};
-
-// Numbers of a term's row: next to each other, or a stride apart and each term's next to the last one's.
-template <bool kAdjacent>
-struct Factors {
-    const float* data;
-    int64_t stride;
-};
-
-// sums[r, c] (+)= sum_t factors(r, t) packed[t, c], for the rows from `row` on, R at a time, and fewer at
-// last.
-template <int W, int R, bool kAdjacent>
-MIPNERF_INLINE void add_products(Factors<kAdjacent> factors, const float* packed, int terms, Sums sums,
-                                 int row, int rows) {
-    for (; row + R <= rows; row += R) {
-        Vector<W> sum[R][2];
-        float line[kColumns<W>] = {};
-        const bool whole = sums.columns == kColumns<W>;
+// sum[r, c] = sum_t left[r, t] packed[t, c] of R rows.
+template <int W, int R>
+MIPNERF_INLINE void sum_rows(const float* left, int64_t row_stride, int64_t term_stride, const float* packed,
+                             int terms, float* sums) {
+    Vector<W> sum[R][2];
+    MIPNERF_UNROLL for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = splat<W>(0.0f);
+    for (int t = 0; t < terms; ++t, left += term_stride) {
+        const Vector<W> a = load_vector<W>(packed + t * kColumns<W>);
+        const Vector<W> b = load_vector<W>(packed + t * kColumns<W> + W);
+        // By columns this is a line of memory for every term, too far apart to be foreseen.
+        __builtin_prefetch(left + kAhead * term_stride);
+        __builtin_prefetch(left + kAhead * term_stride + (R - 1) * row_stride);
         MIPNERF_UNROLL for (int r = 0; r < R; ++r) {
-            if (sums.add) {
-                const float* from = sums.data + (row + r) * sums.stride;
-                if (!whole) {
-                    std::memcpy(line, from, sums.columns * sizeof(float));
-                    from = line;
-                }
-                sum[r][0] = load_vector<W>(from);
-                sum[r][1] = load_vector<W>(from + W);
-            } else {
-                sum[r][0] = sum[r][1] = splat<W>(0.0f);
-            }
-        }
-        const float* factor = factors.data + (kAdjacent ? row : row * factors.stride);
-        for (int t = 0; t < terms; ++t, factor += kAdjacent ? factors.stride : 1) {
-            const Vector<W> a = load_vector<W>(packed + t * kColumns<W>);
-            const Vector<W> b = load_vector<W>(packed + t * kColumns<W> + W);
-            if constexpr (kAdjacent) {
-                // A line of memory for every term, too far apart to be foreseen.
-                __builtin_prefetch(factor + kAhead * factors.stride);
-                __builtin_prefetch(factor + kAhead * factors.stride + R - 1);
-            }
-            MIPNERF_UNROLL for (int r = 0; r < R; ++r) {
-                const Vector<W> number = splat<W>(factor[kAdjacent ? r : r * factors.stride]);
-                sum[r][0] = fused<W>(number, a, sum[r][0]);
-                sum[r][1] = fused<W>(number, b, sum[r][1]);
-            }
-        }
-        MIPNERF_UNROLL for (int r = 0; r < R; ++r) {
-            float* const to = sums.data + (row + r) * sums.stride;
-            if (sums.mask != nullptr) {
-                const float* mask = sums.mask + (row + r) * sums.mask_stride;
-                if (!whole) {
-                    std::memcpy(line, mask, sums.columns * sizeof(float));
-                    mask = line;
-                }
-                const Vector<W> zero = splat<W>(0.0f);
-                MIPNERF_UNROLL for (int v = 0; v < 2; ++v) sum[r][v] =
-                    load_vector<W>(mask + v * W) <= zero ? zero : sum[r][v];
-            }
-            if (whole) {
-                store_vector<W>(to, sum[r][0]);
-                store_vector<W>(to + W, sum[r][1]);
-            } else {
-                store_vector<W>(line, sum[r][0]);
-                store_vector<W>(line + W, sum[r][1]);
-                std::memcpy(to, line, sums.columns * sizeof(float));
-            }
+            const Vector<W> number = splat<W>(left[r * row_stride]);
+            sum[r][0] = fused<W>(number, a, sum[r][0]);
+            sum[r][1] = fused<W>(number, b, sum[r][1]);
         }
     }
-    if constexpr (R > 1)
-        if (row < rows) add_products<W, fewer_sums(R), kAdjacent>(factors, packed, terms, sums, row, rows);
+    MIPNERF_UNROLL for (int r = 0; r < R; ++r) {
+        store_vector<W>(sums + r * kColumns<W>, sum[r][0]);
+        store_vector<W>(sums + r * kColumns<W> + W, sum[r][1]);
+    }
+}
+
+// The sums of some rows and columns of a block to where they go. Apart from the products, which are all that
+// has to be unrolled: with few samples the code that is read for the first time counts.
+template <int W>
+MIPNERF_INLINE void add_rows(const float* sums, int rows, int columns, bool add, float* to, int64_t stride,
+                             const float* mask, int64_t mask_stride) {
+    if (columns < kColumns<W>) {
+        for (int r = 0; r < rows; ++r)
+            for (int c = 0; c < columns; ++c) {
+                const float sum = sums[r * kColumns<W> + c] + (add ? to[r * stride + c] : 0.0f);
+                to[r * stride + c] = mask != nullptr && mask[r * mask_stride + c] <= 0.0f ? 0.0f : sum;
+            }
+        return;
+    }
+    const Vector<W> zero = splat<W>(0.0f);
+    for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < kColumns<W>; c += W) {
+            Vector<W> sum = load_vector<W>(sums + r * kColumns<W> + c);
+            if (add) sum += load_vector<W>(to + r * stride + c);
+            if (mask != nullptr) sum = load_vector<W>(mask + r * mask_stride + c) <= zero ? zero : sum;
+            store_vector<W>(to + r * stride + c, sum);
+        }
 }
 
 template <int W>
-MIPNERF_INLINE void sum_block(const Product& product, int64_t row, int rows, int64_t block, bool add) {
-    alignas(64) float packed[kTerms * kMostColumns];
+MIPNERF_INLINE void sum_block(const Product& product, int64_t first_row, int rows, int64_t block, bool add) {
+    constexpr int R = kSumsAtATime<W>;
+    alignas(64) float packed[kTerms * kMostColumns], sums[R * kColumns<W>];
     const int64_t first = block * kColumns<W>;
     const int columns = static_cast<int>(std::min<int64_t>(kColumns<W>, product.columns - first));
-    Sums sums{product.sums + row * product.stride + first,
-              product.stride,
-              columns,
-              add,
-              nullptr,
-              product.mask_stride};
+    const Operand& left = product.left;
+    const int64_t row_stride = left.by_columns ? 1 : left.stride;
+    const int64_t term_stride = left.by_columns ? left.stride : 1;
     // Once without terms too: the sums are zero then.
     for (int64_t term = 0; term == 0 || term < product.terms; term += kTerms) {
         const int terms = static_cast<int>(std::min<int64_t>(kTerms, product.terms - term));
         pack<W>(product.right, term, terms, first, columns, packed);
-        if (product.mask != nullptr && term + terms == product.terms)
-            sums.mask = product.mask + row * product.mask_stride + first;
-        const float* const left = product.left.at(row, term);
-        if (product.left.by_columns)
-            add_products<W, kSumsAtATime<W>>(Factors<true>{left, product.left.stride}, packed, terms, sums, 0,
-                                             rows);
-        else
-            add_products<W, kSumsAtATime<W>>(Factors<false>{left, product.left.stride}, packed, terms, sums,
-                                             0, rows);
-        sums.add = true;
+        const bool last = term + terms == product.terms;
+        for (int done = 0; done < rows;) {
+            const int64_t row = first_row + done;
+            const float* const from = left.at(row, term);
+            const int rest = rows - done;
+            int count = 1;
+            if (rest >= R) {
+                sum_rows<W, R>(from, row_stride, term_stride, packed, terms, sums);
+                count = R;
+            } else if (rest >= 4) {
+                sum_rows<W, 4>(from, row_stride, term_stride, packed, terms, sums);
+                count = 4;
+            } else {
+                sum_rows<W, 1>(from, row_stride, term_stride, packed, terms, sums);
+            }
+            const float* const mask =
+                product.mask != nullptr && last ? product.mask + row * product.mask_stride + first : nullptr;
+            add_rows<W>(sums, count, columns, add, product.sums + row * product.stride + first,
+                        product.stride, mask, product.mask_stride);
+            done += count;
+        }
+        add = true;
     }
 }
 
@@ -229,8 +205,9 @@ struct Blocks {
         const int64_t parts = product->parts(), block = task / parts;
         const int64_t row = task % parts * product->rows_at_a_time;
         const int rows = static_cast<int>(std::min(product->rows_at_a_time, product->rows - row));
-        sum_block<W>(*product, row, rows, block, product->add);
-        if (product->then != nullptr) sum_block<W>(*product->then, row, rows, block, true);
+        bool add = product->add;
+        for (; product != nullptr; product = product->then, add = true)
+            sum_block<W>(*product, row, rows, block, add);
     }
 };
 

@@ -36,7 +36,9 @@ def backward_pass(
         of_viewdirs = parameters[0].new_zeros(0 if viewdirs_enc is None else viewdirs_enc.shape)
         return [of_features, of_viewdirs, *map(torch.zeros_like, parameters)]
     scale = loss_scale([g for g in (grad_rgb, grad_density) if g is not None], network.gemm.dtype)
-    of_features = parameters[0].new_zeros(rays * samples if to_features else 0, num_features)
+    of_features = parameters[0].new_empty(rays * samples if to_features else 0, num_features)
+    if to_features:
+        of_features.zero_()
     gradients = _Gradients(network)
     _descend(network, (grad_rgb, grad_density), features, stash, scale, gradients, of_features)
     grads, of_viewdirs = gradients.by_parameter(viewdirs_enc)
@@ -81,7 +83,10 @@ class _Gradients:
             network.gemm.grad_input(delta, weight if beside is None else beside, to_features, beta=1.0)
         if network.down_by_layers:
             others = None if beside is None else encoded
-            self.trunk[number], below = _in_one_pass(delta, x, others, weight, total, out, mask is not None)
+            of_rays = self.of_rays[-1] if self.of_rays and number == network.depth else None
+            self.trunk[number], below = _in_one_pass(
+                delta, x, others, weight, total, out, mask is not None, of_rays
+            )
             return below
         if beside is None:
             self.trunk[number] = network.gemm.grad_layer(delta, x, total)
@@ -105,6 +110,14 @@ class _Gradients:
             return below
         self.views[number] = network.gemm.grad_layer(delta, x, total)
         return network.gemm.grad_input(delta, network.views[number], out, mask=mask)
+
+    def sum_over_rays(self, delta: Tensor, samples: int) -> None:
+        """Some rays' part of the gradient of their biases; where layers go down in one pass, room that it fills."""
+        network, columns = self.network, self.network.plan.colour_rows
+        if network.down_by_layers:
+            self.of_rays.append(delta.new_empty(delta.shape[0] // samples, columns))
+        else:
+            self.of_rays.append(network.gemm.sums(delta[:, :columns].view(-1, samples, columns), 1))
 
     def by_parameter(self, viewdirs_enc: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Those of the parameters, the bottleneck unfolded, and that of viewdirs_enc (empty unless wanted)."""
@@ -151,9 +164,7 @@ def _descend(
         to_features = of_features[rows] if of_features.shape[0] else None
         delta = _down_the_colour_branch(network, grads, part, kept, scale, top, deltas, gradients)
         if network.has_views:
-            of_rays = delta[:, : network.plan.colour_rows].view(-1, samples, network.plan.colour_rows)
-            gradients.of_rays.append(gemm.sums(of_rays, 1))
-            del of_rays
+            gradients.sum_over_rays(delta, samples)
         weights = network.split(network.depth, top)
         if alone:
             del top
@@ -199,8 +210,12 @@ def _in_one_pass(
     total: tuple[Tensor, Tensor] | None,
     out: Tensor | None,
     wants_below: bool,
+    of_rays: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-    """A layer's way down in the library: its gradients, added to what there is of them, and the delta below."""
+    """A layer's way down in the library: its gradients, added to what there is of them, and the delta below.
+
+    of_rays: room for the sums of the delta's first columns over the rays.
+    """
     add = total is not None
     if total is None:
         columns = x.shape[1] + (0 if beside is None else beside.shape[1])
@@ -208,7 +223,7 @@ def _in_one_pass(
     if wants_below and out is None:
         out = x.new_empty(x.shape)
     torch.ops.mipnerf_fast.mlp_layer_backward.default(
-        delta, x, beside, weight, out if wants_below else None, *total, add
+        delta, x, beside, weight, out if wants_below else None, *total, of_rays, add
     )
     return total, out
 
