@@ -36,7 +36,7 @@ assert (ours - exact).abs().max() < 1e-5, "the CPU path of this library is wrong
 # The exact network has one path for each: ops/mlp_folded.py serves the CPU. On a GPU tables are moved by sparse_adam.
 CPU_ONLY = {
     "mipnerf_fast::" + name
-    for name in ("mlp_tiles_forward", "mlp_layer_backward", "mlp_fold", "mlp_unfold", "fast_train_update")
+    for name in ("mlp_tiles_forward", "mlp_layer_backward", "mlp_unfold", "fast_train_update")
 }
 CUDA_ONLY = {
     "mipnerf_fast::" + name

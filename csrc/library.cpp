@@ -41,24 +41,17 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
     m.def(
         "gemm_cublaslt(Tensor a, Tensor b, Tensor(a!) out, bool transpose_a, bool transpose_b, float beta, "
         "int epilogue, Tensor(b!)? vector, Tensor(c!)? mask, Tensor(d!) workspace) -> bool");
-    // The folded network forward on the CPU: features [S, F] to raw rgb [S, 3], raw density [S, 1], and the
-    // outputs of the layers with a ReLU from the one numbered first_kept on. Weights and biases are those of
-    // the trunk, density, the colour branch's layer over the trunk (ray_biases [B, C] stand for its bias,
-    // which is not read), view layers and colour.
+    // The folded network forward on the CPU: features [S, F] to raw rgb [S, 3], raw density [S, 1], the
+    // outputs of the layers with a ReLU from the one numbered first_kept on, and the matrix over the trunk:
+    // the colour branch's layer, into which the bottleneck is folded where there are viewdirs_enc [B, V],
+    // above density's row. Parameters are weight and bias of every layer as the paper has them.
     m.def(
-        "mlp_tiles_forward(Tensor features, Tensor? ray_biases, Tensor[] weights, Tensor[] biases, int "
-        "depth, "
-        "int skip_layer, int first_kept) -> Tensor[]");
-    // The bottleneck, its weight [W, K], folded into the view layer [C, W + V] on the CPU: top [C + 1, K] is
-    // view_weight[:, :W] bottleneck_weight with density's row below it, and ray_biases [B, C] are
-    // view_weight[:, W:] viewdirs_enc + view_weight[:, :W] bottleneck_bias + view_bias.
-    m.def(
-        "mlp_fold(Tensor viewdirs_enc, Tensor view_weight, Tensor view_bias, Tensor bottleneck_weight, "
-        "Tensor "
-        "bottleneck_bias, Tensor density_weight) -> (Tensor, Tensor)");
-    // And the gradients of its arguments from those of what it gives, of the layer's sums [C + 1] in the
-    // place of a bias: of weight and bias of density, the bottleneck and the view layer, and of viewdirs_enc
-    // (empty unless asked for).
+        "mlp_tiles_forward(Tensor features, Tensor? viewdirs_enc, Tensor[] parameters, int depth, int "
+        "skip_layer, "
+        "int first_kept) -> Tensor[]");
+    // From the gradient of that matrix [C + 1, K], of its outputs' sums over all samples [C + 1] and over
+    // every ray's [B, C] those of weight and bias of density, the bottleneck and the layer above it, and of
+    // viewdirs_enc (empty unless asked for).
     m.def(
         "mlp_unfold(Tensor grad_top, Tensor sums, Tensor of_ray_biases, Tensor viewdirs_enc, Tensor "
         "view_weight, "

@@ -383,29 +383,43 @@ def test_a_nan_passes_every_relu() -> None:
 
 
 def test_the_tiles_operator_refuses_what_does_not_fit() -> None:
-    features, rows = torch.rand(6, 8), torch.rand(2, 4)
-    weights = [torch.rand(size) for size in ((16, 8), (1, 16), (4, 16), (3, 4))]
-    biases = [torch.rand(weight.shape[0]) for weight in weights]
-    arguments = [features, rows, weights, biases, 1, 4, 4]
+    features, directions = torch.rand(6, 8), torch.rand(2, 5)
+    # A trunk of one layer, density, the bottleneck, the layer over it and colour.
+    weights = [torch.rand(size) for size in ((16, 8), (1, 16), (16, 16), (4, 21), (3, 4))]
+    parameters = [p for weight in weights for p in (weight, torch.rand(weight.shape[0]))]
+    arguments = [features, directions, parameters, 1, 4, 4]
     tiles: Any = torch.ops.mipnerf_fast.mlp_tiles_forward
-    assert [x.shape for x in tiles(*arguments)] == [(6, 3), (6, 1)]
+    assert [x.shape for x in tiles(*arguments)] == [(6, 3), (6, 1), (5, 16)]
+    assert [x.shape for x in tiles(*arguments[:5], 0)] == [(6, 3), (6, 1), (6, 16), (6, 4), (5, 16)]
+
+    def changed(number: int, value: Tensor) -> list[Tensor]:
+        return [*parameters[:number], value, *parameters[number + 1 :]]
+
     for number, value, message in (
         (0, features.double(), "features must be float32, got float64"),
         (0, features[0], r"features must be of shape \[S, F\]"),
-        (1, rows[:, :3], r"ray_biases must be of shape \[2, 4\]"),
-        (1, torch.rand(4, 4), "ray_biases must be of rays with as many samples each, got 4"),
-        (2, weights[:2], "weights must be of the trunk's layers, density and colour, got 2"),
-        (2, [*weights[:3], torch.rand(3, 5)], r"weights must be of shape \[3, 4\]"),
-        (2, [weights[0], torch.rand(2, 16), *weights[2:]], "weights must be one row for density, got 2"),
-        (2, [*weights[:3], torch.rand(4, 4)], "weights must be three rows for colour, got 4"),
-        (2, [weights[0].double(), *weights[1:]], "weights must be float32 as features, got float64"),
-        (3, biases[:3], "biases must be as many as weights, got 3"),
-        (3, [biases[0][:5], *biases[1:]], r"biases must be of shape \[16\]"),
-        (5, 0, "skip_layer must be 1 or more, got 0"),
+        (1, directions[0], r"viewdirs_enc must be of shape \[B, V\], got \[5\]"),
+        (1, torch.rand(4, 5), "viewdirs_enc must be of rays with as many samples each, got 4"),
+        (1, directions.double(), "viewdirs_enc must be float32 as features, got float64"),
+        (
+            2,
+            parameters[:6],
+            "parameters must be weight and bias of the trunk's layers, density, the bottleneck",
+        ),
+        (2, parameters[:-1], "parameters must be weight and bias of the trunk's layers"),
+        (2, changed(0, torch.rand(16, 9)), r"parameters must be of shape \[16, 8\] \(of a layer\)"),
+        (2, changed(1, torch.rand(5)), r"parameters must be of shape \[16\] \(of a bias\)"),
+        (2, [*parameters[:2], torch.rand(2, 16), *parameters[3:]], "parameters must be one row for density"),
+        (2, changed(4, torch.rand(16, 9)), r"parameters must be of shape \[16, 16\] \(of the bottleneck\)"),
+        (2, changed(5, torch.rand(3)), r"parameters must be of shape \[16\] \(of the bottleneck's bias\)"),
+        (2, changed(6, torch.rand(4, 16)), r"parameters must be of shape \[4, 21\] \(of the layer over"),
+        (2, changed(8, torch.rand(4, 4)), "parameters must be three rows for colour, got 4"),
+        (2, changed(0, weights[0].double()), "parameters must be float32 as features, got float64"),
+        (4, 0, "skip_layer must be 1 or more, got 0"),
     ):
-        changed = [*arguments[:number], value, *arguments[number + 1 :]]
+        given = [*arguments[:number], value, *arguments[number + 1 :]]
         with pytest.raises(RuntimeError, match=f"mlp_tiles_forward: {message}"):
-            tiles(*changed)
+            tiles(*given)
 
 
 # ------------------------------------------------------------------------------------------------ the products

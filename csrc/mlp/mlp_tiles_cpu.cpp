@@ -14,12 +14,14 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "../common/checks.h"
 #include "../common/vector_tasks.h"
 #include "../common/vector_transpose.h"
+#include "mlp_folding.h"
 #include "mlp_sums.h"
 
 namespace mipnerf {
@@ -209,18 +211,21 @@ struct Tiles {
     }
 };
 
-// Rgb, density, and the outputs of the layers with a ReLU from the one numbered `first_kept` on.
-std::vector<Tensor> mlp_tiles_forward_cpu(Tensor features, std::optional<Tensor> ray_biases,
-                                          std::vector<Tensor> weights, std::vector<Tensor> biases,
-                                          int64_t depth, int64_t skip_layer, int64_t first_kept) {
+// See csrc/library.cpp.
+std::vector<Tensor> mlp_tiles_forward_cpu(Tensor features, std::optional<Tensor> viewdirs_enc,
+                                          std::vector<Tensor> parameters, int64_t depth, int64_t skip_layer,
+                                          int64_t first_kept) {
     const Checker check{"mlp_tiles_forward"};
     check.dims("features", features, 2, "[S, F]");
     check.dtype("features", features, {ScalarType::Float});
     check.that(skip_layer > 0, "skip_layer", "1 or more", skip_layer);
-    const int64_t count = static_cast<int64_t>(weights.size());
-    check.that(depth > 0 && count >= depth + 2, "weights", "of the trunk's layers, density and colour",
-               count);
-    check.that(biases.size() == weights.size(), "biases", "as many as weights", biases.size());
+    const bool has_views = viewdirs_enc.has_value();
+    // Of the folded network, in which the bottleneck is no layer.
+    const int64_t count = static_cast<int64_t>(parameters.size()) / 2 - (has_views ? 1 : 0);
+    check.that(parameters.size() % 2 == 0 && depth > 0 && count >= depth + 2, "parameters",
+               std::string("weight and bias of the trunk's layers, density") +
+                   (has_views ? ", the bottleneck and colour" : " and colour"),
+               parameters.size());
     std::vector<Tensor> copies;  // of what is not contiguous, while it is needed
     const auto data = [&copies, &check, &features](const char* name, const Tensor& tensor) {
         check.same_dtype(name, tensor, "features", features);
@@ -228,6 +233,10 @@ std::vector<Tensor> mlp_tiles_forward_cpu(Tensor features, std::optional<Tensor>
         if (tensor.is_contiguous()) return static_cast<const float*>(tensor.const_data_ptr());
         copies.push_back(torch::stable::contiguous(tensor));
         return static_cast<const float*>(copies.back().const_data_ptr());
+    };
+    const auto made = [&features](std::initializer_list<int64_t> sizes, Tensor& tensor) {
+        tensor = torch::stable::new_empty(features, sizes);
+        return static_cast<float*>(tensor.mutable_data_ptr());
     };
     Network network{features.size(0),
                     1,
@@ -242,43 +251,61 @@ std::vector<Tensor> mlp_tiles_forward_cpu(Tensor features, std::optional<Tensor>
                     {}};
     std::vector<Tensor> kept;
     int64_t inputs = network.features, of_trunk = 0;
-    Tensor rgb = features, density = features;
+    Tensor rgb = features, density = features, top = features, ray_biases = features;
     for (int64_t number = 0; number < count; ++number) {
-        const bool of_rays = number == depth + 1 && ray_biases.has_value();
+        const bool over_trunk = number == depth + 1, last = number + 1 == count;
         if (number <= depth + 1) {
             inputs = number == 0 ? network.features : of_trunk;
             if (network.reads_features(static_cast<int>(std::min(number, depth)))) inputs += network.features;
         }
-        const Tensor& weight = weights[number];
-        check.dims("weights", weight, 2, "[outputs, inputs]");
+        const int64_t place = 2 * (number + (has_views && number > depth ? 1 : 0));
+        const Tensor &weight = parameters[place], &bias = parameters[place + 1];
+        check.dims("parameters", weight, 2, "[outputs, inputs]");
         const int64_t outputs = weight.size(0);
-        check.shape("weights", weight, {outputs, inputs}, "of a layer");
-        const bool last = number + 1 == count;
-        check.that(number != depth || outputs == 1, "weights", "one row for density", outputs);
-        check.that(!last || outputs == 3, "weights", "three rows for colour", outputs);
-        const float* bias = nullptr;
-        if (of_rays) {
-            const Tensor& rows = *ray_biases;
-            check.dims("ray_biases", rows, 2, "[B, C]");
-            const int64_t rays = rows.size(0);
-            check.shape("ray_biases", rows, {rays, outputs}, "[B, C]");
-            check.that(rays > 0 ? network.samples % rays == 0 : network.samples == 0, "ray_biases",
+        check.that(number != depth || outputs == 1, "parameters", "one row for density", outputs);
+        check.that(!last || outputs == 3, "parameters", "three rows for colour", outputs);
+        check.shape("parameters", bias, {outputs}, "of a bias");
+        Layer layer{nullptr, data("parameters", bias), static_cast<int>(outputs), static_cast<int>(inputs)};
+        float* const matrix = over_trunk ? made({outputs + 1, inputs}, top) : nullptr;
+        if (over_trunk && has_views) {
+            const Tensor &directions = *viewdirs_enc, &bottleneck = parameters[place - 2];
+            check.dims("viewdirs_enc", directions, 2, "[B, V]");
+            check.dims("parameters", bottleneck, 2, "[outputs, inputs]");
+            const int64_t rays = directions.size(0), width = bottleneck.size(0);
+            check.that(rays > 0 ? network.samples % rays == 0 : network.samples == 0, "viewdirs_enc",
                        "of rays with as many samples each", rays);
+            check.shape("parameters", bottleneck, {width, inputs}, "of the bottleneck");
+            check.shape("parameters", parameters[place - 1], {width}, "of the bottleneck's bias");
+            check.shape("parameters", weight, {outputs, width + directions.size(1)},
+                        "of the layer over the bottleneck");
+            const Folding folding{outputs,
+                                  width,
+                                  inputs,
+                                  directions.size(1),
+                                  rays,
+                                  data("viewdirs_enc", directions),
+                                  data("parameters", weight),
+                                  layer.bias,
+                                  data("parameters", bottleneck),
+                                  data("parameters", parameters[place - 1])};
             network.samples_per_ray = std::max<int64_t>(1, network.samples / std::max<int64_t>(1, rays));
-            network.ray_biases = data("ray_biases", rows);
+            network.ray_biases = made({rays, outputs}, ray_biases);
+            fold(folding, matrix, const_cast<float*>(network.ray_biases));
+            layer.weights = matrix;
+            layer.bias = nullptr;
         } else {
-            check.shape("biases", biases[number], {outputs}, "of a layer");
-            bias = data("biases", biases[number]);
+            check.shape("parameters", weight, {outputs, inputs}, "of a layer");
+            layer.weights = data("parameters", weight);
+            if (over_trunk) std::copy_n(layer.weights, outputs * inputs, matrix);
         }
-        network.layers.push_back(
-            {data("weights", weight), bias, static_cast<int>(outputs), static_cast<int>(inputs)});
+        if (over_trunk) std::copy_n(network.layers[depth].weights, inputs, matrix + outputs * inputs);
+        network.layers.push_back(layer);
         network.widest = std::max(network.widest, static_cast<int>(outputs));
         float* wanted = nullptr;
-        if (number == depth || last || number >= first_kept) {
-            Tensor made = torch::stable::new_empty(features, {network.samples, outputs});
-            wanted = static_cast<float*>(made.mutable_data_ptr());
-            (number == depth ? density : last ? rgb : kept.emplace_back(made)) = made;
-        }
+        if (number == depth || last)
+            wanted = made({network.samples, outputs}, last ? rgb : density);
+        else if (number >= first_kept)
+            wanted = made({network.samples, outputs}, kept.emplace_back(features));
         network.outputs.push_back(wanted);
         if (number < depth) of_trunk = outputs;
         inputs = outputs;
@@ -293,6 +320,7 @@ std::vector<Tensor> mlp_tiles_forward_cpu(Tensor features, std::optional<Tensor>
     }
     std::vector<Tensor> results{rgb, density};
     results.insert(results.end(), kept.begin(), kept.end());
+    results.push_back(top);
     return results;
 }
 

@@ -17,15 +17,13 @@ from .mlp_folding import unfold
 # Which products an operator uses; operators take numbers.
 TORCH, TWIN, CUBLASLT = range(3)
 
-# Whether the library is there: it folds the bottleneck and unfolds its gradients (csrc/mlp/mlp_folding_cpu.cpp), its
-# forward pass goes through all layers tile by tile (csrc/mlp/mlp_tiles_cpu.cpp), and few samples go back layer by layer
-# (csrc/mlp/mlp_layer_backward_cpu.cpp).
+# Whether the library is there: its forward pass folds the bottleneck and goes through all layers tile by tile
+# (csrc/mlp/mlp_tiles_cpu.cpp), few samples go back layer by layer (csrc/mlp/mlp_layer_backward_cpu.cpp), and what the
+# bottleneck's gradients come from is unfolded (csrc/mlp/mlp_folding_cpu.cpp).
 _HAS_TILES = _native.available()
 # A layer's way down in the library starts the threads once, where torch starts them for every product and sum; with
 # more rows than these MKL's products are as fast, and from 2^12 on faster.
 _FEW_ROWS = 1 << 9
-if _HAS_TILES:
-    _fold, _unfold = torch.ops.mipnerf_fast.mlp_fold.default, torch.ops.mipnerf_fast.mlp_unfold.default
 
 
 class Plan(NamedTuple):
@@ -165,13 +163,6 @@ class Network:
         """Weights and biases of density, the bottleneck and the layer above it."""
         return self.parameters[2 * self.depth : 2 * self.depth + 6]
 
-    def fold(self, viewdirs_enc: Tensor) -> tuple[Tensor, Tensor]:
-        """`top` and `ray_biases` in one call of the library's, where `by_tiles`."""
-        density, _, *bottleneck, weight, bias = self._folded_layers
-        directions = operand(viewdirs_enc, self.dtype)
-        top, ray_biases = _fold(directions, weight, bias, *bottleneck, density)
-        return top, ray_biases
-
     def unfold(
         self, grad_top: Tensor, sums: Tensor, of_ray_biases: Tensor, viewdirs_enc: Tensor
     ) -> list[Tensor]:
@@ -179,7 +170,7 @@ class Network:
         *_, weight, bias, of_views, _ = self._folded_layers
         directions = operand(viewdirs_enc, sums.dtype)
         if self.by_tiles:
-            gradients: list[Tensor] = _unfold(
+            gradients: list[Tensor] = torch.ops.mipnerf_fast.mlp_unfold(
                 grad_top, sums, of_ray_biases, directions, of_views, weight, bias, self.to_viewdirs
             )
             return gradients

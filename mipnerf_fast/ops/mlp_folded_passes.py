@@ -15,53 +15,40 @@ def forward_pass(
     if torch.is_autocast_enabled(features.device.type):
         with torch.autocast(features.device.type, enabled=False):
             return forward_pass(network, features, viewdirs_enc, training)
-    top, ray_biases = None, None
-    colour_rows = network.plan.colour_rows
-    if viewdirs_enc is not None and network.by_tiles:
-        top, ray_biases = network.fold(viewdirs_enc)
-        heads = [*top.split_with_sizes([colour_rows, 1])]
-    else:
-        heads = network.heads()
-        if training:
-            top = network.top(heads)
-            heads = [top[:colour_rows], top[colour_rows : colour_rows + 1]]
-        else:
-            heads = rounded(heads, network.dtype)
-        if viewdirs_enc is not None:
-            ray_biases = network.ray_biases(viewdirs_enc)
-    stash: list[Tensor] | None = None
     if network.by_tiles:
-        rgb, density, stash = _by_tiles(network, features, heads, ray_biases, training)
+        return _by_tiles(network, features, viewdirs_enc, training)
+    heads = network.heads()
+    stash: list[Tensor] = []
+    if training:
+        stash = new_stash(features, viewdirs_enc, network.parameters, network.options)
+        stash[-1] = top = network.top(heads)
+        colour_rows = network.plan.colour_rows
+        heads = [top[:colour_rows], top[colour_rows : colour_rows + 1]]
     else:
-        if training:
-            stash = new_stash(features, viewdirs_enc, network.parameters, network.options)[:-1]
-        rgb, density = _by_layers(network, features, heads, ray_biases, stash)
-    return rgb, density, [] if top is None or stash is None else [*stash, top]
+        heads = rounded(heads, network.dtype)
+    ray_biases = None if viewdirs_enc is None else network.ray_biases(viewdirs_enc)
+    rgb, density = _by_layers(network, features, heads, ray_biases, stash[:-1] if training else None)
+    return rgb, density, stash
 
 
 def _by_tiles(
-    network: Network, features: Tensor, heads: list[Tensor], ray_biases: Tensor | None, training: bool
+    network: Network, features: Tensor, viewdirs_enc: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """In the library: two tiles a thread, and what is kept, are all the memory that it takes."""
     rays, samples, num_features = features.shape
-    depth = network.depth
-    colour, to_density = heads
-    weights = [*network.weights[:depth], to_density, colour, *network.weights[depth + 3 :]]
-    # Where the rays have biases they stand for that of the layer with the bottleneck folded in.
-    biases = [*network.biases[: depth + 2], *network.biases[depth + 3 :]]
-    first_kept = int(network.does_first_again) if training else len(weights)
+    parameters = network.parameters
+    first_kept = int(network.does_first_again) if training else len(parameters)
     rgb, density, *kept = torch.ops.mipnerf_fast.mlp_tiles_forward(
-        features.reshape(rays * samples, num_features).float(),
-        ray_biases,
-        weights,
-        biases,
-        depth,
+        operand(features.reshape(rays * samples, num_features), network.dtype),
+        None if viewdirs_enc is None else operand(viewdirs_enc, network.dtype),
+        parameters,
+        network.depth,
         network.architecture.skip_layer,
         first_kept,
     )
     if first_kept == 1:
         kept.insert(0, rgb.new_empty(0, network.width))
-    return rgb.view(rays, samples, 3), density.view(rays, samples, 1), kept
+    return rgb.view(rays, samples, 3), density.view(rays, samples, 1), kept if training else []
 
 
 def _by_layers(
