@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -33,9 +34,11 @@ from mipnerf_fast.ops import (
     MlpShape,
     choose_mlp,
     mlp_backends,
+    mlp_fused,
     mlp_fused_network,
 )
-from mipnerf_fast.ops.mlp_fused_network import Kernels
+from mipnerf_fast.ops.mlp_fused import why_not_fused
+from mipnerf_fast.ops.mlp_fused_network import Kernels, Sizes
 from mipnerf_fast.run_folder import check_same_config
 
 CPU = torch.device("cpu")
@@ -43,10 +46,10 @@ SMALL = SHAPES["64 wide"]
 
 
 def assert_close(engine: Engine, shape: MlpShape, rays: int, samples: int) -> None:
-    """No further from float64 than twice PyTorch in the same precision; float32 with a floor of 8 ulps.
+    """No tensor further from float64 than twice PyTorch in the same precision; with a floor of 8 ulps of float32.
 
-    16-bit operands flip some ReLUs, on either side alike: a single tensor may be as wrong as twice the worst of
-    autocast's.
+    16-bit operands decide some ReLUs otherwise, and which ones is luck: a gradient may be off by two more of one sample
+    in the narrowest layer, each a share of 1 / sqrt(samples x width) of its norm.
     """
     mlp = engine.build(shape)
     assert mlp.implementation.engine == engine.backend
@@ -56,10 +59,13 @@ def assert_close(engine: Engine, shape: MlpShape, rays: int, samples: int) -> No
     errors = relative_errors(evaluate(mlp, features, viewdirs_enc), want)
     allowed = relative_errors(plain(mlp, features, viewdirs_enc, dtype), want)
     floor = 8 * torch.finfo(torch.float32).eps
-    worst = max(value for name, value in allowed.items() if name not in ("rgb", "density"))
+    narrowest = (
+        shape.net_width if shape.view_features is None else min(shape.net_width, shape.net_width_condition)
+    )
+    flips = 0.0 if dtype == torch.float32 else 2 / (rays * samples * narrowest) ** 0.5
     for name, error in errors.items():
-        together = name in ("rgb", "density", "all outputs", "all gradients")
-        bound = 2 * (allowed[name] if together else worst) + floor
+        no_relu_behind = name in ("rgb", "density", "all outputs")
+        bound = 2 * allowed[name] + floor + (0.0 if no_relu_behind else flips)
         assert error <= bound, f"{name}: {error:.2e}, allowed {bound:.2e}"
 
 
@@ -269,6 +275,74 @@ def test_on_a_gpu_the_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_mlp(SMALL, gpu, master, "cublaslt")
 
 
+def test_unknown_names_are_refused() -> None:
+    for backend, dtype, message in (
+        ("tcnn", "auto", "mlp: backend must be one of .*; tcnn is MipMLP's own, got 'tcnn'"),
+        ("best", "auto", "mlp: backend must be one of auto, reference, .*, got 'best'"),
+        ("auto", "int8", "mlp: compute_dtype must be one of auto, bf16, fp16, fp32, got 'int8'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose_mlp(SMALL, CPU, torch.float32, backend, dtype)
+
+
+def test_what_the_fused_kernels_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each limit by its name, with what was found; and what is within all of them."""
+    half, single, gpu = torch.bfloat16, torch.float32, torch.device("cuda")
+    sizes = Sizes(256, 8, 4, 128, 1)
+    monkeypatch.setattr(mlp_fused, "HAS_KERNELS", False)
+    monkeypatch.setattr(mlp_fused, "WHY_NO_KERNELS", "there is no library")
+    assert why_not_fused(96, sizes, gpu, single, half) == "there is no library"
+    monkeypatch.setattr(mlp_fused, "HAS_KERNELS", True)
+    found = SimpleNamespace(major=7, minor=5, name="an old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    why = why_not_fused(96, sizes, gpu, single, half)
+    assert why == "it needs compute capability 8.0, and an old GPU has 7.5"
+    found.major, found.minor = 8, 0
+    for operands in (torch.bfloat16, torch.float16):
+        assert why_not_fused(128, Sizes(64, 1, 1, 64, 8), gpu, single, operands) == ""
+    for features, changed, master, operands, why in (
+        (96, sizes, single, torch.float32, "its operands are bfloat16 or float16, not float32"),
+        (96, sizes, torch.float64, half, "its parameters must be float32, not float64"),
+        (95, sizes, single, half, "in_features must be even and at most 128, not 95"),
+        (130, sizes, single, half, "in_features must be even and at most 128, not 130"),
+        (96, sizes._replace(width=32), single, half, "net_width must be 64, 128 or 256, not 32"),
+        (96, sizes._replace(depth=9), single, half, "net_depth must be 1 to 8, not 9"),
+        (96, sizes._replace(view_depth=9), single, half, "net_depth_condition must be at most 8, not 9"),
+        (
+            96,
+            sizes._replace(view_width=24),
+            single,
+            half,
+            "net_width_condition must be a multiple of 16, .* 24",
+        ),
+        (
+            96,
+            sizes._replace(view_width=512),
+            single,
+            half,
+            "net_width_condition .* at most net_width, not 512",
+        ),
+    ):
+        assert re.fullmatch(why, why_not_fused(features, changed, gpu, master, operands))
+
+
+def test_an_old_gpu_has_no_cublaslt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp_backends, "_HAS_CUBLASLT", True)
+    monkeypatch.setattr(mlp_backends, "_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old GPU")
+    with pytest.raises(
+        RuntimeError, match=r"cublaslt, but it needs compute capability 8\.0, and an old GPU is"
+    ):
+        choose_mlp(SMALL, torch.device("cuda"), torch.float32, "cublaslt")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "has"), [(["8.0", "9.0a"], True), (["9.0a+PTX"], True), (["9.0"], False)]
+)
+def test_kernels_for_hopper(architectures: list[str], has: bool) -> None:
+    assert mlp_fused_network.has_hopper(architectures) is has
+
+
 def test_on_ampere_and_ada_cublaslt_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlp_backends, "_HAS_CUBLASLT", True)
     monkeypatch.setitem(mlp_backends._WHY_NOT, "fused", lambda *_: "")
@@ -284,7 +358,10 @@ def test_on_ampere_and_ada_cublaslt_goes_first(monkeypatch: pytest.MonkeyPatch) 
 
 def test_info_names_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """And says why that one, why no other, for which network, and what of it could be faster."""
-    for has, hint in ((True, " (--mlp-dtype bf16 is faster on this processor)"), (False, "")):
+    for has, hint in (
+        (True, " (--mlp-dtype bf16 may be faster on this processor, from thousands of samples on)"),
+        (False, ""),
+    ):
         monkeypatch.setattr(mlp_backends, "CPU_BF16", has)
         entry = next(e for e in ops.implementations("cpu") if e.operation == "mlp")
         assert entry.used == "native"

@@ -162,6 +162,7 @@ def test_products_of_the_papers_network(use_gemm: Any) -> None:
 
 
 PAPER, PRESET = MlpShape(), MlpShape(72, 27, 3, 64, 1, 64, 4)
+NO_VIEWS = PRESET._replace(view_features=None)
 
 
 def peak(mlp: MipMLP, features: Tensor, viewdirs_enc: Tensor | None, training: bool) -> int:
@@ -420,6 +421,31 @@ def test_the_tiles_operator_refuses_what_does_not_fit() -> None:
         given = [*arguments[:number], value, *arguments[number + 1 :]]
         with pytest.raises(RuntimeError, match=f"mlp_tiles_forward: {message}"):
             tiles(*given)
+
+
+@pytest.mark.parametrize("views", [True, False])
+def test_the_raw_operators_pass_opcheck_and_refuse_derivatives(views: bool) -> None:
+    """Schema and fake kernel; an input that asks for a gradient raises instead of going without one."""
+    mlp, given = Engine("folded", "fp32", "cpu").build(PRESET if views else NO_VIEWS), inputs(PRESET, 2, 5)
+    features, viewdirs_enc = given[0].flatten(0, 1), given[1] if views else None
+    parameters = [p.detach() for linear in mlp.linears for p in (linear.weight, linear.bias)]
+    tiles: Any = torch.ops.mipnerf_fast.mlp_tiles_forward
+    for first_kept in (0, 1, 99):
+        torch.library.opcheck(tiles, (features, viewdirs_enc, parameters, 3, 4, first_kept))
+    with pytest.raises(
+        RuntimeError, match="mlp_tiles_forward: the raw operator has no derivative of its own"
+    ):
+        tiles(features.requires_grad_(), viewdirs_enc, parameters, 3, 4, 0)[0].sum().backward()
+    way_down: Any = torch.ops.mipnerf_fast.mlp_layer_backward
+    x = [torch.rand(6, 4), torch.rand(6, 8), torch.rand(6, 2), torch.rand(4, 8), torch.rand(6, 8)]
+    rest = (torch.rand(4, 10), torch.rand(4), torch.rand(2, 3), views)
+    torch.library.opcheck(way_down, (*x, *rest))
+    with pytest.raises(
+        RuntimeError, match="mlp_layer_backward: the raw operator has no derivative of its own"
+    ):
+        way_down(x[0].requires_grad_(), *x[1:], *rest)
+    with torch.no_grad():
+        way_down(*x, *rest)
 
 
 # ------------------------------------------------------------------------------------------------ the products

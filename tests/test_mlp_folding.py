@@ -122,6 +122,15 @@ def test_rows_apart_are_read_as_they_lie() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("to_viewdirs", [False, True])
+def test_opcheck(to_viewdirs: bool) -> None:
+    given = floats(tensors(5, 7, 3, 2, 4), OF_UNFOLD)
+    unfolding: Any = torch.ops.mipnerf_fast.mlp_unfold
+    torch.library.opcheck(unfolding, (*given, to_viewdirs))
+    with pytest.raises(RuntimeError, match="mlp_unfold: the raw operator has no derivative of its own"):
+        unfolding(given[0].requires_grad_(), *given[1:], to_viewdirs)[0].sum().backward()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

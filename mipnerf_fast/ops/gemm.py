@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .registration import register_without_derivative
 
 # cuBLASLt counts the leading dimension of a ReLU mask in bits, and wants a multiple of this.
 _MASK_ROW_BITS = 128
@@ -515,3 +516,5 @@ def has_cublaslt() -> bool:
 _cublaslt: Any = None
 if any(source.endswith("gemm_cublaslt.cpp") for source in _native.build_info().get("sources", ())):
     _cublaslt = torch.ops.mipnerf_fast.gemm_cublaslt.default
+    # Whether there is an algorithm is known when it runs.
+    register_without_derivative("gemm_cublaslt", lambda *_: True, "ops.mlp_folded.folded_mlp")

@@ -8,6 +8,7 @@ import torch
 
 from .. import _native
 from ..backend import current_backend
+from .arguments import require
 from .gemm import has_cublaslt
 from .mlp_fused import why_not_fused
 from .mlp_fused_network import Sizes
@@ -21,6 +22,7 @@ MLP_DTYPES: dict[str, torch.dtype | None] = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
+_CHOSEN_HERE = tuple(backend for backend in MLP_BACKENDS if backend != "tcnn")
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -73,8 +75,19 @@ def choose_mlp(
     `use_backend("reference")` goes before the network's own backend; "native" takes no reference where a kernel could
     serve. float64 is for checking and takes the reference always.
 
-    Errors: RuntimeError, saying why, where the network's backend, or "native", cannot serve.
+    Errors: RuntimeError, saying why, where the network's backend, or "native", cannot serve; ValueError for an unknown
+    backend or compute_dtype, and for "tcnn", which is another network and not chosen here.
     """
+    if backend not in _CHOSEN_HERE or compute_dtype not in MLP_DTYPES:
+        other = "; tcnn is MipMLP's own" if backend == "tcnn" else ""
+        require(
+            backend in _CHOSEN_HERE,
+            "mlp",
+            "backend",
+            f"one of {', '.join(_CHOSEN_HERE)}{other}",
+            repr(backend),
+        )
+        require(False, "mlp", "compute_dtype", f"one of {', '.join(MLP_DTYPES)}", repr(compute_dtype))
     forced = current_backend()
     if forced == "reference":
         return MlpChoice("reference", dtype, "the backend is set to reference")
@@ -120,7 +133,11 @@ def _fastest(
     why = _why_not_folded(shape, device, dtype, operands)
     if not why:
         faster = device.type == "cpu" and wanted is None and CPU_BF16
-        hint = " (--mlp-dtype bf16 is faster on this processor)" if faster else ""
+        hint = (
+            " (--mlp-dtype bf16 may be faster on this processor, from thousands of samples on)"
+            if faster
+            else ""
+        )
         reasons.append(f"{_name(operands)} operands{hint}")
         return MlpChoice("folded", operands, "; ".join(reasons))
     if native:

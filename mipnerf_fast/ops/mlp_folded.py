@@ -25,6 +25,7 @@ from .mlp_autograd import (
 from .mlp_folded_backward import backward_pass
 from .mlp_folded_network import CUBLASLT, TORCH, TWIN, Network, new_stash
 from .mlp_folded_passes import forward_pass
+from .registration import below_autograd
 
 __all__ = ["CUBLASLT", "TORCH", "TWIN", "folded_mlp"]
 
@@ -44,7 +45,8 @@ class _Call:
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         self.network = Network(features, viewdirs_enc, parameters, options)
         self.network.to_viewdirs = viewdirs_enc is not None and viewdirs_enc.requires_grad
-        results = forward_pass(self.network, features, viewdirs_enc, training)
+        with below_autograd():
+            results = forward_pass(self.network, features, viewdirs_enc, training)
         self.network.between_passes()
         return results
 
@@ -60,7 +62,8 @@ class _Call:
         to_features: bool,
     ) -> list[Tensor]:
         inputs = grad_rgb, grad_density, features, viewdirs_enc, stash, to_features
-        return backward_pass(self.network, *inputs)
+        with below_autograd():
+            return backward_pass(self.network, *inputs)
 
 
 def folded_mlp(
@@ -108,7 +111,8 @@ def folded_mlp(
         rgb, density = MlpFunction.apply(Passes(call.forward, call.backward), options, *inputs)
         return rgb, density
     network = Network(features, viewdirs_enc, parameters, options)
-    rgb, density, _ = forward_pass(network, features, viewdirs_enc, False)
+    with below_autograd():
+        rgb, density, _ = forward_pass(network, features, viewdirs_enc, False)
     return rgb, density
 
 

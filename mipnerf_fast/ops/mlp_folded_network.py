@@ -13,6 +13,7 @@ from .. import _native
 from .gemm import CublasLt, CublasLtTwin, Gemm, TorchGemm, new_bit_mask
 from .mlp_autograd import Architecture
 from .mlp_folding import unfold
+from .registration import register_without_derivative
 
 # Which products an operator uses; operators take numbers.
 TORCH, TWIN, CUBLASLT = range(3)
@@ -304,3 +305,49 @@ def gemm_of(products: int, dtype: torch.dtype, device: torch.device) -> Gemm:
     if key not in _gemms:
         _gemms[key] = TorchGemm(dtype) if products == TORCH else CublasLtTwin(dtype)
     return _gemms[key]
+
+
+# ------------------------------------------------------------------------------------------------- operators
+
+
+def _register() -> None:
+    """What the CPU's raw operators need beside their kernels."""
+
+    def fake_forward(
+        features: Tensor,
+        viewdirs_enc: Tensor | None,
+        parameters: list[Tensor],
+        depth: int,
+        skip_layer: int,
+        first_kept: int,
+    ) -> list[Tensor]:
+        weights = parameters[0::2]
+        layers = [*weights[: depth + 1], *weights[depth + (1 if viewdirs_enc is None else 2) :]]
+        kept = [n for n in range(first_kept, len(layers) - 1) if n != depth]
+        columns = [3, 1, *[len(layers[n]) for n in kept]]
+        top = features.new_empty(len(layers[depth + 1]) + 1, layers[depth].shape[1])
+        return [*[features.new_empty(len(features), count) for count in columns], top]
+
+    def fake_unfold(
+        grad_top: Tensor,
+        sums: Tensor,
+        of_ray_biases: Tensor,
+        viewdirs_enc: Tensor,
+        view_weight: Tensor,
+        bottleneck_weight: Tensor,
+        bottleneck_bias: Tensor,
+        to_viewdirs: bool,
+    ) -> list[Tensor]:
+        rays, directions = viewdirs_enc.shape
+        width, columns = bottleneck_weight.shape
+        weights = ((1, columns), (1,), (width, columns), (width,), view_weight.shape, (len(view_weight),))
+        return [grad_top.new_empty(shape) for shape in (*weights, (rays if to_viewdirs else 0, directions))]
+
+    instead = "ops.mlp_folded.folded_mlp"
+    register_without_derivative("mlp_tiles_forward", fake_forward, instead)
+    register_without_derivative("mlp_unfold", fake_unfold, instead)
+    register_without_derivative("mlp_layer_backward", lambda *_: None, instead)
+
+
+if _HAS_TILES:
+    _register()

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _native
 from .mlp_autograd import Architecture
 from .mlp_folding import unfold
+from .registration import register_without_derivative
 
 TILE_ROWS = 128  # samples of a block
 _OPERATORS = ("mlp_pack", "mlp_forward", "mlp_encoded_forward", "mlp_composited_forward", "mlp_backward")
@@ -130,11 +131,16 @@ def folded_network(
 # ------------------------------------------------------------------------------------------------- operators
 
 
+def has_hopper(architectures: Sequence[str]) -> bool:
+    """Whether a library built for these has the kernels of 9.0a, as which its PTX is built too."""
+    return "9.0a" in [name.removesuffix("+PTX") for name in architectures]
+
+
 # Decided when the package is imported: torch.compile can read module globals, but not ask for them.
 HAS_KERNELS = _native.available() and all(
     torch._C._dispatch_has_kernel_for_dispatch_key(f"mipnerf_fast::{name}", "CUDA") for name in _OPERATORS
 )
-_HAS_HOPPER = "9.0a" in _native.build_info().get("architectures", [])
+_HAS_HOPPER = has_hopper(_native.build_info().get("architectures", []))
 WHY_NO_KERNELS = _native.why_missing() or "the native library was built without its CUDA kernels"
 
 
@@ -150,12 +156,8 @@ def operators() -> Kernels:
     )
 
 
-def _no_derivative(*_: Any) -> None:
-    raise RuntimeError("mlp: the raw operators have no derivative of their own; ops.mlp_fused.fused_mlp has")
-
-
 def _register() -> None:
-    """What the raw operators need beside their kernels: shapes for the compiler, and derivatives."""
+    """What the raw operators need beside their kernels."""
 
     def bytes_of(features: int, sizes: tuple[Any, ...], device: torch.device) -> dict[str, int]:
         module = _native.load()
@@ -211,8 +213,7 @@ def _register() -> None:
         fake_backward,
     )
     for name, fake in zip(_OPERATORS, fakes, strict=True):
-        torch.library.register_fake(f"mipnerf_fast::{name}", fake)
-        torch.library.register_autograd(f"mipnerf_fast::{name}", _no_derivative)
+        register_without_derivative(name, fake, "ops.mlp_fused.fused_mlp")
 
 
 if _native.available():

@@ -1,8 +1,8 @@
-"""What a pair of raw operators needs beside its kernels: shapes for the compiler, and derivatives."""
+"""What raw operators need beside their kernels: shapes for the compiler, and derivatives, or to refuse them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,3 +37,53 @@ def register_differentiable(
     torch.library.register_fake(backward, backward_fake)
     torch.library.register_autograd(forward, differentiate, setup_context=save)
     torch.library.register_autograd(backward, no_second_derivative)
+
+
+# Holds the kernels that `register_without_derivative` adds: they live as long as it does.
+_library = torch.library.Library("mipnerf_fast", "IMPL")
+
+
+def register_without_derivative(operation: str, fake: Callable[..., Any], instead: str) -> None:
+    """Register the fake kernel of mipnerf_fast::<operation>, and one that refuses to differentiate it.
+
+    Args:
+        operation: its name.
+        fake: of its arguments, to empty outputs.
+        instead: what has a derivative.
+    """
+    name = f"mipnerf_fast::{operation}"
+    operator = getattr(torch.ops.mipnerf_fast, operation).default
+    message = f"{operation}: the raw operator has no derivative of its own; {instead} has"
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(message)
+
+    torch.library.register_fake(name, fake)
+    if not operator._schema.is_mutable:
+        torch.library.register_autograd(name, refuse)
+        return
+
+    def without_grad(keys: Any, *arguments: Any) -> Any:
+        # What it writes has no place in a graph: it is the call that is refused.
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(arguments)):
+            refuse()
+        with below_autograd():
+            return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    _library.impl(operation, without_grad, "Autograd", with_keyset=True)
+
+
+def below_autograd() -> Any:
+    """A context whose operators go past autograd to their kernels: what torch's own kernels and C++ Functions use.
+
+    For passes that record no gradient and call many operators of few samples, where asking each costs.
+    """
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def _tensors(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from _tensors(tuple(argument))
