@@ -198,7 +198,8 @@ def mlp_compiled(checked: dict[str, Any], engine: str) -> str:
     if engine == "cublaslt":
         for source in checked.get("sources", ()):
             if source["source"] == "csrc/mlp/gemm_cublaslt.cpp" and not source["failure"]:
-                return f", compiled against {source['header']} by `make cuda-check`"
+                fetched = " ARGS=--fetch-cublas" if source["header"].startswith("NVIDIA") else ""
+                return f", compiled against {source['header']} by `make cuda-check{fetched}`"
         return ", not compiled by `make cuda-check`"
     if engine not in _GENERATIONS:
         return ""
