@@ -65,7 +65,8 @@ class Case:
         references: by variant, the reference in the precision of that variant where it is another.
         error: of outputs against the truth; `largest_error` unless stated.
         folded_flops: of a cheaper form of the same function, to be shown beside `flops`; 0: there is none.
-        product_flops: multiply-adds times two a second of a large matrix product on this device, or 0.
+        product_flops: from a variant's name, FLOP/s of the large matrix product that it is held against, measured
+            with the threads in force; None: the case is held against none.
         unchecked: variants that compute another function, and what it is: timed, without an error.
         not_run: variants that cannot run here, and why: a row that says so.
         large: takes seconds a call, and is measured only where --large asks for it.
@@ -85,7 +86,7 @@ class Case:
     references: dict[str, Callable[[Inputs], Outputs]] = field(default_factory=dict)
     error: Callable[[Outputs, Outputs], float] | None = None
     folded_flops: int = 0
-    product_flops: float = 0.0
+    product_flops: Callable[[str], float] | None = None
     unchecked: dict[str, str] = field(default_factory=dict)
     not_run: dict[str, str] = field(default_factory=dict)
     large: bool = False
@@ -380,8 +381,9 @@ def _summarise(row: Result, times: list[float], case: Case, runs: int, bandwidth
     if case.folded_flops:
         row.folded_gigaflops_per_second = case.folded_flops / row.median * 1e-9
     if case.product_flops:
-        row.product_fraction = case.flops / row.median / case.product_flops
-        row.folded_product_fraction = case.folded_flops / row.median / case.product_flops
+        product = case.product_flops(row.variant)
+        row.product_fraction = case.flops / row.median / product
+        row.folded_product_fraction = case.folded_flops / row.median / product
 
 
 # ---------------------------------------------------------------------------------------------------- reporting
@@ -460,6 +462,7 @@ def main(
     description: str,
     error: str = "largest difference",
     notes: str = "",
+    parents: Sequence[argparse.ArgumentParser] = (),
 ) -> None:
     """The command line of a benchmark: measure, print, write the JSON and the Markdown file after every case.
 
@@ -467,8 +470,9 @@ def main(
         operation, cases, description: of the benchmark.
         error: what its errors are, as the tables' head says it.
         notes: a paragraph for that head.
+        parents: parsers of options that the benchmark reads itself.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, parents=parents)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on the CPU")
     parser.add_argument("--runs", type=int, default=20, help="undisturbed calls of each variant")

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import Control, copy_bandwidth, peak_bytes, time_once
 from mipnerf_fast import MipNerfConfig, TrainConfig, reference
-from mipnerf_fast.ops.mlp_backends import CPU_BF16
+from mipnerf_fast.ops.mlp_backends import CPU_BF16, MlpShape
 
 PYTORCH, OURS = "PyTorch", "ours"
 FP32, TF32, BF16 = "fp32", "tf32", "bf16"
@@ -164,20 +164,20 @@ def compiled_variants(
 # --------------------------------------------------------------------------------------------------- the work
 
 
-def multiply_adds(config: MipNerfConfig) -> tuple[int, int]:
+def multiply_adds(shape: MlpShape) -> tuple[int, int]:
     """Multiply-adds per sample of the network as written: forward, and the gradient to its layers' inputs.
 
     Autograd computes the latter for all layers but the first; the gradient to the weights is as many as forward.
     """
-    shapes = reference.mip_mlp_shapes(*_shape_arguments(config))
+    shapes = reference.mip_mlp_shapes(*shape)
     forward = sum(i * o for i, o in shapes)
     return forward, forward - shapes[0][0] * shapes[0][1]
 
 
-def folded_multiply_adds(config: MipNerfConfig) -> tuple[int, int]:
+def folded_multiply_adds(shape: MlpShape) -> tuple[int, int]:
     """The same with the bottleneck folded away, the view directions once per ray, no gradient to the encoding."""
-    features, views, depth, width, view_depth, view_width, skip = _shape_arguments(config)
-    shapes = reference.mip_mlp_shapes(features, views, depth, width, view_depth, view_width, skip)
+    views, depth, width = shape.view_features, shape.net_depth, shape.net_width
+    shapes = reference.mip_mlp_shapes(*shape)
     forward, to_inputs = 0, 0
     for number, (i, o) in enumerate(shapes):
         if views is not None and number == depth + 1:
@@ -191,8 +191,9 @@ def folded_multiply_adds(config: MipNerfConfig) -> tuple[int, int]:
     return forward, to_inputs
 
 
-def _shape_arguments(config: MipNerfConfig) -> tuple[int, int | None, int, int, int, int, int]:
-    return (
+def network_shape(config: MipNerfConfig) -> MlpShape:
+    """Of the network of a model."""
+    return MlpShape(
         6 * (config.max_deg_point - config.min_deg_point),
         3 + 6 * config.deg_view if config.use_viewdirs else None,
         config.net_depth,
@@ -208,7 +209,8 @@ def training_work(title: str, config: TrainConfig) -> Work:
     model = config.model
     assert isinstance(model, MipNerfConfig)
     samples = config.batch_size * model.num_samples * model.num_levels
-    (forward, to_inputs), (folded, folded_inputs) = multiply_adds(model), folded_multiply_adds(model)
+    shape = network_shape(model)
+    (forward, to_inputs), (folded, folded_inputs) = multiply_adds(shape), folded_multiply_adds(shape)
     return Work(
         title,
         config.batch_size,
@@ -221,8 +223,9 @@ def training_work(title: str, config: TrainConfig) -> Work:
 def rendering_work(title: str, model: MipNerfConfig, rays: int) -> Work:
     """Of one frame: forward on all levels. Folded: the levels but the last compute densities alone."""
     samples = rays * model.num_samples * model.num_levels
-    forward, folded = multiply_adds(model)[0], folded_multiply_adds(model)[0]
-    shapes = reference.mip_mlp_shapes(*_shape_arguments(model))
+    shape = network_shape(model)
+    forward, folded = multiply_adds(shape)[0], folded_multiply_adds(shape)[0]
+    shapes = reference.mip_mlp_shapes(*shape)
     density_alone = sum(i * o for i, o in shapes[: model.net_depth + 1])
     finest = rays * model.num_samples
     least = 2.0 * (finest * folded + (samples - finest) * density_alone)
@@ -243,9 +246,13 @@ def tensor_float(allowed: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def ceilings(device: torch.device, size: int | None = None) -> Ceilings:
-    """Measure what the rows are held against: the best of seven copies, the median of ten random products."""
-    size = size or (8192 if device.type == "cuda" else 2048)
+def product_size(device: torch.device) -> int:
+    """Rows and columns of the large product that a device's rows are held against."""
+    return 8192 if device.type == "cuda" else 2048
+
+
+def product_rates(device: torch.device, size: int) -> dict[str, float]:
+    """FLOP/s of a product of n x n random matrices, the median of ten, by the operands that a device multiplies."""
     products, missing = {}, no_products(device)
     for name, dtype in ((BF16, torch.bfloat16), (TF32, torch.float32), (FP32, torch.float32)):
         if name in missing:
@@ -261,7 +268,13 @@ def ceilings(device: torch.device, size: int | None = None) -> Ceilings:
                 product()
             seconds = statistics.median(time_once(product, device) for _ in range(10))
             products[name] = 2.0 * size**3 / seconds
-    return Ceilings(copy_bandwidth(device), products, size)
+    return products
+
+
+def ceilings(device: torch.device, size: int | None = None) -> Ceilings:
+    """Measure what the rows are held against: the best of seven copies, and products of every kind of operands."""
+    size = size or product_size(device)
+    return Ceilings(copy_bandwidth(device), product_rates(device, size), size)
 
 
 def count_launches(call: Callable[[], Any], device: torch.device) -> int | None:

@@ -32,6 +32,7 @@ from benchmarks.rows import (
     folded_multiply_adds,
     measure_rows,
     multiply_adds,
+    network_shape,
     rendering_work,
     training_work,
 )
@@ -52,8 +53,9 @@ def test_every_script_can_be_imported(name: str) -> None:
 
 def test_the_paper_s_network_is_counted_as_it_is_written() -> None:
     paper = MipNerfConfig()
-    assert multiply_adds(paper) == (610_304, 585_728)
-    assert folded_multiply_adds(paper) == (541_312, 492_160)
+    assert network_shape(paper) == MipNerf(paper).mlp.shape == ops.MlpShape()
+    assert multiply_adds(ops.MlpShape()) == (610_304, 585_728)
+    assert folded_multiply_adds(ops.MlpShape()) == (541_312, 492_160)
     step = training_work("paper", preset("paper"))
     assert (step.rays, step.samples) == (4096, 2**20)
     assert step.flops == 2 * 2**20 * (2 * 610_304 + 585_728)
@@ -79,19 +81,18 @@ def test_the_paper_s_network_is_counted_as_it_is_written() -> None:
 def test_the_counts_are_those_of_the_products_that_torch_does(change: dict[str, Any]) -> None:
     config = MipNerfConfig(max_deg_point=4, net_width=32, net_width_condition=16, **change)
     torch.manual_seed(0)
-    views = 3 + 6 * config.deg_view if config.use_viewdirs else None
-    mlp = ops.MipMLP(
-        24, views, config.net_depth, 32, config.net_depth_condition, 16, skip_layer=config.skip_layer
-    )
+    shape = network_shape(config)
+    views = shape.view_features
+    mlp = ops.MipMLP(*shape)
     features, directions = torch.rand(5, 6, 24), None if views is None else torch.rand(5, views)
-    forward, to_inputs = multiply_adds(config)
+    forward, to_inputs = multiply_adds(shape)
     with use_backend("reference"), FlopCounterMode(display=False) as counter:
         rgb, density = mlp(features, directions)
         assert counter.get_total_flops() == 2 * 30 * forward
         (rgb.sum() + density.sum()).backward()
     # Where the skip's columns are part of a layer, their gradient is computed with the others.
     assert counter.get_total_flops() == 2 * 30 * (2 * forward + to_inputs)
-    folded, folded_inputs = folded_multiply_adds(config)
+    folded, folded_inputs = folded_multiply_adds(shape)
     assert folded < forward or views is None
     assert folded_inputs < to_inputs or config.net_depth == 1 or views is None
 
