@@ -38,7 +38,6 @@
 //   wgmma_fence()                        before products whose registers were touched since the last wait
 //   wgmma_commit(), wgmma_wait<G>()      closes a group; until at most G groups are under way
 //
-//   pair_relu<T>(low, high)              max(x, 0) of two floats rounded to T, in one register; NaN stays NaN
 //   spread_signs<Half>(word)             the signs of bytes 2 Half and 2 Half + 1 as 16 bits each
 //
 // clang-format on
@@ -221,21 +220,6 @@ MIPNERF_DEVICE void wgmma_commit() {
 template <int Groups>
 MIPNERF_DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Groups) : "memory");
-}
-
-template <typename T>
-MIPNERF_DEVICE unsigned pair_relu(float low, float high);
-template <>
-MIPNERF_DEVICE unsigned pair_relu<Bfloat16>(float low, float high) {
-    unsigned y;
-    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-}
-template <>
-MIPNERF_DEVICE unsigned pair_relu<Half>(float low, float high) {
-    unsigned y;
-    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
 }
 
 template <int Half>

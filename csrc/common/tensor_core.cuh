@@ -18,6 +18,8 @@
 //                                          d as above
 //   round_to_tf32(x)                     to the nearest number of 10 fraction bits, ties away from zero; infinities and
 //                                        NaN stay. Its last 13 bits, which products do not read, mean nothing
+//   pair_relu<T>(low, high)              max(x, 0) of two floats rounded to T, in one register; NaN stays NaN
+//   passes_relu(x)                       whether a gradient goes through the ReLU: where x > 0 or x is NaN
 //   ldmatrix_x4(r, row)                  four 8 x 8 matrices of 16-bit numbers from shared memory: lane i gives
 //                                        the address of row i % 8 of matrix i / 8 (16 bytes, aligned) and gets in
 //                                        r[j] of matrix j row g, columns 2q and 2q+1
@@ -88,6 +90,21 @@ MIPNERF_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const Pack<float, 4>& a, flo
 #endif
 }
 
+template <typename T>
+MIPNERF_DEVICE unsigned pair_relu(float low, float high);
+template <>
+MIPNERF_DEVICE unsigned pair_relu<Bfloat16>(float low, float high) {
+    unsigned y;
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+template <>
+MIPNERF_DEVICE unsigned pair_relu<Half>(float low, float high) {
+    unsigned y;
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
 MIPNERF_DEVICE void ldmatrix_x4(unsigned (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -121,3 +138,12 @@ MIPNERF_DEVICE void async_wait() {
 #include "tensor_core.h"
 
 #endif
+
+namespace mipnerf {
+
+// Not `x > 0`: behind a NaN no gradient is zero.
+MIPNERF_DEVICE bool passes_relu(float x) {
+    return !(x <= 0.0f);
+}
+
+}  // namespace mipnerf

@@ -152,7 +152,6 @@ struct WgradParameters {
     MlpGradientMatrices matrices;
     std::int64_t samples;
     int splits;
-    int feature_columns;
     bool atomic;
     const T* features;
     const T* activations;
@@ -376,7 +375,6 @@ void launch_mlp_wgrad_split(const MlpWgradArguments<T>& arguments, int splits, S
     in.matrices = make_gradient_matrices(plan, WgradGeometry<W>::kTile);
     in.samples = arguments.samples;
     in.splits = splits;
-    in.feature_columns = plan.shape.features;
     in.atomic = atomic;
     in.features = arguments.features;
     in.activations = static_cast<const T*>(arguments.activations);

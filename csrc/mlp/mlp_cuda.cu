@@ -338,7 +338,6 @@ std::tuple<Tensor, Tensor, Tensor> mlp_backward_cuda(
         using T = std::remove_pointer_t<decltype(type)>;
         const MlpDgradArguments<T> dgrad{plan,
                                          samples,
-                                         samples_per_ray,
                                          floats_or_null(grad_rgb),
                                          floats_or_null(grad_density),
                                          packed.const_data_ptr(),

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "../common/hopper.cuh"
+#include "../common/tensor_core.cuh"
 #include "mlp_hopper_plan.h"
 
 namespace mipnerf {
@@ -235,7 +236,7 @@ MIPNERF_DEVICE void store_mask(unsigned* place, const float (&d)[Sums]) {
         unsigned bits = 0;
 #pragma unroll
         for (int i = 0; i < 32; ++i)
-            if (32 * w + i < Sums && d[(32 * w + i) % Sums] > 0.0f) bits |= 1u << mask_bit(i);
+            if (32 * w + i < Sums && passes_relu(d[(32 * w + i) % Sums])) bits |= 1u << mask_bit(i);
         words.value[w] = bits;
     }
     store_pack_streaming(place, words);

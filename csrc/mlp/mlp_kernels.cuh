@@ -243,19 +243,20 @@ MIPNERF_DEVICE void start_with_bias(Result<W>& result, const ForwardParameters<T
     });
 }
 
-// max(result, 0) rounded to the tile; returns the masks of this thread, a bit for each number.
+// max(result, 0) rounded to the tile; returns the masks of this thread, a bit for each number. A NaN stays
+// one and has its bit: swallowed here, it would leave the loss finite.
 template <int W, typename T>
 MIPNERF_DEVICE Pack<unsigned, Geometry<W>::kRowBlocks> activate(T* tile, Result<W>& result,
                                                                 const WarpPart<W>& part, int columns) {
     Pack<unsigned, Geometry<W>::kRowBlocks> masks{};
     for_each_part(result, part, columns, [&](int r, int product, int row, int column, float (&value)[4]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            masks.value[r] |= value[i] > 0.0f ? 1u << (4 * product + i) : 0u;
-            value[i] = value[i] > 0.0f ? value[i] : 0.0f;
+        for (int i = 0; i < 4; ++i) masks.value[r] |= passes_relu(value[i]) ? 1u << (4 * product + i) : 0u;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const unsigned pair = pair_relu<T>(value[2 * half], value[2 * half + 1]);
+            store_pack_shared(tile_at<W>(tile, row + 8 * half, column), detail::bit_copy<Pack<T, 2>>(pair));
         }
-        store_to_tile<W>(tile, row, column, value[0], value[1]);
-        store_to_tile<W>(tile, row + 8, column, value[2], value[3]);
     });
     return masks;
 }

@@ -222,7 +222,6 @@ template <typename T>
 struct MlpDgradArguments {
     MlpPlan plan;
     std::int64_t samples;
-    std::int64_t samples_per_ray;
     const float* grad_rgb;      // [samples, 3]; null: zero
     const float* grad_density;  // [samples]; null: zero
     const void* packed;

@@ -114,15 +114,9 @@ int main(int argc, char** argv) {
     }
     if (!program.has("deltas")) return 0;
 
-    const MlpDgradArguments<T> dgrad{plan,
-                                     samples,
-                                     samples_per_ray,
-                                     program.input<float>("grad_rgb"),
-                                     program.input<float>("grad_density"),
-                                     pack.packed,
-                                     forward.masks,
-                                     program.output<T>("deltas"),
-                                     program.output<float>("grad_features")};
+    const MlpDgradArguments<T> dgrad{
+        plan,        samples,       program.input<float>("grad_rgb"), program.input<float>("grad_density"),
+        pack.packed, forward.masks, program.output<T>("deltas"),      program.output<float>("grad_features")};
     launch_mlp_dgrad<kWidth, T>(dgrad, nullptr);
 
     MlpWgradArguments<T> wgrad{plan,
@@ -134,5 +128,9 @@ int main(int argc, char** argv) {
                                program.output<float>("gradients"),
                                program.output<float>("ray_sums"),
                                program.output<float>("workspace")};
-    launch_mlp_wgrad_split<kWidth, T>(wgrad, static_cast<int>(program.integer("splits")), nullptr);
+    // 0: as many as the extension takes.
+    if (const int splits = static_cast<int>(program.integer("splits")))
+        launch_mlp_wgrad_split<kWidth, T>(wgrad, splits, nullptr);
+    else
+        launch_mlp_wgrad<kWidth, T>(wgrad, nullptr);
 }

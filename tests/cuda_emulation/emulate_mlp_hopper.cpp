@@ -106,7 +106,6 @@ void run_dgrad(const emulation::Program& program, const MlpPlan& plan) {
     MlpDgradArguments<T> dgrad{};
     dgrad.plan = plan;
     dgrad.samples = program.integer("samples");
-    dgrad.samples_per_ray = program.integer("samples_per_ray");
     dgrad.grad_rgb = program.input<float>("grad_rgb");
     dgrad.grad_density = program.input<float>("grad_density");
     dgrad.packed = program.input<std::uint8_t>("packed");
@@ -166,8 +165,6 @@ int main(int argc, char** argv) {
         for (int i = 0; i < 7; ++i) out[i] = values[i];
     } else if (what == "places") {
         run_places(program, plan);
-    } else if (what == "pack") {
-        run_pack(program, plan);
     } else if (what == "forward") {
         run_pack(program, plan);
         run_forward(program, plan, program.output<std::uint8_t>("packed"));

@@ -119,11 +119,6 @@ inline unsigned shared_address(const void* pointer) {
     return emulation::shared_address(pointer);
 }
 
-template <typename T>
-unsigned pair_relu(float low, float high) {
-    // Not `low > 0 ? low : 0`: a NaN stays one.
-    return mipnerf::detail::pair_bits(low <= 0.0f ? 0.0f : low, high <= 0.0f ? 0.0f : high, T{});
-}
 template <int Half>
 unsigned spread_signs(unsigned word) {
     const unsigned low = word >> (16 * Half + 7) & 1u, high = word >> (16 * Half + 15) & 1u;

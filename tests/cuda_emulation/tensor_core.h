@@ -77,6 +77,12 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const Pack<float, 4>& a, float b0, f
     emulation::warp_collective("mma_m16n8k8_tf32", emulation::perform_mma_tf32, &mine, site);
 }
 
+template <typename T>
+unsigned pair_relu(float low, float high) {
+    // Not `low > 0 ? low : 0`: a NaN stays one.
+    return detail::pair_bits(low <= 0.0f ? 0.0f : low, high <= 0.0f ? 0.0f : high, T{});
+}
+
 inline void ldmatrix_x4(unsigned (&r)[4], const void* row MIPNERF_SITE) {
     emulation::MatrixLane mine{load_pack_shared<8>(static_cast<const std::uint16_t*>(row)), r};
     emulation::warp_collective("ldmatrix_x4", emulation::perform_ldmatrix, &mine, site);
