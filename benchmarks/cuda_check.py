@@ -6,7 +6,8 @@ and spills; from the disassembly the instructions. A kernel fails that spills, t
 or whose instructions are not what ``EXPECTED`` says. Beside them the C++ that calls cuBLASLt is compiled to an
 object, by the compiler and with the flags of the extension, against NVIDIA's header where there is one (in the
 toolkit, beside torch, or fetched by ``--fetch-cublas``) and otherwise against the declarations that the tests run it
-over. Results: ``benchmarks/results/cuda_check.{md,json}``, with the time that the check took.
+over. Results: ``benchmarks/results/cuda_check.{md,json}``, with the time that the check took and a fingerprint of
+what was compiled, which the tests compare with today's sources.
 
 The disassembler comes from the CUDA toolkit where it has one and otherwise from inside the triton wheel, which is
 fetched once into ``.cache/cuda_tools`` (286 MB).
@@ -15,6 +16,7 @@ fetched once into ``.cache/cuda_tools`` (286 MB).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -470,6 +472,71 @@ def find_sources() -> list[Path]:
     return sources
 
 
+def find_cxx_sources() -> list[Path]:
+    return sorted(CSRC.glob("*/*_cublaslt.cpp"))
+
+
+def find_jobs(
+    sources: Iterable[Path], architectures: Sequence[str], setup: ModuleType
+) -> list[tuple[Path, str]]:
+    """Every source with every architecture that its operation can use."""
+    return [
+        (source, architecture)
+        for source in sources
+        for architecture in architectures
+        if setup.gencode_flags([architecture], source.as_posix())
+    ]
+
+
+def all_architectures(setup: ModuleType) -> list[str]:
+    """What the extension is built for."""
+    return [name.removesuffix("+PTX") for name in setup.DEFAULT_ARCHITECTURES]
+
+
+_COMMENT_OR_LITERAL = re.compile(r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])'""", re.DOTALL)
+
+
+def code_of(text: str) -> str:
+    """A source without comments and how its lines are broken, which change nothing that is compiled."""
+    bare = _COMMENT_OR_LITERAL.sub(lambda found: " " if found[0].startswith("/") else found[0], text)
+    return " ".join(bare.split())
+
+
+def with_headers(sources: Iterable[Path]) -> list[Path]:
+    """Sources and all that they include of ours, directly or not, each once."""
+    found: dict[Path, None] = {}
+    waiting = list(sources)
+    while waiting:
+        path = waiting.pop().resolve()
+        if path in found:
+            continue
+        found[path] = None
+        names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+        for name in names:
+            # What is in neither is of the emulation, which nvcc does not see; of anything else it says so itself.
+            waiting += [folder / name for folder in (path.parent, CSRC) if (folder / name).is_file()][:1]
+    return list(found)
+
+
+def fingerprint(jobs: Iterable[tuple[Path, str]], cxx_sources: Iterable[Path], setup: ModuleType) -> str:
+    """A hash of what the check compiles: the code of all sources and headers, architectures and flags.
+
+    Of the code alone, with paths below csrc: the same on every machine and in every checkout. Compilers are no part.
+    """
+    jobs, cxx_sources = list(jobs), list(cxx_sources)
+    files = with_headers([*(source for source, _ in jobs), *cxx_sources])
+    top = CSRC.resolve()
+    content = {
+        "jobs": sorted([source.resolve().relative_to(top).as_posix(), name] for source, name in jobs),
+        "c++": sorted(source.resolve().relative_to(top).as_posix() for source in cxx_sources),
+        "flags": [[flag for flag in NVCC_FLAGS if not flag.startswith("-I")], setup.CXX_FLAGS],
+        "files": {
+            path.relative_to(top).as_posix(): code_of(path.read_text(encoding="utf-8")) for path in files
+        },
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def check_the_check(architecture: str, nvcc: str, cuobjdump: Path) -> None:
     """Two kernels that are written to spill, and to keep an array in local memory, must fail."""
     expected = {"spilling_kernel": "spills", "local_array_kernel": "stack frame"}
@@ -548,8 +615,10 @@ def report(
     effort: Effort,
     nvcc_release: str,
     revision: str,
+    compiled: str,
     folder: Path,
 ) -> None:
+    """Write the tables; `compiled` is the fingerprint of what was."""
     folder.mkdir(parents=True, exist_ok=True)
     failed = sum(bool(kernel.failures) for kernel in kernels)
     verdict = f"{len(kernels)} compilations of kernels, " + (f"{failed} failed" if failed else "all pass")
@@ -563,6 +632,7 @@ def report(
         {
             "nvcc": nvcc_release,
             "revision": revision,
+            "fingerprint": compiled,
             "verdict": verdict,
             "effort": asdict(effort),
             "sources": [asdict(source) for source in sources],
@@ -611,12 +681,12 @@ def check(options: argparse.Namespace) -> int:
         raise CheckError(
             "nvcc was not found (in CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda); it comes with the CUDA toolkit"
         )
-    architectures = [name.removesuffix("+PTX") for name in setup.DEFAULT_ARCHITECTURES]
+    architectures = all_architectures(setup)
     if options.architectures:
         architectures = options.architectures.split()
     if missing := [name for name in architectures if name.rstrip("af") not in nvcc.capabilities]:
         raise CheckError(f"nvcc {nvcc.release} at {nvcc.path} cannot compile for {', '.join(missing)}")
-    sources, cxx_sources = find_sources(), sorted(CSRC.glob("*/*_cublaslt.cpp"))
+    sources, cxx_sources = find_sources(), find_cxx_sources()
     if options.operations:
         wanted = options.operations.split()
         sources = [source for source in sources if source.parent.name in wanted]
@@ -628,12 +698,9 @@ def check(options: argparse.Namespace) -> int:
     cuobjdump = find_disassembler(nvcc.home)
     check_the_check(architectures[-1], nvcc.path, cuobjdump)
 
-    jobs = [
-        (source, architecture)
-        for source in sources
-        for architecture in architectures
-        if setup.gencode_flags([architecture], source.as_posix())
-    ]
+    jobs = find_jobs(sources, architectures, setup)
+    # Before the compilers read them: what is changed meanwhile makes the table out of date.
+    of_sources = fingerprint(jobs, cxx_sources, setup)
     with ThreadPoolExecutor(options.jobs) as pool:
         groups = [pool.submit(compile_for, *job, nvcc.path, cuobjdump) for job in jobs]
         objects = [pool.submit(compile_cxx, source, setup, nvcc, TOOLS / "include") for source in cxx_sources]
@@ -647,7 +714,7 @@ def check(options: argparse.Namespace) -> int:
         options.jobs,
         len(os.sched_getaffinity(0)),
     )
-    report(kernels, compiled, effort, nvcc.release, setup.source_revision(), options.out)
+    report(kernels, compiled, effort, nvcc.release, setup.source_revision(), of_sources, options.out)
     for source in compiled:
         if source.failure:
             print(f"cuda-check: {source.source} {source.failure}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,6 +205,73 @@ def test_kernels_that_nothing_instantiates_are_an_error(
     assert cuda_check.find_sources() == [tmp_path / "op" / "op_launch.cu"]
 
 
+KERNELS = """\
+#pragma once
+#include "../common/device.cuh"  // what every kernel needs
+#include <cstdint>
+
+__device__ const char* kText = "// no comment";
+/* of two
+   lines */
+"""
+
+
+def sources_in(folder: Path) -> Path:
+    """A csrc of one operation, whose header includes another, and that one a header of the emulation."""
+    (folder / "op").mkdir(parents=True)
+    (folder / "common").mkdir()
+    (folder / "op" / "op_launch.cu").write_text('#include "op_kernels.cuh"\nvoid launch();\n')
+    (folder / "op" / "op_kernels.cuh").write_text(KERNELS)
+    (folder / "op" / "op_cublaslt.cpp").write_text("int host;\n")
+    (folder / "common" / "device.cuh").write_text('#include "cuda_emulation.h"\nint device;\n')
+    (folder / "common" / "of_others.h").write_text("int other;\n")
+    return folder
+
+
+def test_the_fingerprint_is_of_the_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it lies, whatever order its files come in, whatever its comments say."""
+    setup = cuda_check.load_setup()
+
+    def found(csrc: Path, architectures: Sequence[str] = ("8.0", "9.0a"), reverse: bool = False) -> str:
+        monkeypatch.setattr(cuda_check, "CSRC", csrc)
+        jobs = cuda_check.find_jobs(cuda_check.find_sources(), architectures, setup)
+        step = -1 if reverse else 1
+        return cuda_check.fingerprint(jobs[::step], cuda_check.find_cxx_sources(), setup)
+
+    csrc, elsewhere = (sources_in(tmp_path / name / "csrc") for name in ("one", "two"))
+    first = found(csrc)
+    assert first == found(csrc, reverse=True) == found(elsewhere)
+    assert found(csrc, ["8.0"]) != first
+    header = elsewhere / "op" / "op_kernels.cuh"
+    header.write_text(KERNELS.replace("what every kernel needs", "another").replace("two\n", "\n\n  two\n"))
+    (elsewhere / "common" / "of_others.h").write_text("int another;\n")
+    assert found(elsewhere) == first
+    # The rest is code: in a header, in one that it includes, in text, in the C++; and the flags.
+    changes = {
+        "op/op_kernels.cuh": KERNELS.replace("no comment", "none"),
+        "op/op_launch.cu": '#include "op_kernels.cuh"\nvoid launches();\n',
+        "op/op_cublaslt.cpp": "long host;\n",
+        "common/device.cuh": "long device;\n",
+    }
+    for name, text in changes.items():
+        before = (csrc / name).read_text()
+        (csrc / name).write_text(text)
+        assert found(csrc) != first, name
+        (csrc / name).write_text(before)
+    assert found(csrc) == first
+    monkeypatch.setattr(cuda_check, "NVCC_FLAGS", ["-O2", f"-I{csrc}"])
+    assert found(csrc) != first
+
+
+def test_the_committed_table_is_of_today_s_sources() -> None:
+    setup = cuda_check.load_setup()
+    jobs = cuda_check.find_jobs(cuda_check.find_sources(), cuda_check.all_architectures(setup), setup)
+    today = cuda_check.fingerprint(jobs, cuda_check.find_cxx_sources(), setup)
+    path = cuda_check.ROOT / "benchmarks" / "results" / "cuda_check.json"
+    committed = json.loads(path.read_text(encoding="utf-8")).get("fingerprint")
+    assert committed == today, f"{path.name} is of other sources or flags: run make cuda-check"
+
+
 def test_without_nvcc_one_sentence_and_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,9 +335,10 @@ def test_tables_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     bad = compiled(name="op_bad_kernel", stack_bytes=8, spill_load_bytes=12, failures=["spills"])
     source = CxxSource("csrc/op/op_cublaslt.cpp", "a header", "a compiler")
     effort = Effort(660.4, 1250.6, 2, 2)
-    cuda_check.report([good, newer, bad], [source], effort, "13.0", "abc", tmp_path)
+    cuda_check.report([good, newer, bad], [source], effort, "13.0", "abc", "0f1e", tmp_path)
     data = json.loads((tmp_path / "cuda_check.json").read_text())
     assert data["verdict"] == "3 compilations of kernels, 1 failed"
+    assert data["fingerprint"] == "0f1e"
     assert [kernel["registers"] for kernel in data["kernels"]] == [20, 24, 20]
     assert data["kernels"][0]["instructions"]["LDG.E.128"] == 2
     assert data["effort"] == {"wall_seconds": 660.4, "cpu_seconds": 1250.6, "jobs": 2, "cores": 2}
