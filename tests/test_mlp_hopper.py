@@ -337,7 +337,7 @@ def check_wgrad(network, kept, deltas, y):
         assert (np.abs(y["ray_sums"] - of_rays.sum(1)) <= bound).all()
 
 
-# Five programs, each a width and a type: compiling is what costs. Every depth; view branches of none, 1, 2, 3 and the
+# Six programs, each a width and a type: compiling is what costs. Every depth; view branches of none, 1, 2, 3 and the
 # most layers.
 SHAPES = [
     Shape(depth=7),
@@ -349,6 +349,7 @@ SHAPES = [
     ),
     Shape(width=128, depth=2, view_width=112, view_depth=2, type="Half", rays=2),
     Shape(width=128, depth=3, skip_layer=2, view_width=0, view_depth=0, type="Half"),
+    Shape(width=128, depth=2, skip_layer=1, view_width=64, features=36, rays=2, samples_per_ray=65),
     Shape(depth=6, skip_layer=1, view_width=16, view_depth=2, type="Half", rays=2),
     Shape(width=256, depth=2, skip_layer=1, view_width=128, type="Half", rays=1, samples_per_ray=70),
     Shape(width=256, rays=1, view_width=128, samples_per_ray=128),
@@ -364,6 +365,12 @@ LEAVING_OUT = [next(shape for shape in SHAPES if shape.width == width) for width
 def test_depths():
     assert {shape.depth for shape in SHAPES} == set(range(1, 9))
     assert {shape.view_depth for shape in SHAPES} == {0, 1, 2, 3, 8}
+
+
+def test_every_instance_of_every_kernel_is_run():
+    every = {(width, type) for width in (64, 128, 256) for type in ROUNDING}
+    for shapes in (SHAPES, COMPOSITED):
+        assert {(shape.width, shape.type) for shape in shapes} == every
 
 
 def checks_of(shape):
@@ -450,17 +457,69 @@ def test_no_samples():
     kept = forward(network)
     deltas = dgrad(network, kept)
     for is_deterministic in (True, False):
-        gradients = wgrad(network, kept, deltas, is_deterministic)["gradients"]
-        assert not gradients[: network.weights[0].size].any()
+        found = wgrad(network, kept, deltas, is_deterministic)
+        # Weights and biases, each at a multiple of 4.
+        at = 0
+        for tensors in zip(network.weights, network.biases, strict=True):
+            for tensor in tensors:
+                assert not found["gradients"][at : at + tensor.size].any()
+                at += -(-tensor.size // 4) * 4
+        assert at == found["gradients"].size and not found["ray_sums"].size
 
 
-@pytest.mark.parametrize(("degrees", "cylinder", "integrated"), [(16, 0, 1), (5, 1, 1), (10, 0, 0)])
-def test_encoding_inside(degrees, cylinder, integrated):
+@pytest.mark.parametrize("type", ROUNDING)
+@pytest.mark.parametrize("at", [0, 205, 299])
+def test_a_nan_feature_passes_every_relu(at, type):
+    """And makes its own sample NaN, no other, whose bits stay; the loss sees it, and so do the gradients."""
+    shape = Shape(
+        features=20,
+        depth=3,
+        skip_layer=1,
+        view_width=32,
+        view_depth=2,
+        rays=3,
+        samples_per_ray=100,
+        type=type,
+    )
+    network = Network(shape)
+    clean = forward(network)
+    network.features = network.features.copy()
+    network.features[at, 3] = narrow(shape, np.full(1, np.nan, np.float32))[0]
+    kept = forward(network)
+    others = np.arange(shape.samples) != at
+    for name in ("rgb", "density"):
+        assert np.isnan(kept[name][at]).all(), name
+        np.testing.assert_array_equal(kept[name][others], clean[name][others])
+    assert read_mask(kept["masks"], shape, 0, shape.width)[at].all()
+    gradients = wgrad(network, kept, dgrad(network, kept), True)
+    assert not np.isfinite(gradients["gradients"]).all()
+
+
+@pytest.mark.parametrize(
+    ("width", "type"), [(64, "Bfloat16"), (64, "Half"), (128, "Half"), (256, "Bfloat16")]
+)
+@pytest.mark.parametrize("layer", range(3))
+def test_a_nan_weight_reaches_the_outputs(layer, width, type):
+    shape = Shape(width=width, features=20, depth=3, view_width=32, type=type, rays=1, samples_per_ray=40)
+    network = Network(shape)
+    network.parameters = network.parameters.copy()
+    before = zip(network.weights[:layer], network.biases[:layer], strict=True)
+    at = sum(-(-tensor.size // 4) * 4 for tensors in before for tensor in tensors)
+    assert network.parameters[at] == network.weights[layer].flat[0]
+    network.parameters[at] = np.nan
+    found = forward(network, keeps=False)
+    assert np.isnan(found["rgb"]).all() and np.isnan(found["density"]).all()
+
+
+@pytest.mark.parametrize(
+    ("degrees", "min_deg", "cylinder", "integrated"), [(16, 0, 0, 1), (5, 1, 1, 1), (10, 0, 0, 0)]
+)
+def test_encoding_inside(degrees, min_deg, cylinder, integrated):
     """Bit for bit as with the features that frustum_ipe_math.h gives outside."""
     shape = Shape(features=6 * degrees, depth=3, skip_layer=2, rays=7, samples_per_ray=19)
     network = Network(shape)
     encoding = make_rays(shape.rays, shape.samples_per_ray)
-    inside = forward_encoding(network, encoding, min_deg=0, cylinder=cylinder, integrated=integrated)
+    inside = forward_encoding(network, encoding, min_deg=min_deg, cylinder=cylinder, integrated=integrated)
     network.features = inside["encoded"]
     assert np.abs(widen(shape, network.features)).max() > 0.5
     outside = forward(network)
@@ -477,6 +536,9 @@ COMPOSITED = [
     Shape(features=12, depth=2, view_width=0, view_depth=0, rays=7, samples_per_ray=60),
     Shape(features=36, width=128, depth=2, view_width=64, type="Half", rays=3, samples_per_ray=70),
     Shape(features=96, width=256, view_width=128, rays=3, samples_per_ray=128),
+    Shape(features=12, depth=2, type="Half", rays=2, samples_per_ray=70),
+    Shape(features=12, width=128, depth=2, rays=2, samples_per_ray=70),
+    Shape(features=12, width=256, depth=2, type="Half", rays=2, samples_per_ray=70),
 ]
 
 

@@ -8,7 +8,7 @@ their sizes; the result is then rounded to the operand type.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,14 @@ NETWORKS = {
     "narrow view": (Network(48, 256, 2, 1, 16, 1), 11, 3),
     "width 256, no view": (Network(30, 256, 3, 5), 5, 8),
 }
+
+
+# The programs: what is compiled differs by width and type alone.
+INSTANCES = {(width, dtype) for width in (64, 128, 256) for dtype in ROUNDING}
+
+
+def instances_of(networks: Sequence[Network]) -> set[tuple[int, str]]:
+    return {(net.width, net.dtype) for net in networks}
 
 
 @dataclass
@@ -430,6 +438,11 @@ def test_depths() -> None:
     assert {net.view_depth for net in networks} == {0, 1, 2, 3, 8}
 
 
+def test_every_instance_of_every_kernel_is_run() -> None:
+    for networks in ([net for net, *_ in NETWORKS.values()], SPLIT, [*COMPOSITED.values()]):
+        assert instances_of(networks) == INSTANCES
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 def test_no_samples(splits: int) -> None:
     case = run_case(make_case(Network(20, 64, 2, 1, 32, 2), 0, 5), splits=splits)
@@ -471,6 +484,59 @@ def test_split_sums(atomic: bool) -> None:
             np.testing.assert_array_equal(found[0][begin:end], found[1][begin:end])
 
 
+SPLIT = [Network(20, width, 2, 1, 32, 2, dtype) for width, dtype in sorted(INSTANCES)]
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+@pytest.mark.parametrize("net", SPLIT, ids=lambda net: f"{net.width}-{net.dtype}")
+def test_split_sums_of_every_instance(net: Network, atomic: bool) -> None:
+    case = make_case(net, 1, 50)
+    run_case(case, splits=3, atomic=atomic, inference=False, checks=["memory"])
+    check_backward(case, 50 // 16 + 2 + 3)
+
+
+def test_as_many_ranges_as_the_extension_takes() -> None:
+    """For a tile of samples one, in its order."""
+    case = make_case(Network(20, 64, 2, 1, 32, 2), 1, 50)
+    alone = run_case(case, splits=1, inference=False, checks=["memory"]).out["gradients"].copy()
+    case = run_case(case, splits=0, inference=False, checks=["memory"])
+    check_backward(case, 50 // 16 + 2)
+    for layer, (weight, _) in zip(case.net.layers, gradient_offsets(case.net), strict=False):
+        np.testing.assert_array_equal(
+            case.out["gradients"][weight : weight + layer.weight.size],
+            alone[weight : weight + layer.weight.size],
+        )
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("at", [0, 205, 299])
+def test_a_nan_feature_passes_every_relu(at: int, dtype: str) -> None:
+    """And makes its own sample NaN, no other, whose bits stay; the loss sees it, and so do the gradients."""
+    net = Network(20, 64, 3, 1, 32, 2, dtype)
+    case = make_case(net, 3, 100)
+    clean = run_case(case, checks=["memory"]).out
+    features = case.arrays["features"].copy()
+    features[at, 3] = net.store(np.full(1, np.nan))[0]
+    case.arrays["features"] = features
+    out = run_case(case, checks=["memory"]).out
+    others = np.arange(300) != at
+    for name in ("rgb", "density", "inference_rgb", "inference_density"):
+        assert np.isnan(out[name][at]).all(), name
+        np.testing.assert_array_equal(out[name][others], clean[name][others])
+    assert case.masks(0)[at].all() and not np.isfinite(out["gradients"]).all()
+
+
+@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("net", SPLIT, ids=lambda net: f"{net.width}-{net.dtype}")
+def test_a_nan_weight_reaches_the_outputs(net: Network, layer: int) -> None:
+    case = make_case(replace(net, depth=3, layers=[]), 1, 40)
+    case.arrays[f"weight{layer}"] = case.arrays[f"weight{layer}"].copy()
+    case.arrays[f"weight{layer}"][5, 7] = np.nan
+    out = run_case(case, checks=["memory"], backward=False).out
+    for name in ("rgb", "density", "inference_rgb", "inference_density"):
+        assert np.isnan(out[name]).all(), name
+
+
 @pytest.mark.parametrize(
     ("degrees", "min_deg", "cylinder", "integrated"), [(16, 0, 0, 1), (5, 1, 1, 1), (3, 0, 0, 0)]
 )
@@ -509,8 +575,25 @@ def test_compositing_behind(rays: int, samples_per_ray: int) -> None:
     composite_case(Network(24, 64, 2, 1, 32, 1), rays, samples_per_ray)
 
 
-@pytest.mark.parametrize(
-    "net", [PAPER, Network(12, 64, 2, 4), Network(12, 128, 5, 4, 48, 2)], ids=["paper", "no view", "skip"]
-)
+COMPOSITED = {
+    "paper": PAPER,
+    "no view": Network(12, 64, 2, 4),
+    "skip": Network(12, 128, 5, 4, 48, 2),
+    "half": Network(12, 64, 2, 4, 16, 1, "float16"),
+    "half, width 128": Network(12, 128, 2, 1, 32, 1, "float16"),
+    "half, width 256": Network(12, 256, 2, 4, 64, 1, "float16"),
+}
+
+
+@pytest.mark.parametrize("net", COMPOSITED.values(), ids=COMPOSITED)
 def test_compositing_behind_other_networks(net: Network) -> None:
     composite_case(net, 2, 70, checks=["memory"])
+
+
+def test_a_nan_weight_reaches_the_pixels() -> None:
+    case, given = make_case(Network(24, 64, 2, 1, 32, 1), 3, 60), make_rays(3, 60)
+    case.arrays["weight1"][5, 7] = np.nan
+    numbers = {"min_deg": 0, "cylinder": 0, "integrated": 1, **mlp_compositing.scalars(OPTIONS[1])}
+    run_case(case, backward=False, encoding=given, composites=True, checks=["memory"], **numbers)
+    assert np.isnan(case.out["density"]).all() and np.isnan(case.out["rgb"]).all()
+    assert np.isnan(case.out["pixels"]).all()
