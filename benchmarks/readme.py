@@ -166,6 +166,8 @@ def mlp_speed(results: Path) -> str:
             f" 2^17 samples: at least {large['runs']} calls, {facts['device']}, torch {facts['torch']}, revision "
             f"{facts['revision']}."
         )
+    measured = {row["variant"] for row in report["results"] if row["median"] is not None}
+    not_run = {name: why for name, why in not_run.items() if name not in measured}
     if not_run:
         lines[-1] += f" Not run here: {'; '.join(f'{name} {why}' for name, why in not_run.items())}."
     return "\n".join([*lines, "", readme_gpu.network(results)])
