@@ -154,12 +154,12 @@ def mlp_speed(results: Path) -> str:
     ]
     speedups = [
         row["speedup_median"]
-        for row in [*report["results"], *(large["results"] if large else [])]
+        for row in report["results"]
         if row["variant"] == "folded fp32" and row["speedup_median"]
     ]
     if speedups:
         range_of_all = f"{min(speedups):.2f} to {max(speedups):.2f}"
-        lines[-1] += f" In all of them `folded fp32` is {range_of_all} times as fast as eager."
+        lines[-1] += f" In all its rows `folded fp32` is {range_of_all} times as fast as eager."
     if large:
         facts = large["environment"]
         lines[-1] += (

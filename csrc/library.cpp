@@ -46,16 +46,15 @@ STABLE_TORCH_LIBRARY(mipnerf_fast, m) {
     // the colour branch's layer, into which the bottleneck is folded where there are viewdirs_enc [B, V],
     // above density's row. Parameters are weight and bias of every layer as the paper has them.
     m.def(
-        "mlp_tiles_forward(Tensor features, Tensor? viewdirs_enc, Tensor[] parameters, int depth, int "
-        "skip_layer, "
-        "int first_kept) -> Tensor[]");
+        "mlp_tiles_forward(Tensor features, Tensor? viewdirs_enc, Tensor[] parameters, int depth, "
+        "int skip_layer, int first_kept) -> Tensor[]");
     // From the gradient of that matrix [C + 1, K], of its outputs' sums over all samples [C + 1] and over
     // every ray's [B, C] those of weight and bias of density, the bottleneck and the layer above it, and of
     // viewdirs_enc (empty unless asked for).
     m.def(
-        "mlp_unfold(Tensor grad_top, Tensor sums, Tensor of_ray_biases, Tensor viewdirs_enc, Tensor "
-        "view_weight, "
-        "Tensor bottleneck_weight, Tensor bottleneck_bias, bool to_viewdirs) -> Tensor[]");
+        "mlp_unfold(Tensor grad_top, Tensor sums, Tensor of_ray_biases, Tensor viewdirs_enc, "
+        "Tensor view_weight, Tensor bottleneck_weight, Tensor bottleneck_bias, bool to_viewdirs) -> "
+        "Tensor[]");
     // One layer's way down on the CPU. With delta [S, N] the gradient of its outputs, x [S, K] the outputs of
     // the layer below behind their ReLU, and beside [S, F] what else it reads: grad_weight [N, K + F] and
     // grad_bias [N] (+)= delta^T [x, beside] and the sums of delta; below [S, K] = delta weight where x > 0;

@@ -88,11 +88,12 @@ void mlp_layer_backward_cpu(Tensor delta, Tensor x, std::optional<Tensor> beside
                        of_x.stride});
     all.push_back({1, samples, static_cast<int>(outputs), kRowOfOnes, deltas,
                    static_cast<float*>(grad_bias.mutable_data_ptr()), outputs, add});
-    for (int64_t ray = 0; ray < rays; ++ray)
-        all.push_back({1, samples / rays, static_cast<int>(of_rays), kRowOfOnes,
-                       Operand{deltas.at(ray * (samples / rays), 0), deltas.stride, false},
-                       static_cast<float*>(ray_sums->mutable_data_ptr()) + ray * ray_sums->stride(0),
-                       of_rays});
+    if (rays > 0) {
+        all.push_back({rays, samples / rays, static_cast<int>(of_rays), kRowOfOnes, deltas,
+                       static_cast<float*>(ray_sums->mutable_data_ptr()), ray_sums->stride(0)});
+        all.back().rows_at_a_time = 1;
+        all.back().terms_of_each_row = true;
+    }
     for_products(all);
 }
 

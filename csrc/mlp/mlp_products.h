@@ -39,6 +39,9 @@ struct Product {
     int64_t mask_stride = 0;
     int64_t rows_at_a_time = 128;   // of a task: packing the right operand for them is little beside
     const Product* then = nullptr;  // another of the same rows and columns, added to these sums
+    // Each row has terms of its own, one row's behind the other's in `right`; the one row of `left` is for
+    // all, and a task does one row at a time.
+    bool terms_of_each_row = false;
 
     int64_t parts() const { return (rows + rows_at_a_time - 1) / rows_at_a_time; }
     MIPNERF_INLINE int64_t blocks(int columns_of_block) const {
@@ -205,6 +208,12 @@ struct Blocks {
         const int64_t parts = product->parts(), block = task / parts;
         const int64_t row = task % parts * product->rows_at_a_time;
         const int rows = static_cast<int>(std::min(product->rows_at_a_time, product->rows - row));
+        if (product->terms_of_each_row) {
+            Product one = *product;
+            one.right.data = product->right.at(row * product->terms, 0);
+            one.sums += row * product->stride;
+            return sum_block<W>(one, 0, 1, block, product->add);
+        }
         bool add = product->add;
         for (; product != nullptr; product = product->then, add = true)
             sum_block<W>(*product, row, rows, block, add);

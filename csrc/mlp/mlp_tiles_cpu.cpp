@@ -289,8 +289,9 @@ std::vector<Tensor> mlp_tiles_forward_cpu(Tensor features, std::optional<Tensor>
                                   data("parameters", bottleneck),
                                   data("parameters", parameters[place - 1])};
             network.samples_per_ray = std::max<int64_t>(1, network.samples / std::max<int64_t>(1, rays));
-            network.ray_biases = made({rays, outputs}, ray_biases);
-            fold(folding, matrix, const_cast<float*>(network.ray_biases));
+            float* const rows = made({rays, outputs}, ray_biases);
+            fold(folding, matrix, rows);
+            network.ray_biases = rows;
             layer.weights = matrix;
             layer.bias = nullptr;
         } else {

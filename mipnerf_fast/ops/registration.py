@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -81,9 +81,9 @@ def below_autograd() -> Any:
     return torch._C._AutoDispatchBelowAutograd()
 
 
-def _tensors(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
     for argument in arguments:
         if isinstance(argument, Tensor):
             yield argument
         elif isinstance(argument, list | tuple):
-            yield from _tensors(tuple(argument))
+            yield from _tensors(argument)
